@@ -1,0 +1,105 @@
+"""From a matrix of cross-domain perplexities to groups of domains.
+
+Shapes: n domains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.cluster.hierarchy import cophenet, cut_tree, linkage
+from scipy.spatial.distance import squareform
+
+from dive.config import Linkage, require
+
+
+@dataclass(slots=True)
+class Clustering:
+    """Groups and how well they fit."""
+
+    groups: list[list[str]]
+    tree: NDArray[np.float64]
+    """(n - 1, 4) linkage matrix of scipy."""
+    cophenetic: float
+    """Correlation of tree distances with the distances themselves, in [-1, 1]."""
+    silhouette: float
+    """Mean silhouette of the groups, in [-1, 1]; a domain alone counts 0."""
+
+
+def affinity(perplexity: ArrayLike) -> NDArray[np.float64]:
+    """A[i, j] = min_i' P[i', j] / P[i, j], (n, n): each column scaled by the best model for that domain."""
+    values = np.asarray(perplexity, dtype=np.float64)
+    return np.asarray(values.min(axis=0, keepdims=True) / values)
+
+
+def distances(perplexity: ArrayLike) -> NDArray[np.float64]:
+    """1 − Pearson correlation between the rows of the affinity matrix, (n, n), zero on the diagonal."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlation = np.corrcoef(affinity(perplexity))
+    # A row without variance correlates with nothing.
+    distance = 1.0 - np.nan_to_num(correlation, nan=0.0)
+    distance = np.clip((distance + distance.T) / 2.0, 0.0, 2.0)
+    np.fill_diagonal(distance, 0.0)
+    return np.asarray(distance)
+
+
+def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Mean silhouette (Rousseeuw 1987) of a partition under a distance matrix (n, n); labels (n,)."""
+    if len(np.unique(labels)) < 2:
+        return 0.0
+    scores = []
+    for i, own in enumerate(labels):
+        same = labels == own
+        if same.sum() == 1:
+            scores.append(0.0)
+            continue
+        inside = distance[i, same].sum() / (same.sum() - 1)
+        nearest = min(distance[i, labels == other].mean() for other in np.unique(labels) if other != own)
+        largest = max(inside, nearest)
+        scores.append(0.0 if largest == 0 else (nearest - inside) / largest)
+    return float(np.mean(scores))
+
+
+def cluster_domains(
+    matrix: ArrayLike, domains: Sequence[str], *, experts: int, method: Linkage = Linkage.average
+) -> Clustering:
+    """Hierarchical clustering of the domains into exactly ``experts`` groups (DIVE, section 3.1).
+
+    Args:
+        matrix: perplexities P, (n, n), see :func:`dive.cross_domain_perplexity`.
+        domains: names of its rows.
+        experts: number of groups, 1 to n.
+        method: linkage rule; average linkage on 1 − r by default, since the paper does not name its own.
+
+    Raises:
+        UserError: more groups than domains, or a matrix of another size.
+    """
+    n = len(domains)
+    values = np.asarray(matrix, dtype=np.float64)
+    require(values.shape == (n, n), f"the matrix is {values.shape}, the domains are {n}")
+    require(1 <= experts <= n, f"moe.experts ({experts}) must lie between 1 and the number of domains ({n})")
+    if n == 1:
+        return Clustering([[domains[0]]], np.zeros((0, 4)), 0.0, 0.0)
+    distance = distances(values)
+    condensed = squareform(distance, checks=False)
+    tree = linkage(condensed, method=method.value)
+    labels = cut_tree(tree, n_clusters=experts)[:, 0]
+    groups: dict[int, list[str]] = {}
+    for domain, label in zip(domains, labels, strict=True):
+        groups.setdefault(int(label), []).append(domain)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        fit = float(np.nan_to_num(cophenet(tree, condensed)[0])) if n > 2 else 1.0
+    return Clustering(list(groups.values()), np.asarray(tree), fit, silhouette(distance, np.asarray(labels)))
+
+
+def group_domains(matrix: ArrayLike, domains: Sequence[str], *, experts: int) -> list[list[str]]:
+    """The groups of :func:`cluster_domains`, in the order in which their first domain appears."""
+    return cluster_domains(matrix, domains, experts=experts).groups
+
+
+def random_groups(domains: Sequence[str], *, experts: int, seed: int) -> list[list[str]]:
+    """Domains dealt out at random into groups whose sizes differ by at most one (DIVE's ablation)."""
+    require(experts <= len(domains), f"moe.experts ({experts}) exceeds the number of domains ({len(domains)})")
+    order = np.random.default_rng(seed).permutation(len(domains))
+    return [[domains[i] for i in sorted(order[start::experts])] for start in range(experts)]

@@ -1,0 +1,80 @@
+"""Cross-domain perplexity: the dense model pruned on each domain, measured on every domain.
+
+Shapes: n domains, L layers, F channels.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dive.eval.perplexity import token_nll
+from dive.model.families import ffn_modules
+from dive.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def pruned_in_place(model: "PreTrainedModel", masks: Tensor, fill: Tensor) -> Iterator[None]:
+    """Run the dense model as if its FFNs were pruned, without copying a weight.
+
+    The activation of a removed channel is replaced by a constant before ``down_proj``: with its calibration mean this
+    is FLAP's bias compensation exactly, since W (x ⊙ m + X̄ ⊙ (1 − m)) = W (x ⊙ m) + b.
+
+    Args:
+        masks: (L, F) bool, true for kept channels.
+        fill: (L, F), value of the removed ones; their mean, or zero.
+    """
+    hooks = []
+    for number in range(len(masks)):
+        _, down = ffn_modules(model, number)
+        mask = masks[number].to(model.device)
+        constant = fill[number].to(model.device, model.dtype)
+
+        def replace(
+            _: nn.Module, args: tuple[Tensor, ...], mask: Tensor = mask, constant: Tensor = constant
+        ) -> tuple[Tensor, ...]:
+            return (torch.where(mask, args[0], constant), *args[1:])
+
+        hooks.append(down.register_forward_pre_hook(replace))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def cross_domain_perplexity(
+    model: "PreTrainedModel",
+    tokens: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    means: Mapping[str, Tensor] | None = None,
+    batch: int = 16,
+) -> Tensor:
+    """P[i, j], the perplexity on domain j of the model pruned on domain i, (n, n) float64.
+
+    Args:
+        model: dense model.
+        tokens: {domain: (N, T) int64}, text to measure on.
+        masks: {domain: (L, F) bool}, see :func:`dive.keep_masks`.
+        means: {domain: (L, F)} calibration means for FLAP's bias compensation; none for plain removal.
+        batch: sequences per forward pass.
+    """
+    domains = list(tokens)
+    matrix = torch.zeros(len(domains), len(domains), dtype=torch.float64)
+    steps = iter(track(range(len(domains) ** 2), "mining affinity", "pair"))
+    for i, pruned_on in enumerate(domains):
+        mask = masks[pruned_on]
+        fill = torch.zeros(mask.shape) if means is None else means[pruned_on]
+        with pruned_in_place(model, mask, fill):
+            for j, measured_on in enumerate(domains):
+                next(steps)
+                nll, count = token_nll(model, tokens[measured_on], batch=batch)
+                matrix[i, j] = torch.tensor(nll / count, dtype=torch.float64).exp()
+    next(steps, None)
+    return matrix

@@ -1,0 +1,152 @@
+"""The texts of each domain, from wherever the configuration says."""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dive.calibration_domains.local import domain_directories, read_documents, split_file
+from dive.config import CalibrationDomainsConfig, EvalSetConfig, HubTextConfig, TextSource
+from dive.errors import UserError
+
+HUB_DOCUMENTS = 50_000
+"""Documents read of each hub data set at most; the largest have hundreds of millions."""
+
+
+@dataclass(slots=True)
+class DomainTexts:
+    """Documents of one domain."""
+
+    name: str
+    train: list[str]
+    """For calibration and retraining."""
+    test: list[str]
+    """For evaluation alone."""
+
+
+def domain_names(config: CalibrationDomainsConfig) -> list[str]:
+    """Names of the domains, without reading their texts.
+
+    Raises:
+        UserError: a domain is unknown.
+    """
+    if config.source is TextSource.embedded:
+        from dive.calibration_domains.embedded import EMBEDDED_DOMAINS
+
+        return list(config.domains or EMBEDDED_DOMAINS)
+    if config.source is TextSource.local:
+        assert config.path is not None
+        return list(domain_directories(config.path, config.domains, where="calibration_domains"))
+    return list(config.domains or config.hub)
+
+
+def load_domains(config: CalibrationDomainsConfig, *, seed: int) -> list[DomainTexts]:
+    """Texts of every domain, train and test.
+
+    Args:
+        seed: of the order in which hub data sets are read.
+
+    Raises:
+        UserError: a domain is unknown, unreadable or empty.
+    """
+    where = "calibration_domains"
+    if config.source is TextSource.embedded:
+        from dive.calibration_domains.embedded import embedded_texts
+
+        return [DomainTexts(name, *splits) for name, splits in embedded_texts(config.domains).items()]
+    if config.source is TextSource.local:
+        assert config.path is not None
+        return [
+            DomainTexts(
+                name,
+                *(
+                    read_documents(split_file(directory, split, where=where), field=config.text_field, where=where)
+                    for split in ("train", "test")
+                ),
+            )
+            for name, directory in domain_directories(config.path, config.domains, where=where).items()
+        ]
+    return [
+        DomainTexts(
+            name,
+            train=hub_documents(config.hub[name], "train", where=f"{where}.hub.{name}", seed=seed),
+            test=hub_documents(config.hub[name], "test", where=f"{where}.hub.{name}", seed=None),
+        )
+        for name in (config.domains or config.hub)
+    ]
+
+
+def hub_documents(
+    source: HubTextConfig, which: Literal["train", "test"], *, where: str, seed: int | None, keep_empty: bool = False
+) -> list[str]:
+    """Documents of the ``train`` or ``test`` split of a hub data set, at most :data:`HUB_DOCUMENTS`.
+
+    Args:
+        seed: of the order in which they are read; their own order if none.
+        keep_empty: keep blank documents, which count where a text is joined from its lines.
+
+    Raises:
+        UserError: it cannot be reached, or holds no text.
+    """
+    from dive.calibration_domains.hub import hub_texts
+
+    return list(
+        itertools.islice(hub_texts(source, which, where=where, seed=seed, keep_empty=keep_empty), HUB_DOCUMENTS)
+    )
+
+
+def load_eval_set(name: str, config: EvalSetConfig) -> list[str]:
+    """Documents of a named evaluation set; joined to one where it has a separator.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    where = f"eval.sets.{name}"
+    if config.source is TextSource.hub:
+        assert config.hub is not None
+        documents = hub_documents(config.hub, "test", where=f"{where}.hub", seed=None, keep_empty=True)
+        return _joined(documents, config.separator)
+    if config.source is TextSource.embedded:
+        raise UserError(
+            f"{where}.source=embedded: the embedded domains are measured anyway; choose local or hub"
+        )
+    assert config.path is not None
+    documents = read_documents(Path(config.path).expanduser(), field=config.text_field, where=where)
+    return _joined(documents, config.separator)
+
+
+def _joined(documents: list[str], separator: str | None) -> list[str]:
+    return documents if separator is None else [separator.join(documents)]
+
+
+def fingerprint(documents: Iterable[str]) -> str:
+    """SHA-256 over the documents in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        encoded = document.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    return digest.hexdigest()
+
+
+def refuse_overlap(train: Sequence[str], test: Sequence[str], *, name: str) -> None:
+    """Refuse evaluation on text that calibration or retraining may see.
+
+    Documents are compared whole, without regard to case and white space; those under 32 characters are too short to tell.
+
+    Raises:
+        UserError: at least one document of ``test`` stands in ``train``.
+    """
+
+    def normal(document: str) -> str:
+        return " ".join(document.casefold().split())
+
+    seen = {hash_ for document in train if len(hash_ := normal(document)) >= 32}
+    inside = sum(normal(document) in seen for document in test)
+    if inside:
+        raise UserError(
+            f"{name}: {inside} of {len(test)} evaluation documents stand in the calibration text as well; take them out, "
+            "leave the domain out by calibration_domains.domains, or accept it by eval.allow_overlap=true"
+        )

@@ -1,0 +1,86 @@
+"""The way from a command line to a typed configuration, and from an error to one clear line.
+
+Hydra composes; :func:`run` hands the task a plain dataclass and turns what a user can mend into a single line.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dive.errors import UserError
+
+C = TypeVar("C")
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+"""Directory of the YAML files: inside the package in a wheel, beside it in the repository."""
+
+
+def register_schema(name: str, schema: type[Any]) -> None:
+    """Let ``<name>.yaml`` start its defaults list with ``<name>_schema``, which types everything after it."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def to_typed(config: DictConfig, schema: type[C]) -> C:
+    """Turn a composed configuration into its dataclass; cross-field checks run here.
+
+    Raises:
+        UserError: a value is missing, or two values contradict each other.
+    """
+    try:
+        typed = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(describe(error)) from error
+    if not isinstance(typed, schema):
+        raise UserError(f"the configuration is not a {schema.__name__}: its defaults list lacks the schema")
+    return typed
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what is wrong and which override to change."""
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None and below not in chain:
+        chain.append(below)
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return str(cause)
+    for cause in reversed(chain):
+        if isinstance(cause, OmegaConfBaseException):
+            lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+            key = cause.full_key or next((x.split(":", 1)[1].strip() for x in lines if x.startswith("full_key:")), "")
+            return f"{key}: {lines[0]}" if key else lines[0]
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
+    """Compose ``conf/<config_name>.yaml`` with the command line's overrides and call ``task`` with the result.
+
+    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
+    """
+    register_schema(config_name, schema)
+
+    @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
+    def main(config: DictConfig) -> None:
+        task(to_typed(config, schema))
+
+    ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
+    wants_traceback = ours == "0"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the line below is one line
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        sys.exit(f"error: {describe(error)}")
+    except KeyboardInterrupt:
+        print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Evaluation: token perplexity, routing, overlap between experts."""

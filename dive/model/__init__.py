@@ -1,0 +1,1 @@
+"""Dense models: loading them, walking their layers, and their Mixture-of-Experts twins."""

@@ -1,0 +1,100 @@
+"""One decoder layer after another over a fixed set of tokens.
+
+Every statistic of an FFN is taken here: the hidden states of all tokens rest between layers, so that one layer's
+activations at a time are alive however many tokens and layers there are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dive.model.families import decoder_layers, ffn_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class FFNBatch:
+    """What one FFN saw of one batch of tokens; n sequences × T tokens are flattened."""
+
+    index: int
+    """Position of the batch in the sequence given to :func:`walk_layers`."""
+    inputs: Tensor
+    """(n · T, D), after the norm."""
+    channels: Tensor
+    """(n · T, F), the input of ``down_proj``."""
+
+
+class _StopForward(Exception):
+    """Raised by the hook on the first layer once its arguments are known."""
+
+
+@torch.no_grad()
+def walk_layers(
+    model: "PreTrainedModel", batches: Sequence[Tensor]
+) -> Iterator[tuple[int, Callable[[], Iterator[FFNBatch]]]]:
+    """Yield each layer's number and a function that runs it over all batches.
+
+    Calling the function advances the hidden states to the next layer, so it is called once a layer and exhausted. The
+    arithmetic is the model's own forward pass without the head: one pass over the tokens in all.
+
+    Args:
+        model: dense model.
+        batches: token matrices (n, T), int64; lengths may differ between batches.
+    """
+    device = model.device
+    layers = decoder_layers(model)
+    hidden: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+
+    def keep_arguments(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else kwargs["hidden_states"])
+        arguments.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+        raise _StopForward
+
+    hook = layers[0].register_forward_pre_hook(keep_arguments, with_kwargs=True)
+    try:
+        shared: dict[tuple[int, ...], dict[str, Any]] = {}
+        for batch in batches:
+            try:
+                model.model(input_ids=batch.to(device), use_cache=False)
+            except _StopForward:
+                # Positions and mask depend on the batch's shape alone: one copy a shape.
+                arguments[-1] = shared.setdefault(tuple(batch.shape), arguments[-1])
+    finally:
+        hook.remove()
+
+    for number, layer in enumerate(layers):
+
+        def run(number: int = number, layer: nn.Module = layer) -> Iterator[FFNBatch]:
+            for index in range(len(hidden)):
+                hidden[index], inputs, channels = _forward(model, number, layer, hidden[index], arguments[index])
+                yield FFNBatch(index, inputs.flatten(0, -2), channels.flatten(0, -2))
+
+        yield number, run
+
+
+@torch.no_grad()
+def _forward(
+    model: "PreTrainedModel", number: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        return hook
+
+    mlp, down = ffn_modules(model, number)
+    hooks = [mlp.register_forward_pre_hook(record("inputs")), down.register_forward_pre_hook(record("channels"))]
+    try:
+        output = layer(hidden, **arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (output[0] if isinstance(output, tuple) else output), seen["inputs"], seen["channels"]

@@ -1,0 +1,193 @@
+"""Loading dense models from the package, a directory or the hub."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dive.errors import UserError
+from dive.model.families import check_supported
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).resolve().parent / "tiny"
+"""Directory of the model that comes with the package."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSource:
+    """A dense model that was found, its configuration read, its weights not yet loaded."""
+
+    path: str
+    """Directory or hub id."""
+    revision: str | None
+    config: "PretrainedConfig"
+    fingerprint: str
+    """SHA-256 of the configuration, tokenizer and weight files, or the hub's commit hash."""
+
+    @property
+    def channels(self) -> int:
+        """F, channels of each FFN."""
+        return int(self.config.intermediate_size)
+
+
+def locate_dense(path: str, revision: str | None = None) -> DenseSource:
+    """Find a dense model and read its configuration, without its weights.
+
+    Args:
+        path: ``embedded``, a directory, or a hub id.
+        revision: commit, branch or tag on the hub.
+
+    Raises:
+        UserError: nothing there, an unreadable configuration, an unsupported family, pickled weights only.
+    """
+    from transformers import AutoConfig
+
+    location = str(EMBEDDED) if path == "embedded" else path
+    directory = Path(location).expanduser()
+    is_local = directory.is_dir()
+    if not is_local and (directory.is_absolute() or location.startswith((".", "~")) or location.count("/") != 1):
+        raise UserError(f"model.path={path}: no such directory")
+    if is_local:
+        _check_directory(directory, path)
+        location = str(directory)
+    try:
+        config = AutoConfig.from_pretrained(location, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        if is_local:
+            raise UserError(f"model.path={path}: config.json cannot be read ({_first_line(error)})") from error
+        raise UserError(_not_cached(path, revision)) from error
+    check_supported(config, path)
+    if is_local:
+        fingerprint = fingerprint_directory(directory)
+    else:
+        fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
+    return DenseSource(location, revision, config, fingerprint)
+
+
+def _check_directory(directory: Path, path: str) -> None:
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model.path={path}: no config.json in this directory")
+    if not any(directory.glob("*.safetensors")):
+        pickled = "only pickled weights (.bin), which are not read: convert them" if any(directory.glob("*.bin")) else ""
+        raise UserError(f"model.path={path}: {pickled or 'no weights: a *.safetensors file is missing'}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _not_cached(path: str, revision: str | None) -> str:
+    at = f" --revision {revision}" if revision else ""
+    return (
+        f"model.path={path} is not in the Hugging Face cache and the hub does not answer (no network, no such model, or a "
+        f"licence to accept); fetch it with `hf download {path}{at}`, or choose model=local model.path=DIR"
+    )
+
+
+def fingerprint_directory(directory: Path) -> str:
+    """SHA-256 over names and bytes of the files that define a model."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".model") and file.name != "recipe.json":
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_tokenizer(source: DenseSource) -> "PreTrainedTokenizerBase":
+    """The tokenizer beside the weights.
+
+    Raises:
+        UserError: no tokenizer, or one with more tokens than the model has embeddings.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={source.path}: no tokenizer there ({_first_line(error)})") from error
+    if len(tokenizer) > source.config.vocab_size:
+        raise UserError(
+            f"model.path={source.path}: its tokenizer has {len(tokenizer)} tokens, its vocabulary {source.config.vocab_size}"
+        )
+    return tokenizer
+
+
+def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch.device) -> "PreTrainedModel":
+    """The dense model in evaluation mode, its weights frozen.
+
+    Raises:
+        UserError: weights missing, truncated, or of other shapes than the configuration says.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    log.info("loading %s", source.path)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, revision=source.revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"model.path={source.path}: the weights cannot be read ({_first_line(error)})") from error
+    missing = sorted(report["missing_keys"])
+    if missing or report["mismatched_keys"]:
+        raise UserError(
+            f"model.path={source.path}: {len(missing)} tensors missing, {len(report['mismatched_keys'])} of another shape "
+            f"(first: {(missing + sorted(map(str, report['mismatched_keys'])))[0]})"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device if there is one.
+
+    Raises:
+        UserError: the device does not exist.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"model.device={name} is not to be had here ({_first_line(error)})") from error
+
+
+def load_dense(
+    path: str = "embedded",
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "auto",
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a dense model and its tokenizer.
+
+    Args:
+        path: a directory, a hub id, or ``embedded`` for the model that comes with the package.
+        revision: commit, branch or tag on the hub.
+        dtype: of the weights, or ``auto`` for the checkpoint's own.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+
+    Raises:
+        UserError: it cannot be found, read or turned into a Mixture-of-Experts.
+    """
+    source = locate_dense(path, revision)
+    tokenizer = load_tokenizer(source)
+    return load_weights(source, dtype=dtype, device=resolve_device(device)), tokenizer
+
+
+def document_tokens(tokenizer: Any, document: str) -> list[int]:
+    """Tokens of one document as language models are trained on it: a boundary token, then the text.
+
+    The boundary is the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing.
+    """
+    boundary = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids if boundary is None else [boundary, *ids]

@@ -1,0 +1,102 @@
+"""Forward pass of fused experts with low-rank adapters and FLAP's bias, as an experts implementation of transformers.
+
+Shapes: T tokens, K experts a token, S = T · K selected pairs, E experts, D hidden width, W channels of an expert, R rank.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMPLEMENTATION = "dive_grouped_mm"
+"""Name under which transformers finds :func:`experts_forward`; without adapters and bias it equals ``grouped_mm``."""
+
+_grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply each group of rows with its own matrix.
+
+    Args:
+        rows: (S, in), sorted by expert.
+        weight: (E, out, in).
+        offsets: (E,) int32, end of each expert's rows.
+
+    Returns:
+        (S, out)
+    """
+    product: Tensor = _grouped_mm(rows.to(weight.dtype), weight.transpose(-2, -1), offs=offsets)
+    return product
+
+
+class GroupedLoRA(nn.Module):
+    """Low-rank adapters of all experts of one projection: ``scale · B_e A_e dropout(x)`` (LoRA, arXiv 2106.09685).
+
+    Only the rows that an expert was selected for meet its A and B; no expert's delta is ever materialised in training.
+    """
+
+    def __init__(
+        self, weight: Tensor, in_features: int, out_features: int, *, rank: int, alpha: float, dropout: float
+    ) -> None:
+        super().__init__()
+        experts = weight.shape[0]
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.a = nn.Parameter(torch.empty(experts, rank, in_features, **like))
+        self.b = nn.Parameter(torch.zeros(experts, out_features, rank, **like))
+        bound = 1.0 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as in the paper's implementation
+        nn.init.uniform_(self.a, -bound, bound)
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """(S, in) sorted by expert to (S, out)."""
+        low = grouped_linear(self.dropout(rows), self.a, offsets)
+        return grouped_linear(low, self.b, offsets) * self.scale
+
+    def delta(self) -> Tensor:
+        """What merging adds to the weights, (E, out, in)."""
+        return torch.bmm(self.b, self.a) * self.scale
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts of one layer on their selected tokens.
+
+    Args:
+        self: the stock experts module; ``lora_gate``, ``lora_up``, ``lora_down`` and ``down_bias`` are used where present.
+        hidden_states: (T, D)
+        top_k_index: (T, K) int64
+        top_k_weights: (T, K)
+
+    Returns:
+        (T, D)
+    """
+    top_k = top_k_index.shape[-1]
+    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    rows = hidden_states[order // top_k]
+    per_expert = torch.bincount(expert_of_row, minlength=self.num_experts)
+    offsets = torch.cumsum(per_expert, dim=0, dtype=torch.int32)
+
+    gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
+    lora = hasattr(self, "lora_gate")
+    if lora:
+        gate = gate + self.lora_gate(rows, offsets)
+        up = up + self.lora_up(rows, offsets)
+    channels = self.act_fn(gate) * up
+    output = grouped_linear(channels, self.down_proj, offsets)
+    if lora:
+        output = output + self.lora_down(channels, offsets)
+    if hasattr(self, "down_bias"):
+        output = output + self.down_bias[expert_of_row]
+
+    weighted = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    # Back in the order of tokens: a sum of K rows each is deterministic, index_add_ on CUDA is not.
+    restored = torch.empty_like(weighted).index_copy(0, order, weighted)
+    return restored.view(-1, top_k, restored.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def register() -> None:
+    """Tell transformers about :data:`IMPLEMENTATION`."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,0 +1,116 @@
+"""Plugging the training parts into a stock model, and taking them out again without a trace."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dive.config import LoRAConfig
+from dive.model.families import decoder_layers, moe_block
+from dive.moe import experts as experts_module
+from dive.moe.experts import GroupedLoRA
+from dive.moe.router import Router
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
+    """Put a :class:`Router` in the place of every stock router, sharing its weight; a second call changes nothing."""
+    experts_module.register()
+    for number in range(len(decoder_layers(model))):
+        block = moe_block(model, number)
+        if not isinstance(block.gate, Router):
+            block.gate = Router(
+                block.gate, experts=model.config.num_experts, top_k=model.config.num_experts_per_tok, noise=noise
+            )
+    model.set_experts_implementation(experts_module.IMPLEMENTATION)
+
+
+def routers(model: "PreTrainedModel") -> list[Router]:
+    """The plugged routers, layer by layer."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
+    """Give every layer's experts low-rank adapters on gate, up and down; a second call changes nothing."""
+    for number in range(len(decoder_layers(model))):
+        experts = moe_block(model, number).experts
+        if hasattr(experts, "lora_gate"):
+            continue
+        _, width2, hidden = experts.gate_up_proj.shape
+        shape = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
+        experts.lora_gate = GroupedLoRA(experts.gate_up_proj, hidden, width2 // 2, **shape)
+        experts.lora_up = GroupedLoRA(experts.gate_up_proj, hidden, width2 // 2, **shape)
+        experts.lora_down = GroupedLoRA(experts.down_proj, width2 // 2, hidden, **shape)
+
+
+class LinearLoRA(nn.Module):
+    """Low-rank adapter of a linear layer or an embedding: adds ``scale · B A dropout(x)`` to its output."""
+
+    def __init__(self, owner: nn.Linear | nn.Embedding, lora: LoRAConfig) -> None:
+        super().__init__()
+        weight = owner.weight
+        rows, columns = weight.shape
+        self.is_embedding = isinstance(owner, nn.Embedding)
+        out_features, in_features = (columns, rows) if self.is_embedding else (rows, columns)
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.a = nn.Parameter(torch.empty(lora.rank, in_features, **like))
+        self.b = nn.Parameter(torch.zeros(out_features, lora.rank, **like))
+        bound = 1.0 if self.is_embedding else in_features**-0.5  # an embedding sees one-hot inputs
+        nn.init.uniform_(self.a, -bound, bound)
+        self.scale = lora.alpha / lora.rank
+        self.dropout = nn.Dropout(lora.dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., in) features, or token ids (...), to (..., out)."""
+        low = functional.embedding(inputs, self.a.T) if self.is_embedding else functional.linear(self.dropout(inputs), self.a)
+        return functional.linear(low, self.b) * self.scale
+
+    def delta(self) -> Tensor:
+        """What merging adds to the owner's weight, of its shape."""
+        product = self.b @ self.a * self.scale
+        return product.T if self.is_embedding else product
+
+
+def _add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    adapter: Tensor = module.lora(inputs[0])
+    return output + adapter
+
+
+def plug_linear_lora(owner: nn.Linear | nn.Embedding, lora: LoRAConfig) -> None:
+    """Give one layer a low-rank adapter; a second call changes nothing."""
+    if not hasattr(owner, "lora"):
+        owner.lora = LinearLoRA(owner, lora)
+        owner.lora_hook = owner.register_forward_hook(_add_lora)
+
+
+@torch.no_grad()
+def unplug(model: "PreTrainedModel") -> None:
+    """Merge every adapter into the weights and restore the stock routers, in place.
+
+    Afterwards the model is what its class says, and its state dict holds nothing of ours, unless the experts have
+    FLAP's bias, which no stock class has a place for: that stays.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "lora"):
+            module.weight += module.lora.delta()
+            module.lora_hook.remove()
+            del module.lora, module.lora_hook
+    biased = False
+    for number in range(len(decoder_layers(model))):
+        block = moe_block(model, number)
+        if hasattr(block.experts, "lora_gate"):
+            experts = block.experts
+            width = experts.down_proj.shape[-1]
+            experts.gate_up_proj[:, :width] += experts.lora_gate.delta()
+            experts.gate_up_proj[:, width:] += experts.lora_up.delta()
+            experts.down_proj += experts.lora_down.delta()
+            del experts.lora_gate, experts.lora_up, experts.lora_down
+        if isinstance(block.gate, Router):
+            block.gate = block.gate.to_stock(model.config)
+        biased = biased or hasattr(block.experts, "down_bias")
+    if not biased:
+        model.set_experts_implementation("grouped_mm")
+    model.requires_grad_(False).eval()

@@ -1,0 +1,84 @@
+"""The router used in training: dense with a temperature, or top-k; with learned noise.
+
+Shapes: T tokens, D hidden width, E experts, K experts a token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dive.config import Mode
+
+
+class Router(nn.Module):
+    """Takes the place of a stock router and gives its weight back.
+
+    In ``sparse`` mode it computes what the stock router does: softmax over all experts, the K largest, renormalised. In
+    ``dense`` mode every expert runs and the gate is softmax(logits / temperature). In training, and with ``noise`` > 0,
+    logits += randn · softplus(noise weight · x) · noise, as in the paper.
+    """
+
+    load: Tensor
+    entropy: Tensor
+    tokens: Tensor
+
+    def __init__(self, stock: nn.Module, *, experts: int, top_k: int, noise: float = 0.0) -> None:
+        super().__init__()
+        self.weight = stock.weight
+        self.noise_weight = nn.Parameter(torch.zeros_like(self.weight)) if noise > 0 else None
+        self.noise = noise
+        self.experts = experts
+        self.top_k = top_k
+        self.mode = Mode.sparse
+        self.temperature = 1.0
+        self.stock_class = type(stock)
+        for name, shape in (("load", (experts,)), ("entropy", ()), ("tokens", ())):
+            self.register_buffer(name, torch.zeros(shape, device=self.weight.device), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) to logits (T, E), gates (T, K) and experts (T, K); K is E in dense mode."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = functional.linear(rows, self.weight)
+        if self.training and self.noise_weight is not None:
+            spread = functional.softplus(functional.linear(rows, self.noise_weight))
+            logits = logits + torch.randn_like(logits) * spread * self.noise
+        temperature = self.temperature if self.mode is Mode.dense else 1.0
+        probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+        if self.mode is Mode.dense:
+            gates = probabilities
+            chosen = torch.arange(self.experts, device=rows.device).expand(len(rows), -1)
+        else:
+            gates, chosen = torch.topk(probabilities, self.top_k, dim=-1)
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+        if self.training:
+            self._observe(probabilities.detach(), gates.detach(), chosen)
+        return logits, gates.to(logits.dtype), chosen
+
+    def _observe(self, probabilities: Tensor, gates: Tensor, chosen: Tensor) -> None:
+        self.load += torch.zeros_like(self.load).scatter_add_(
+            0, chosen.reshape(-1), gates.reshape(-1).float() if self.mode is Mode.dense else torch.ones_like(chosen).reshape(-1).float()
+        )
+        self.entropy += torch.special.entr(probabilities).sum()
+        self.tokens += len(probabilities)
+
+    def take_observations(self) -> tuple[Tensor, Tensor]:
+        """(share of the load of each expert (E,), mean entropy of the gate in nats) since the last call."""
+        load = self.load / self.load.sum().clamp_min(1.0)
+        entropy = self.entropy / self.tokens.clamp_min(1.0)
+        for buffer in (self.load, self.entropy, self.tokens):
+            buffer.zero_()
+        return load, entropy
+
+    def to_stock(self, config: Any) -> nn.Module:
+        """The stock router with this one's weight."""
+        stock: nn.Module = self.stock_class(config)
+        stock.weight = self.weight
+        return stock
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Gates (T, K) and experts (T, K) of logits (T, E), as Mixtral computes them."""
+    gates, chosen = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
+    return gates / gates.sum(dim=-1, keepdim=True), chosen

@@ -1,0 +1,82 @@
+"""Importance of FFN channels, and the masks that follow from it.
+
+Shapes: D hidden width, F channels, L layers.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dive.config import Metric, PruningConfig
+from dive.model.families import FFN, decoder_layers, ffn
+from dive.pruning.statistics import ChannelStatistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, seed: int = 0) -> Tensor:
+    """Score of each channel of one layer, (F,) float64; the lowest go first.
+
+    With X the input of ``down_proj`` and W its weight:
+
+    - ``wifv``: Var(X_j) · Σ_d W[d, j]² (FLAP, arXiv 2312.11983, eq. 5)
+    - ``ifv``: Var(X_j)
+    - ``wifn``: mean_d |W[d, j]| · sqrt(mean X_j²) (Wanda, arXiv 2306.11695, averaged over outputs)
+    - ``magnitude``: norm of the channel's weights in gate, up and down together; needs no text
+    - ``random``: uniform, seeded
+
+    Args:
+        statistics: of one layer (L = 1).
+        seed: ``random`` only.
+    """
+    down = weights.down.double()
+    if metric is Metric.wifv:
+        return statistics.variance[0].to(down.device) * down.square().sum(dim=0)
+    if metric is Metric.ifv:
+        return statistics.variance[0].to(down.device)
+    if metric is Metric.wifn:
+        return down.abs().mean(dim=0) * statistics.mean_square[0].to(down.device).sqrt()
+    if metric is Metric.magnitude:
+        gate, up = weights.gate.double(), weights.up.double()
+        return (gate.square().sum(dim=1) + up.square().sum(dim=1) + down.square().sum(dim=0)).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(down.shape[1], generator=generator, dtype=torch.float64).to(down.device)
+
+
+def keep_highest(scores: Tensor, width: int) -> Tensor:
+    """Mask (F,) bool of the ``width`` highest scores; ties go to the lower index, so that the same text gives the same mask."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    mask[order[:width].cpu()] = True
+    return mask
+
+
+def keep_masks(
+    model: "PreTrainedModel",
+    statistics: ChannelStatistics,
+    *,
+    metric: Metric | str = Metric.wifv,
+    ratio: float = 0.5,
+    width_multiple: int = 1,
+    seed: int = 0,
+) -> Tensor:
+    """Channels that stay in each layer when ``ratio`` of them go, (L, F) bool; the same number in every layer.
+
+    Args:
+        model: dense model.
+        statistics: of all its layers.
+        seed: ``metric="random"`` only.
+
+    Raises:
+        UserError: the ratio is outside (0, 1), or the multiple leaves nothing.
+    """
+    metric = Metric(metric)
+    pruning = PruningConfig(metric=metric, ratio=ratio, width_multiple=width_multiple)
+    masks = []
+    for number in range(len(decoder_layers(model))):
+        weights = ffn(model, number)
+        scores = importance(metric, weights, statistics.layer(number), seed=seed + number)
+        masks.append(keep_highest(scores, pruning.width(weights.down.shape[1])))
+    return torch.stack(masks)

@@ -1,0 +1,112 @@
+"""Statistics of FFN channels: exact, batched, mergeable.
+
+Shapes: L layers, F channels, D hidden width, T tokens, S sampled tokens. The channel activations X of a layer are the
+inputs of its ``down_proj``.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class ChannelStatistics:
+    """Moments of X over a set of tokens, for one or more layers.
+
+    Statistics of disjoint sets of tokens add up with ``+`` (or ``sum``) to the statistics of their union: counts and
+    second moments add, means and squared deviations merge by Chan et al., "Updating formulae and a pairwise algorithm
+    for computing sample variances" (1979).
+    """
+
+    count: int
+    """Tokens seen."""
+    mean: Tensor
+    """(L, F) float64"""
+    squared_deviations: Tensor
+    """(L, F) float64, sum over tokens of (x - mean)²."""
+    second_moment: Tensor | None = None
+    """(L, F, F) float32, sum over tokens of x xᵀ; needed by least squares."""
+    inputs: Tensor | None = None
+    """(L, S, D), FFN inputs of some of the tokens, which routers are distilled on."""
+
+    @property
+    def variance(self) -> Tensor:
+        """(L, F), unbiased."""
+        return self.squared_deviations / max(self.count - 1, 1)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """(L, F), mean of x²."""
+        return self.squared_deviations / max(self.count, 1) + self.mean.square()
+
+    def layer(self, number: int) -> "ChannelStatistics":
+        """Statistics of one layer, L = 1."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[number : number + 1]
+
+        return ChannelStatistics(
+            count=self.count,
+            mean=self.mean[number : number + 1],
+            squared_deviations=self.squared_deviations[number : number + 1],
+            second_moment=pick(self.second_moment),
+            inputs=pick(self.inputs),
+        )
+
+    def __add__(self, other: "ChannelStatistics") -> "ChannelStatistics":
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        return ChannelStatistics(
+            count=count,
+            mean=self.mean + delta * (other.count / count),
+            squared_deviations=self.squared_deviations
+            + other.squared_deviations
+            + delta.square() * (self.count * other.count / count),
+            second_moment=None
+            if self.second_moment is None or other.second_moment is None
+            else self.second_moment + other.second_moment,
+            inputs=None
+            if self.inputs is None or other.inputs is None
+            else torch.cat([self.inputs, other.inputs], dim=1),
+        )
+
+    def __radd__(self, other: int) -> "ChannelStatistics":
+        if other != 0:
+            return NotImplemented
+        return self
+
+
+def batch_statistics(channels: Tensor, *, second_moment: bool, inputs: Tensor | None) -> ChannelStatistics:
+    """Statistics of one layer over one batch.
+
+    Args:
+        channels: X, (T, F).
+        second_moment: also x xᵀ, F² numbers.
+        inputs: FFN inputs to keep, (S, D), or none.
+    """
+    values = channels.float()
+    variance, mean = torch.var_mean(values, dim=0, correction=0)
+    return ChannelStatistics(
+        count=len(values),
+        mean=mean.double()[None],
+        squared_deviations=variance.double()[None] * len(values),
+        second_moment=(values.T @ values)[None] if second_moment else None,
+        inputs=None if inputs is None else inputs[None],
+    )
+
+
+def stack_layers(layers: Iterable[ChannelStatistics]) -> ChannelStatistics:
+    """Put the statistics of single layers, over the same tokens, on top of each other."""
+    parts = list(layers)
+    stacked = {}
+    for field in fields(ChannelStatistics):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name == "count":
+            stacked[field.name] = values[0]
+        else:
+            stacked[field.name] = None if values[0] is None else torch.cat(values)
+    return ChannelStatistics(**stacked)

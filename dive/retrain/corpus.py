@@ -1,0 +1,71 @@
+"""The retraining text as one endless sequence of token blocks, a pure function of seed and position.
+
+Block number i is the same whoever asks, so that any number of processes share a corpus without gaps or repeats, and a
+resumed run goes on exactly where it stopped.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from dive.calibration_domains.sampling import Tokenize, token_blocks
+from dive.config import HubTextConfig
+
+Blocks = Callable[[], Iterator[Tensor]]
+"""Starts the sequence of blocks (length,) int64 anew."""
+
+
+def domain_blocks(texts: Mapping[str, Sequence[str]], tokenize: Tokenize, *, length: int, seed: int) -> Iterator[Tensor]:
+    """Blocks of every domain in turn, in a new random order each turn: each domain has the same share of the tokens."""
+    streams = [
+        token_blocks(documents, tokenize, length=length, seed=seed + number)
+        for number, documents in enumerate(texts.values())
+    ]
+    rng = np.random.default_rng(seed)
+    while True:
+        for number in rng.permutation(len(streams)):
+            yield next(streams[number])
+
+
+def hub_blocks(
+    source: HubTextConfig, tokenize: Tokenize, *, length: int, seed: int, buffer: int, where: str
+) -> Iterator[Tensor]:
+    """Blocks of a streamed hub corpus, its documents shuffled within a buffer; starts over at the end.
+
+    Raises:
+        UserError: the corpus cannot be reached.
+    """
+    from dive.calibration_domains.hub import hub_texts
+
+    pending: list[int] = []
+    for round_ in itertools.count():
+        for document in hub_texts(source, "train", where=where, seed=seed + round_, shuffle_buffer=buffer):
+            pending += tokenize(document)
+            while len(pending) >= length:
+                yield torch.tensor(pending[:length])
+                del pending[:length]
+
+
+@dataclass(slots=True)
+class BlockRange(IterableDataset[dict[str, Tensor]]):
+    """The blocks ``start`` to ``stop`` that fall to one of ``world`` processes.
+
+    Block i goes to process i mod world, so that every optimiser step sees the same blocks whatever the number of
+    processes. Each item has ``input_ids`` (length,) and ``index``, its number, which also seeds dropout and noise.
+    """
+
+    blocks: Blocks
+    start: int
+    stop: int
+    rank: int = 0
+    world: int = 1
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for index, block in enumerate(itertools.islice(self.blocks(), self.stop)):
+            if index >= self.start and index % self.world == self.rank:
+                yield {"input_ids": block, "index": torch.tensor(index)}

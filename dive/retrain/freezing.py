@@ -1,0 +1,74 @@
+"""The freezing policy: which parameters a stage trains."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig, require
+from dive.model.families import decoder_layers, part_of
+from dive.moe.plug import plug_expert_lora, plug_linear_lora
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def check_policy(policy: FreezingConfig, config: "PretrainedConfig", *, where: str) -> None:
+    """Refuse a policy that the model's tied embeddings make contradictory.
+
+    Raises:
+        UserError: head and embeddings are one tensor, but the policy treats them differently or adapts them.
+    """
+    if not config.tie_word_embeddings:
+        return
+    require(
+        policy.head == policy.embeddings and policy.head is not Freezing.lora,
+        f"{where}.train.head={policy.head.value} and {where}.train.embeddings={policy.embeddings.value}: this model ties the "
+        "two into one tensor; set both to full, or both to frozen",
+    )
+
+
+def apply_policy(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRAConfig) -> None:
+    """Set ``requires_grad`` of every parameter, after giving parts under ``lora`` their adapters."""
+    plug_adapters(model, policy, lora)
+    for name, parameter in model.named_parameters():
+        choice: Freezing = getattr(policy, part_of(name))
+        if name.endswith("down_bias"):
+            parameter.requires_grad_(False)  # FLAP's bias is not trained, as in the paper
+        else:
+            parameter.requires_grad_(choice is (Freezing.lora if is_adapter(name) else Freezing.full))
+
+
+def plug_adapters(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRAConfig) -> None:
+    """Give the parts under ``lora`` their adapters; existing ones are kept."""
+    if policy.experts is Freezing.lora:
+        plug_expert_lora(model, lora)
+    if policy.attention is Freezing.lora:
+        for layer in decoder_layers(model):
+            for module in list(layer.self_attn.modules()):
+                if isinstance(module, nn.Linear):
+                    plug_linear_lora(module, lora)
+    if policy.embeddings is Freezing.lora:
+        plug_linear_lora(model.get_input_embeddings(), lora)
+    if policy.head is Freezing.lora:
+        plug_linear_lora(model.get_output_embeddings(), lora)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is one of a low-rank adapter's two matrices."""
+    parts = name.split(".")
+    return parts[-1] in ("a", "b") and parts[-2].startswith("lora")
+
+
+def trained_state(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The parameters that are trained now, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trained_table(model: "PreTrainedModel") -> list[tuple[str, int, int]]:
+    """(part, parameters, of which trained) for every part of the policy."""
+    totals = dict.fromkeys(PARTS, 0)
+    trained = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        totals[part_of(name)] += parameter.numel()
+        trained[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
+    return [(part, totals[part], trained[part]) for part in PARTS]

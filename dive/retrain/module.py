@@ -1,0 +1,213 @@
+"""The LightningModule that retrains a reconstructed Mixture-of-Experts.
+
+Shapes: B sequences, T tokens each, E experts, L layers.
+"""
+
+import logging
+import math
+import time
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from dive.config import RetrainConfig, Schedule, StageConfig
+from dive.errors import UserError
+from dive.model.families import decoder_layers
+from dive.moe.plug import routers
+from dive.progress import PLAIN_INTERVAL
+from dive.retrain.corpus import BlockRange, Blocks
+
+log = logging.getLogger(__name__)
+
+
+class TokenPerplexity(Metric):
+    """exp of the mean negative log-likelihood a token, from sums of it: exact over batches and processes."""
+
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, mean_nll: Tensor, tokens: int) -> None:
+        """Add ``tokens`` tokens with a mean negative log-likelihood of ``mean_nll`` nats."""
+        self.nll += mean_nll.double() * tokens
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Perplexity."""
+        return (self.nll / self.tokens).exp()
+
+
+def learning_rate_factor(step: int, *, steps: int, stage: StageConfig) -> float:
+    """Learning rate of optimiser step ``step`` (from 0) as a share of the peak: linear warm-up, then constant or cosine."""
+    warmup = math.ceil(stage.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if stage.schedule is Schedule.constant:
+        return 1.0
+    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return stage.floor + (1.0 - stage.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class MoERetraining(lightning.LightningModule):
+    """One stage of retraining: next-token cross-entropy alone, as in the paper."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stage: StageConfig,
+        retrain: RetrainConfig,
+        blocks: Blocks,
+        *,
+        name: str,
+        key: str,
+        first_block: int,
+        accumulation: int,
+        seed: int,
+        shard: bool,
+    ) -> None:
+        """
+        Args:
+            model: reconstructed, its routers plugged, its freezing policy applied.
+            blocks: the corpus.
+            name: of the stage.
+            key: identifies the stage's inputs; a checkpoint of another key is refused.
+            first_block: where in the corpus the stage begins.
+            accumulation: forward passes per optimiser step on each device.
+            seed: of dropout and router noise.
+            shard: apply FSDP2 to the layers when the strategy is set up.
+        """
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.retrain = retrain
+        self.blocks = blocks
+        self.name = name
+        self.key = key
+        self.first_block = first_block
+        self.accumulation = accumulation
+        self.seed = seed
+        self.shard = shard
+        self.steps = optimiser_steps(stage, retrain.length)
+        self.trained_names = {f"model.{n}" for n, p in model.named_parameters() if p.requires_grad}
+        self.perplexity = TokenPerplexity()
+        self.curve: list[dict[str, float]] = []
+        self.strict_loading = False  # a checkpoint holds the trained parameters, not the frozen base
+        self._since = time.monotonic()
+        self._since_step = 0
+        self._said = self._since
+
+    def configure_model(self) -> None:
+        """Shard every decoder layer, then the rest (FSDP2)."""
+        if not self.shard:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for layer in decoder_layers(self.model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+        self.shard = False  # Lightning calls this hook again
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(
+            trained, lr=self.stage.learning_rate, betas=(0.9, 0.999), weight_decay=self.stage.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: learning_rate_factor(step, steps=self.steps, stage=self.stage)
+        )
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The stage's blocks from the current optimiser step on."""
+        world = self.trainer.world_size
+        data = BlockRange(
+            self.blocks,
+            start=self.first_block + self.trainer.global_step * self.stage.batch,
+            stop=self.first_block + self.steps * self.stage.batch,
+            rank=self.trainer.global_rank,
+            world=world,
+        )
+        return DataLoader(data, batch_size=self.stage.batch // (self.accumulation * world))
+
+    def on_fit_start(self) -> None:
+        for router in routers(self.model):
+            router.mode = self.stage.mode
+            router.temperature = self.stage.temperature
+        self.model.train()
+        self._since, self._since_step = time.monotonic(), self.trainer.global_step
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        ids = batch["input_ids"]
+        # Dropout and noise depend on the position in the data alone, so a resumed run repeats them.
+        torch.manual_seed((self.seed * 1_000_003 + int(batch["index"][0])) % 2**63)
+        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"retrain.stages.{self.name}: the loss is {float(loss)} at step {self.trainer.global_step}; lower "
+                f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"
+            )
+        self.perplexity.update(loss.detach(), ids[:, 1:].numel())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        if step == self._since_step or (step % self.retrain.log_every and step != self.steps):
+            return
+        self._record(step)
+
+    def _record(self, step: int) -> None:
+        now = time.monotonic()
+        perplexity = float(self.perplexity.compute())
+        self.perplexity.reset()
+        rate = (step - self._since_step) * self.stage.batch * self.retrain.length / (now - self._since)
+        values = {
+            "step": float(step),
+            "tokens": float(step * self.stage.batch * self.retrain.length),
+            "loss": math.log(perplexity),
+            "perplexity": perplexity,
+            "learning_rate": float(self.optimizers().param_groups[0]["lr"]),  # type: ignore[union-attr]
+            "tokens_per_second": rate,
+        }
+        for number, router in enumerate(routers(self.model)):
+            load, entropy = router.take_observations()
+            load = self.trainer.strategy.reduce(load, reduce_op="mean")
+            entropy = self.trainer.strategy.reduce(entropy, reduce_op="mean")
+            values[f"router_entropy/layer_{number:02d}"] = float(entropy)
+            values |= {f"expert_load/layer_{number:02d}/expert_{e}": float(share) for e, share in enumerate(load)}
+        self.curve.append(values)
+        for logger in self.loggers:
+            logger.log_metrics({f"{self.name}/{k}": v for k, v in values.items()}, step=step)
+        self._since, self._since_step = now, step
+        if self.trainer.is_global_zero and (now - self._said > PLAIN_INTERVAL or step == self.steps):
+            left = (self.steps - step) * self.stage.batch * self.retrain.length / rate
+            log.info(
+                "%s: step %d/%d, loss %.3f, perplexity %.2f, %.0f tokens/s, %.0f s left",
+                *(self.name, step, self.steps, values["loss"], perplexity, rate, left),
+            )
+            self._said = now
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
+        checkpoint["dive"] = {"key": self.key, "curve": self.curve}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.curve = list(checkpoint["dive"]["curve"])
+
+
+def optimiser_steps(stage: StageConfig, length: int) -> int:
+    """Optimiser steps of a stage: its tokens, rounded up to whole steps."""
+    return math.ceil(stage.tokens / (stage.batch * length))

@@ -1,0 +1,1 @@
+"""The hardware side of retraining: Lightning strategies and trainers."""

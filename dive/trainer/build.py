@@ -1,0 +1,102 @@
+"""Lightning trainers from the configuration."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy as LightningStrategy
+from torch import nn
+
+from dive.config import Strategy, TrainerConfig
+from dive.errors import UserError
+
+
+def build_strategy(config: TrainerConfig, layer_class: type[nn.Module]) -> LightningStrategy | str:
+    """The Lightning strategy; sharding ones shard by ``layer_class``."""
+    if config.strategy is Strategy.fsdp:
+        # Frozen and trained parameters of one layer mix, which FSDP1 allows with the original parameters alone.
+        return FSDPStrategy(auto_wrap_policy={layer_class}, use_orig_params=True, state_dict_type="full")
+    if config.strategy is Strategy.fsdp2:
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices * config.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return "auto" if config.strategy is Strategy.single else "ddp"
+
+
+def check_devices(config: TrainerConfig) -> None:
+    """Refuse devices that this machine lacks.
+
+    Raises:
+        UserError: no such accelerator, or too few.
+    """
+    if config.accelerator not in ("gpu", "cuda"):
+        return
+    present = torch.cuda.device_count()
+    if present < config.devices:
+        raise UserError(
+            f"trainer.devices ({config.devices}) of accelerator {config.accelerator!r} are asked for, {present} are here; "
+            "set trainer.devices, or trainer=cpu"
+        )
+
+
+def build_trainer(
+    config: TrainerConfig,
+    *,
+    layer_class: type[nn.Module],
+    steps: int,
+    accumulation: int,
+    checkpoints: Path,
+    checkpoint_every: int,
+    loggers: Sequence[Logger],
+    show_bar: bool,
+) -> lightning.Trainer:
+    """A trainer for one stage.
+
+    Args:
+        layer_class: decoder layer of the model, the unit of sharding.
+        steps: optimiser steps.
+        accumulation: forward passes per step.
+        checkpoints: directory of the running stage's checkpoints; the newest one is kept.
+        checkpoint_every: optimiser steps between them.
+        show_bar: a progress bar, in a terminal.
+    """
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            dirpath=checkpoints,
+            filename="{step}",
+            every_n_train_steps=checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_exception=True,
+        )
+    ]
+    if show_bar:
+        callbacks.append(RichProgressBar(leave=True))
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=build_strategy(config, layer_class),
+        precision=config.precision,  # type: ignore[arg-type]
+        max_epochs=1,
+        max_steps=steps,
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=config.gradient_clip,
+        logger=list(loggers) or False,
+        callbacks=callbacks,
+        enable_progress_bar=show_bar,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=checkpoints,
+    )
+
+
+def process_rank() -> int:
+    """Global rank from the launcher's environment, 0 outside a distributed run; known before any process group."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    return int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,273 @@
+"""Every preset in conf/ composes into a valid configuration; the paper's presets hold the paper's figures."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from dive.cli import CONF, register_schema, to_typed
+from dive.config import (
+    Compensation,
+    Config,
+    Construction,
+    CorpusSource,
+    Dtype,
+    Freezing,
+    Grouping,
+    Metric,
+    Mode,
+    RouterInit,
+    Schedule,
+    StageConfig,
+    TextSource,
+)
+from dive.errors import UserError
+
+DOMAINS = [
+    "wikitext2",
+    "c4",
+    "mnli",
+    "qnli",
+    "rte",
+    "anli",
+    "squad2",
+    "boolq",
+    "piqa",
+    "drop",
+    "coqa",
+    "logiqa",
+    "record",
+    "gsm8k",
+    "mathqa",
+    "sciq",
+    "qasper",
+    "pubmedqa",
+    "race",
+    "winogrande",
+    "hellaswag",
+    "qqp",
+    "mrpc",
+    "sst2",
+]
+
+# What an option cannot know by itself.
+NEEDED = {
+    "model=local": ["model.path=/data/model"],
+    "calibration_domains=local": ["calibration_domains.path=/data/text"],
+    "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
+}
+OTHER_SCHEMAS = {"config", "pretrain"}
+
+
+def options() -> list[str]:
+    """All ``group=option`` pairs in conf/: ``affinity=published/llama2_50``."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        group, *rest = path.relative_to(CONF).with_suffix("").parts
+        if rest:
+            found.append(f"{group}={'/'.join(rest)}")
+        else:
+            assert group in OTHER_SCHEMAS, f"{path} belongs to no group"
+    return found
+
+
+@pytest.fixture(autouse=True)
+def hydra_in_conf() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    register_schema("config", Config)
+    with initialize_config_dir(version_base=None, config_dir=str(CONF)):
+        yield
+
+
+def typed(*overrides: str) -> Config:
+    return to_typed(compose("config", overrides=list(overrides)), Config)
+
+
+def experiments() -> list[str]:
+    return [option for option in options() if option.startswith("experiment=")]
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_option_composes(option: str) -> None:
+    choice = f"logger=[{option.removeprefix('logger=')}]" if option.startswith("logger=") else option
+    typed(choice, *NEEDED.get(option, []))
+
+
+def test_the_defaults_compose() -> None:
+    typed()
+
+
+@pytest.mark.parametrize("option", NEEDED)
+def test_what_an_option_cannot_know_is_asked_for(option: str) -> None:
+    key = NEEDED[option][0].split("=")[0]
+    with pytest.raises(UserError, match=re.escape(key)):
+        typed(option)
+
+
+# -------------------------------------------------------------------------------------------------- the paper
+
+
+def stage_facts(stage: StageConfig) -> dict[str, object]:
+    trained = {
+        part: getattr(stage.train, part).value
+        for part in ("router", "experts", "norms", "attention", "embeddings", "head")
+        if getattr(stage.train, part) is not Freezing.frozen
+    }
+    return {
+        "mode": stage.mode,
+        "trained": trained,
+        "learning_rate": stage.learning_rate,
+        "schedule": stage.schedule,
+        "warmup": stage.warmup,
+        "floor": stage.floor,
+        "weight_decay": stage.weight_decay,
+        "batch": stage.batch,
+        "tokens": stage.tokens,
+    }
+
+
+@pytest.mark.parametrize(("top_k", "ratio", "temperature"), [(1, 0.5, 0.05), (2, 0.75, 0.5)])
+def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float, temperature: float) -> None:
+    config = typed(f"experiment=paper_{top_k}_8")
+
+    assert config.pruning.metric is Metric.wifv
+    assert config.pruning.ratio == ratio
+    assert config.pruning.compensation is Compensation.bias
+    assert config.affinity.grouping is Grouping.mined
+    assert (config.moe.experts, config.moe.top_k) == (8, top_k)
+    assert config.moe.construction is Construction.dive
+    assert config.moe.router_init is RouterInit.random
+    assert config.moe.noise == 0.0005
+
+    assert config.retrain.length == 1024
+    lora = config.retrain.lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 16.0, 0.1)
+    assert config.retrain.corpus.source is CorpusSource.hub
+    assert config.retrain.corpus.hub is not None
+    assert config.retrain.corpus.hub.streaming
+
+    assert list(config.retrain.stages) == ["router", "experts", "further"]
+    assert config.retrain.stages["router"].temperature == temperature
+    sparse = {"router": "full", "norms": "full", "experts": "lora"}
+    assert {name: stage_facts(stage) for name, stage in config.retrain.stages.items()} == {
+        "router": {
+            "mode": Mode.dense,
+            "trained": {"router": "full"},
+            "learning_rate": 1e-4,
+            "schedule": Schedule.constant,
+            "warmup": 0.0,
+            "floor": 0.0,
+            "weight_decay": 0.0,
+            "batch": 256,
+            "tokens": 256 * 1905 * 1024,  # 0.5 B
+        },
+        "experts": {
+            "mode": Mode.sparse,
+            "trained": sparse,
+            "learning_rate": 1e-4,
+            "schedule": Schedule.cosine,
+            "warmup": 0.03,
+            "floor": 0.1,
+            "weight_decay": 0.0,
+            "batch": 512,
+            "tokens": 512 * 9535 * 1024,  # 5.0 B
+        },
+        "further": {
+            "mode": Mode.sparse,
+            "trained": sparse,
+            "learning_rate": 1e-5,
+            "schedule": Schedule.constant,
+            "warmup": 0.0,
+            "floor": 0.0,
+            "weight_decay": 0.0,
+            "batch": 256,
+            "tokens": 256 * 38140 * 1024,  # 10 B
+        },
+    }
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_an_experiment_leaves_the_model_the_data_and_the_hardware_alone(experiment: str) -> None:
+    plain, chosen = typed(), typed(experiment)
+    assert chosen.model == plain.model
+    assert chosen.calibration_domains == plain.calibration_domains
+    assert chosen.trainer == plain.trainer
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    config = typed("experiment=paper_1_8", "affinity=published/tinyllama_50", "retrain=none")
+    assert config.affinity.grouping is Grouping.published
+    assert config.retrain.stages == {}
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """Overrides of the commands that the comments of a preset recommend."""
+    comments = [line[1:] for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(comments).replace("\\\n", " ")
+    return [
+        shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith("python -m dive.train")
+    ]
+
+
+@pytest.mark.parametrize("experiment", experiments())
+def test_the_commands_in_an_experiments_comments_compose(experiment: str) -> None:
+    commands = commands_in(CONF / f"{experiment.replace('=', '/')}.yaml")
+    paper, small = (typed(*overrides) for overrides in commands)
+
+    assert paper.calibration_domains.source is TextSource.hub
+    assert sum(stage.tokens for stage in paper.retrain.stages.values()) == pytest.approx(15.5e9, rel=0.01)
+    assert small.retrain.corpus.source is CorpusSource.domains
+    assert sum(stage.tokens for stage in small.retrain.stages.values()) == 65536 + 131072
+
+
+def test_the_paper_domains() -> None:
+    config = typed("calibration_domains=paper").calibration_domains
+    assert list(config.hub) == DOMAINS
+    assert (config.samples, config.length) == (1024, 256)
+    assert all(source.test is not None for source in config.hub.values())
+
+
+PUBLISHED = [option for option in options() if option.startswith("affinity=published/")]
+
+
+def test_all_published_groupings_are_there() -> None:
+    assert [option.rpartition("/")[2] for option in PUBLISHED] == [
+        "llama2_20",
+        "llama2_50",
+        "llama2_75",
+        "tinyllama_50",
+        "tinyllama_75",
+    ]
+
+
+@pytest.mark.parametrize("option", PUBLISHED)
+def test_published_groups_hold_each_domain_once(option: str) -> None:
+    affinity = typed(option).affinity
+    assert affinity.grouping is Grouping.published
+    assert affinity.groups is not None
+    assert len(affinity.groups) == 8
+    assert sorted(domain for group in affinity.groups for domain in group) == sorted(DOMAINS)
+
+
+def test_the_paper_evaluation() -> None:
+    config = typed("eval=paper").eval
+    assert config.windows is None
+    assert config.lengths == [1024, 2048]
+    assert {name: entry.lengths for name, entry in config.sets.items()} == {
+        "wikitext2": [1024, 2048],
+        "lambada": [1024, 2048],
+    }
+    assert config.sets["wikitext2"].separator == "\n\n"
+    assert all(entry.hub is not None and entry.hub.test == "test" for entry in config.sets.values())
+
+
+@pytest.mark.parametrize("option", [option for option in options() if option.startswith("model=")])
+def test_models_from_the_hub_default_to_bfloat16_and_the_others_run_on_a_cpu(option: str) -> None:
+    model = typed(option, *NEEDED.get(option, [])).model
+    from_hub = "/" in model.path and not model.path.startswith("/")
+    assert model.dtype is (Dtype.bfloat16 if from_hub else Dtype.float32)
+    assert model.name == option.removeprefix("model=")
