@@ -268,12 +268,14 @@ def pretrain(config: PretrainConfig) -> None:
     Raises:
         UserError: a domain is unknown or too short, or there is no checkpoint to resume from.
     """
-    from dive.calibration_domains.embedded import embedded_texts
+    from dive.calibration_domains.embedded import DOMAINS, embedded_texts
 
     directory, output = Path(config.directory), Path(config.output)
     last = directory / "last.ckpt"
     if config.resume and not last.is_file():
         raise UserError(f"resume: {last} does not exist; leave out resume=true or correct directory")
+    unknown = sorted(set(config.domains or ()) - set(DOMAINS))
+    require(not unknown, f"domains: {unknown} not among {', '.join(DOMAINS)}")
     texts = embedded_texts(config.domains)
 
     import torch
@@ -352,6 +354,7 @@ def pretrain(config: PretrainConfig) -> None:
     )
     if trainer.global_step < config.steps:
         # Lightning ends quietly on Ctrl-C; half a model must not pass for a finished one.
+        log.warning("stopped at step %d; resume=true goes on from %s", trainer.global_step, last)
         raise KeyboardInterrupt
 
     output.mkdir(parents=True, exist_ok=True)

@@ -258,10 +258,10 @@ def test_the_paper_evaluation() -> None:
     assert config.windows is None
     assert config.lengths == [1024, 2048]
     assert {name: entry.lengths for name, entry in config.sets.items()} == {
-        "wikitext2": [1024, 2048],
+        "wikitext2_raw": [1024, 2048],
         "lambada": [1024, 2048],
     }
-    assert config.sets["wikitext2"].separator == "\n\n"
+    assert config.sets["wikitext2_raw"].separator == "\n\n"
     assert all(entry.hub is not None and entry.hub.test == "test" for entry in config.sets.values())
 
 

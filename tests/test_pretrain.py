@@ -79,6 +79,11 @@ def test_nothing_to_resume_names_the_override(tmp_path: Path) -> None:
         pretrain(miniature(tmp_path, resume=True))
 
 
+def test_an_unknown_domain_names_the_override(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^domains: \['poetry'\]"):
+        pretrain(miniature(tmp_path, domains=["poetry"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -37,6 +37,8 @@ SHORTEST_DOCUMENT = 200
 """Shorter pieces are left out: headings and empty modules."""
 TEST_SHARE = 0.12
 """Share of the source files that go to the test split."""
+SMALL_TEST_SHARE = 0.2
+"""The same for the domains with the least text."""
 
 RUNTIME = (
     "torch",
@@ -149,7 +151,7 @@ def distributions() -> tuple[metadata.Distribution, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
-def unrepeated(sources: Iterator[Source], shortest: int = 60) -> Iterator[Source]:
+def unrepeated(sources: Iterator[Source], shortest: int = 20) -> Iterator[Source]:
     """The same sources without the paragraphs that an earlier one had: licences quote each other."""
     seen: set[str] = set()
     for name, text in sources:
@@ -177,7 +179,9 @@ def documents(text: str) -> Iterator[str]:
     yield "".join(piece).strip("\n")
 
 
-def split(sources: Iterable[Source], transform: Callable[[str], str] = str) -> tuple[list[str], list[str]]:
+def split(
+    sources: Iterable[Source], transform: Callable[[str], str] = str, *, test_share: float = TEST_SHARE
+) -> tuple[list[str], list[str]]:
     """Train and test documents of a domain: by source file, capped, each text once.
 
     ``transform`` turns a file's text into the domain's; it is called only where there is still room.
@@ -186,7 +190,7 @@ def split(sources: Iterable[Source], transform: Callable[[str], str] = str) -> t
     room = {True: TEST_CHARACTERS, False: TRAIN_CHARACTERS}
     longest = {held_out: characters // DOCUMENT_CHARACTERS // 4 for held_out, characters in room.items()}
     for name, text in sources:
-        held_out = fraction(name) < TEST_SHARE
+        held_out = fraction(name) < test_share
         if room[held_out] < DOCUMENT_CHARACTERS:
             continue
         # A long file would otherwise be most of its split, hence ``longest``.
@@ -471,9 +475,9 @@ READERS: dict[str, Callable[[], tuple[list[str], list[str]]]] = {
     "python_code": lambda: split(standard_library(), without_header),
     "docstrings": lambda: split(standard_library(), docstrings),
     "bytecode": lambda: split(standard_library(), disassembly),
-    "language_reference": lambda: split(language_reference()),
+    "language_reference": lambda: split(language_reference(), test_share=SMALL_TEST_SHARE),
     "readmes": lambda: split(unrepeated(readmes())),
-    "licences": lambda: split(unrepeated(licences())),
+    "licences": lambda: split(unrepeated(licences()), test_share=SMALL_TEST_SHARE),
     "c_headers": lambda: split(
         merged(
             files(package("numpy"), ".h", TESTS),

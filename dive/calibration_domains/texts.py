@@ -33,9 +33,9 @@ def domain_names(config: CalibrationDomainsConfig) -> list[str]:
         UserError: a domain is unknown.
     """
     if config.source is TextSource.embedded:
-        from dive.calibration_domains.embedded import EMBEDDED_DOMAINS
+        from dive.calibration_domains.embedded import DOMAINS
 
-        return list(config.domains or EMBEDDED_DOMAINS)
+        return list(config.domains or DOMAINS)
     if config.source is TextSource.local:
         assert config.path is not None
         return list(domain_directories(config.path, config.domains, where="calibration_domains"))

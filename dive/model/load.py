@@ -30,6 +30,8 @@ class DenseSource:
     config: "PretrainedConfig"
     fingerprint: str
     """SHA-256 of the configuration, tokenizer and weight files, or the hub's commit hash."""
+    dtype: str
+    """Element type the weights will be loaded in, or ``auto``."""
 
     @property
     def channels(self) -> int:
@@ -37,12 +39,13 @@ class DenseSource:
         return int(self.config.intermediate_size)
 
 
-def locate_dense(path: str, revision: str | None = None) -> DenseSource:
+def locate_dense(path: str, revision: str | None = None, *, dtype: str = "auto") -> DenseSource:
     """Find a dense model and read its configuration, without its weights.
 
     Args:
         path: ``embedded``, a directory, or a hub id.
         revision: commit, branch or tag on the hub.
+        dtype: recorded for the weights' loading.
 
     Raises:
         UserError: nothing there, an unreadable configuration, an unsupported family, pickled weights only.
@@ -68,7 +71,7 @@ def locate_dense(path: str, revision: str | None = None) -> DenseSource:
         fingerprint = fingerprint_directory(directory)
     else:
         fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
-    return DenseSource(location, revision, config, fingerprint)
+    return DenseSource(location, revision, config, fingerprint, dtype)
 
 
 def _check_directory(directory: Path, path: str) -> None:

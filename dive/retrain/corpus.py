@@ -4,17 +4,22 @@ Block number i is the same whoever asks, so that any number of processes share a
 resumed run goes on exactly where it stopped.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from dive.calibration_domains.local import SUFFIXES, read_documents
 from dive.calibration_domains.sampling import Tokenize, token_blocks
-from dive.config import HubTextConfig
+from dive.calibration_domains.texts import fingerprint
+from dive.config import CorpusSource, HubTextConfig, RetrainConfig, require
 
 Blocks = Callable[[], Iterator[Tensor]]
 """Starts the sequence of blocks (length,) int64 anew."""
@@ -69,3 +74,53 @@ class BlockRange(IterableDataset[dict[str, Tensor]]):
         for index, block in enumerate(itertools.islice(self.blocks(), self.stop)):
             if index >= self.start and index % self.world == self.rank:
                 yield {"input_ids": block, "index": torch.tensor(index)}
+
+
+def corpus_blocks(
+    config: RetrainConfig, domains: Mapping[str, Sequence[str]], tokenize: Tokenize, *, seed: int
+) -> tuple[Blocks, str]:
+    """The configured corpus, and a string that identifies its text, order and tokens.
+
+    Args:
+        domains: {domain: train documents}.
+
+    Raises:
+        UserError: local files cannot be read. A hub corpus is opened when it is first needed.
+    """
+    corpus = config.corpus
+    length = config.length
+    if corpus.source is CorpusSource.hub:
+        assert corpus.hub is not None
+        hub = partial(
+            hub_blocks,
+            corpus.hub,
+            tokenize,
+            length=length,
+            seed=seed,
+            buffer=corpus.shuffle_buffer,
+            where="retrain.corpus.hub",
+        )
+        return hub, f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}"
+    if corpus.source is CorpusSource.local:
+        assert corpus.path is not None
+        documents = read_corpus(corpus.path, corpus.text_field)
+        local = partial(token_blocks, documents, tokenize, length=length, seed=seed)
+        return local, f"local:{fingerprint(documents)}:{length}:{seed}"
+    prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
+    return (
+        partial(domain_blocks, domains, tokenize, length=length, seed=seed),
+        f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}",
+    )
+
+
+def read_corpus(path: str, text_field: str) -> list[str]:
+    """Documents of a file, or of all jsonl, txt and parquet files below a directory.
+
+    Raises:
+        UserError: nothing there, or a file cannot be read.
+    """
+    where = "retrain.corpus.path"
+    root = Path(path).expanduser()
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES)
+    require(bool(files), f"{where}={path}: no {', '.join(SUFFIXES)} file there")
+    return [document for file in files for document in read_documents(file, field=text_field, where=where)]

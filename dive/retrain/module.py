@@ -205,6 +205,10 @@ class MoERetraining(lightning.LightningModule):
         checkpoint["dive"] = {"key": self.key, "curve": self.curve}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("dive", {}).get("key") != self.key:
+            raise UserError(
+                f"retrain.resume: this checkpoint belongs to another stage or configuration, not to {self.name} as configured"
+            )
         self.curve = list(checkpoint["dive"]["curve"])
 
 

@@ -1,6 +1,7 @@
 """Lightning trainers from the configuration."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +53,6 @@ def build_trainer(
     checkpoints: Path,
     checkpoint_every: int,
     loggers: Sequence[Logger],
-    show_bar: bool,
 ) -> lightning.Trainer:
     """A trainer for one stage.
 
@@ -62,7 +62,6 @@ def build_trainer(
         accumulation: forward passes per step.
         checkpoints: directory of the running stage's checkpoints; the newest one is kept.
         checkpoint_every: optimiser steps between them.
-        show_bar: a progress bar, in a terminal.
     """
     callbacks: list[Callback] = [
         ModelCheckpoint(
@@ -74,6 +73,7 @@ def build_trainer(
             save_on_exception=True,
         )
     ]
+    show_bar = sys.stderr.isatty()
     if show_bar:
         callbacks.append(RichProgressBar(leave=True))
     return lightning.Trainer(

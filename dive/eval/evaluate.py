@@ -1,0 +1,86 @@
+"""Measuring one model on all evaluation texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dive.calibration_domains.sampling import Tokenize, evaluation_windows
+from dive.calibration_domains.texts import DomainTexts, load_eval_set
+from dive.config import EvalConfig
+from dive.errors import UserError
+from dive.eval.perplexity import geometric_mean, perplexity
+from dive.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class EvaluationTexts:
+    """Windows to measure on."""
+
+    domains: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """{length: {domain: (N, length)}}"""
+    sets: dict[str, Tensor] = field(default_factory=dict)
+    """{"<set>@<length>": (N, length)}"""
+
+    def all(self) -> dict[str, Tensor]:
+        """Every matrix under its key in the results."""
+        named = {f"{domain}@{length}": w for length, by in self.domains.items() for domain, w in by.items()}
+        return named | self.sets
+
+
+def evaluation_texts(
+    config: EvalConfig, domains: Sequence[DomainTexts], tokenize: Tokenize, *, positions: int
+) -> EvaluationTexts:
+    """Cut the test texts into windows.
+
+    Args:
+        positions: longest sequence the model can take.
+
+    Raises:
+        UserError: a text is too short or unreadable, or a window too long for the model.
+    """
+    texts = EvaluationTexts()
+    for length in config.lengths:
+        _fits(length, positions, "eval.lengths")
+        texts.domains[length] = {
+            d.name: evaluation_windows(d.test, tokenize, length=length, windows=config.windows, name=d.name) for d in domains
+        }
+    for name, entry in config.sets.items():
+        if name in {domain.name for domain in domains}:
+            raise UserError(f"eval.sets.{name} has the name of a domain; rename the set")
+        documents = load_eval_set(name, entry)
+        for length in entry.lengths:
+            _fits(length, positions, f"eval.sets.{name}.lengths")
+            texts.sets[f"{name}@{length}"] = evaluation_windows(
+                documents, tokenize, length=length, windows=config.windows, name=name
+            )
+    return texts
+
+
+def _fits(length: int, positions: int, where: str) -> None:
+    if length > positions:
+        raise UserError(f"{where} ({length}) exceeds the {positions} positions of the model")
+
+
+def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, description: str) -> dict[str, float]:
+    """Perplexity under every key, and ``mean``: the geometric mean over the domains at the first length.
+
+    Further lengths have means of their own, ``mean@<length>``.
+    """
+    items = list(texts.all().items())
+    values = {key: perplexity(model, windows, batch=batch) for key, windows in track(items, f"evaluating {description}")}
+    return values | means(values, texts)
+
+
+def means(values: Mapping[str, float], texts: EvaluationTexts) -> dict[str, Any]:
+    """Geometric means over the domains, by length."""
+    found = {
+        f"mean@{length}": geometric_mean([values[f"{domain}@{length}"] for domain in by])
+        for length, by in texts.domains.items()
+    }
+    first = next(iter(found.values()))
+    return {"mean": first} | (found if len(found) > 1 else {})

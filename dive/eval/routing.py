@@ -1,0 +1,77 @@
+"""Who is routed where, and how much experts have in common.
+
+Shapes: L layers, E experts, F channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dive.model.families import decoder_layers, moe_block
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(slots=True)
+class Routing:
+    """Share of each domain's token-to-expert assignments."""
+
+    share: dict[str, Tensor]
+    """{domain: (L, E)}, rows sum to one."""
+
+    @property
+    def load(self) -> Tensor:
+        """(L, E), share of all tokens, domains weighted alike."""
+        return torch.stack(list(self.share.values())).mean(dim=0)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: shares, and per layer the largest load over the mean and the entropy of the load in nats."""
+        load = self.load
+        return {
+            "share": {domain: share.mean(dim=0).tolist() for domain, share in self.share.items()},
+            "share_by_layer": {domain: share.tolist() for domain, share in self.share.items()},
+            "load_max_over_mean": (load.max(dim=1).values * load.shape[1]).tolist(),
+            "load_entropy": torch.special.entr(load).sum(dim=1).tolist(),
+        }
+
+
+@torch.no_grad()
+def routing_share(model: "PreTrainedModel", windows: Mapping[str, Tensor], *, batch: int = 16) -> Routing:
+    """Count which experts the routers select on each domain's windows (N, T) int64."""
+    layers, experts = len(decoder_layers(model)), int(model.config.num_experts)
+    counts = torch.zeros(layers, experts)
+    hooks = []
+    for number in range(layers):
+
+        def count(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor], number: int = number) -> None:
+            counts[number] += torch.bincount(output[2].reshape(-1).cpu(), minlength=experts)
+
+        hooks.append(moe_block(model, number).gate.register_forward_hook(count))
+    share = {}
+    try:
+        for domain, matrix in windows.items():
+            counts.zero_()
+            for rows in matrix.split(batch):
+                model.model(input_ids=rows.to(model.device), use_cache=False)
+            share[domain] = counts / counts.sum(dim=1, keepdim=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Routing(share)
+
+
+def mask_overlap(masks: Tensor) -> Tensor:
+    """Jaccard index of the channels of every pair of experts, averaged over layers, (E, E).
+
+    Args:
+        masks: (L, E, F) bool.
+    """
+    kept = masks.double()
+    both = kept @ kept.transpose(1, 2)
+    sizes = kept.sum(dim=2)
+    either = sizes[:, :, None] + sizes[:, None, :] - both
+    return (both / either.clamp_min(1.0)).mean(dim=0)

@@ -1,0 +1,189 @@
+"""Writing a Mixture-of-Experts that stock transformers, vLLM, SGLang and llama.cpp load as it is.
+
+The directory is written beside its place, read back and compared, and only then moved there.
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dive.errors import UserError
+from dive.model.families import decoder_layers, moe_block, moe_class
+from dive.moe.plug import plug_routers, unplug
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+BIASED_MODEL_TYPE = "dive_moe_with_expert_bias"
+"""``model_type`` of the custom format: unknown to every engine, so that none loads it and drops the biases silently."""
+
+
+def has_expert_bias(model: "PreTrainedModel") -> bool:
+    """Whether the experts have FLAP's bias, which no stock class has a place for."""
+    return hasattr(moe_block(model, 0).experts, "down_bias")
+
+
+def save(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: str | Path, *, card: str | None = None
+) -> Path:
+    """Write the model as its stock class, and prove it by reading it back.
+
+    Adapters are merged and the training routers taken out of ``model``, in place.
+
+    Args:
+        directory: to create; an existing one is replaced once the new one is proven.
+        card: text of the model card.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: the experts have biases (see :func:`save_with_expert_bias`), the directory cannot be written, or what
+            was read back differs.
+    """
+    if has_expert_bias(model):
+        raise UserError(
+            "pruning.compensation=bias: a stock Mixture-of-Experts has no place for expert biases and every engine would "
+            "drop them silently; use compensation=least_squares or none, or save_with_expert_bias() for a custom directory"
+        )
+    unplug(model)
+    target = Path(directory)
+    working = _fresh_sibling(target)
+    try:
+        model.save_pretrained(working)
+        tokenizer.save_pretrained(working)
+        if card is not None:
+            (working / "README.md").write_text(card, encoding="utf-8")
+        verify(model, working)
+        _replace(working, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return target
+
+
+@torch.no_grad()
+def verify(model: "PreTrainedModel", directory: Path) -> None:
+    """Read a directory back as any user would, and compare every tensor and the logits of a few tokens.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or different, or the logits are.
+    """
+    from transformers import AutoModelForCausalLM
+
+    again, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=model.dtype, output_loading_info=True, experts_implementation=model.config._experts_implementation
+    )
+    if type(again) is not type(model):
+        raise UserError(f"{directory} loads as {type(again).__name__}, not as {type(model).__name__}")
+    wrong = {
+        name: sorted(map(str, report[name]))
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if report.get(name)
+    }
+    if wrong:
+        raise UserError(f"{directory} does not load whole: {wrong}")
+    loaded = dict(again.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter.cpu(), loaded[name]):
+            raise UserError(f"{directory}: {name} differs after reading it back")
+    length = min(64, model.config.max_position_embeddings)
+    ids = torch.arange(2 * length).reshape(2, length) * 7919 % model.config.vocab_size
+    ours = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    theirs = again.to(model.device).eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    difference = float((ours - theirs).abs().max())
+    if not difference <= 1e-5 * float(ours.abs().max()):
+        raise UserError(f"{directory}: logits differ by {difference:.2e} after reading it back")
+    log.info("export read back: every tensor equal, logits differ by %.1e", difference)
+
+
+def save_with_expert_bias(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: str | Path, *, card: str | None = None
+) -> Path:
+    """Write a model whose experts have biases, in a format of its own that :func:`load_with_expert_bias` reads.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: the directory's name does not say ``expert_bias``, or it cannot be written.
+    """
+    from safetensors.torch import save_model
+
+    target = Path(directory)
+    if "expert_bias" not in target.name:
+        raise UserError(f"{target}: a directory that no engine can serve must say so; put expert_bias in its name")
+    unplug(model)
+    working = _fresh_sibling(target)
+    try:
+        save_model(model, str(working / "model.safetensors"), metadata={"format": "pt"})
+        settings = model.config.to_dict() | {"stock_model_type": model.config.model_type, "model_type": BIASED_MODEL_TYPE}
+        settings.pop("architectures", None)
+        (working / "config.json").write_text(json.dumps(settings, indent=2, default=str))
+        tokenizer.save_pretrained(working)
+        note = (
+            "> **Not a stock model.** Its experts have biases (FLAP's compensation), which Mixtral has no place for. Only "
+            "`dive.load_with_expert_bias(directory)` loads it. For a model that serves anywhere choose "
+            "`pruning.compensation=least_squares`.\n\n"
+        )
+        (working / "README.md").write_text(note + (card or ""), encoding="utf-8")
+        _replace(working, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return target
+
+
+def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
+    """Load what :func:`save_with_expert_bias` wrote.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    from safetensors.torch import load_file, load_model
+    from transformers import AutoConfig
+
+    from dive.model.families import empty_moe
+
+    path = Path(directory)
+    try:
+        settings = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: config.json cannot be read") from error
+    if settings.get("model_type") != BIASED_MODEL_TYPE:
+        raise UserError(f"{path} is not a directory of save_with_expert_bias; load it with transformers")
+    settings["model_type"] = settings.pop("stock_model_type")
+    config = AutoConfig.for_model(**settings)
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
+    model = empty_moe(config, dtype)
+    shapes = load_file(path / "model.safetensors")
+    for number in range(len(decoder_layers(model))):
+        bias = next(t for n, t in shapes.items() if n.endswith(f"layers.{number}.mlp.experts.down_bias"))
+        moe_block(model, number).experts.down_bias = nn.Parameter(bias, requires_grad=False)
+    load_model(model, str(path / "model.safetensors"))
+    plug_routers(model)
+    assert isinstance(model, moe_class(config))
+    return model.requires_grad_(False).eval()
+
+
+def _fresh_sibling(target: Path) -> Path:
+    working = target.with_name(f".{target.name}-{os.getpid()}")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    return working
+
+
+def _replace(working: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(working, target)

@@ -1,0 +1,93 @@
+"""Plots of a run, written as PNG.
+
+Shapes: n domains, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import dendrogram
+
+MAP = "viridis"
+
+
+def _save(figure: Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
+
+
+def affinity_heatmap(
+    values: NDArray[np.float64], tree: NDArray[np.float64], domains: Sequence[str], groups: Sequence[Sequence[str]], file: Path
+) -> None:
+    """Affinity matrix with rows and columns in the order of the dendrogram beside it.
+
+    Args:
+        values: A, (n, n).
+        tree: linkage matrix (n - 1, 4).
+        groups: shown by the colour of the labels.
+    """
+    n = len(domains)
+    size = max(4.5, 0.32 * n)
+    figure = Figure(figsize=(size * 1.45, size))
+    left, right = figure.subplots(1, 2, width_ratios=[1, 3.2])
+    drawn = dendrogram(
+        tree, ax=left, orientation="left", labels=list(domains), color_threshold=0, above_threshold_color="#555555"
+    )
+    order = drawn["leaves"][::-1]
+    left.set_xlabel("distance, 1 − r")
+    left.tick_params(axis="y", labelleft=False, left=False)
+    left.spines[["top", "right", "left"]].set_visible(False)
+    image = right.imshow(values[np.ix_(order, order)], cmap=MAP, aspect="auto")
+    group_of = {domain: number for number, group in enumerate(groups) for domain in group}
+    labels = [f"{domains[i]} [{group_of[domains[i]]}]" if domains[i] in group_of else domains[i] for i in order]
+    right.set_xticks(range(n), [domains[i] for i in order], rotation=90, fontsize=8)
+    right.set_yticks(range(n), labels, fontsize=8)
+    colours = mpl.colormaps["tab10"]
+    for tick, i in zip(right.get_yticklabels(), order, strict=True):
+        if domains[i] in group_of:
+            tick.set_color(colours(group_of[domains[i]] % 10))
+    right.set_xlabel("measured on")
+    right.set_ylabel("pruned on [group]")
+    right.set_title("Domain affinity: best perplexity for a domain / perplexity of this pruned model", fontsize=9)
+    figure.colorbar(image, ax=right, label="affinity (1 = as good as the best)")
+    _save(figure, file)
+
+
+def routing_heatmap(share: Mapping[str, Sequence[float]], groups: Sequence[Sequence[str]], file: Path) -> None:
+    """Share of each domain's tokens that each expert gets, averaged over layers; a dot marks the expert's own domains."""
+    domains = list(share)
+    values = np.array([share[domain] for domain in domains])
+    figure = Figure(figsize=(1.8 + 0.55 * values.shape[1], 1.2 + 0.28 * len(domains)))
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap=MAP, aspect="auto", vmin=0)
+    for expert, group in enumerate(groups):
+        for domain in group:
+            if domain in share and expert < values.shape[1]:
+                axes.plot(expert, domains.index(domain), "o", color="white", markersize=4)
+    axes.set_xticks(range(values.shape[1]))
+    axes.set_yticks(range(len(domains)), domains, fontsize=8)
+    axes.set_xlabel("expert")
+    axes.set_title("Routing share (mean over layers)", fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of the domain's tokens")
+    _save(figure, file)
+
+
+def loss_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
+    """Training loss over tokens, the stages one after another."""
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    before = 0.0
+    for name, curve in curves.items():
+        tokens = [before + point["tokens"] for point in curve]
+        axes.plot(tokens, [point["loss"] for point in curve], label=name, marker="." if len(curve) < 30 else None)
+        before = tokens[-1] if tokens else before
+    axes.set_xlabel("retraining tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="stage")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)

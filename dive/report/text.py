@@ -1,0 +1,96 @@
+"""Results as text: the table that ends a run, and the model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def count(number: float) -> str:
+    """1234567 as 1.23 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def stage_table(results: Mapping[str, Any]) -> Table:
+    """Perplexity, tokens and time of every stage."""
+    named = results["evaluation"]["sets"]
+    table = Table(title="Perplexity (geometric mean over the domains' test texts; lower is better)")
+    table.add_column("stage")
+    for name in ("mean", *named, "trained", "tokens", "time"):
+        table.add_column(name, justify="right")
+    for stage in results["stages"]:
+        values = stage["perplexity"]
+        table.add_row(
+            stage["name"],
+            *(f"{values[key]:.2f}" for key in ("mean", *named)),
+            count(stage["trained"]) if stage["trained"] else "–",
+            count(stage["tokens"]) if stage["tokens"] else "–",
+            f"{stage['seconds']:.1f} s" + (" (reused)" if stage["reused"] else ""),
+        )
+    return table
+
+
+def trained_parameters_table(stage: str, rows: Sequence[tuple[str, int, int]]) -> Table:
+    """What a stage trains, part by part."""
+    table = Table(title=f"Stage {stage}: trained parameters")
+    for name in ("part", "parameters", "trained", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    total, trained = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    for part, all_of_it, of_which in (*rows, ("all", total, trained)):
+        share = of_which / all_of_it if all_of_it else 0.0
+        table.add_row(part, f"{all_of_it:,}", f"{of_which:,}", f"{share:.2%}")
+    return table
+
+
+def show(*items: Any) -> None:
+    """Print to the terminal; 120 columns where there is none."""
+    console = Console(width=None if Console().is_terminal else 120)
+    for item in items:
+        console.print(item)
+
+
+def model_card(results: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str:
+    """README.md of an export: what it is, the domains of each expert, results, configuration."""
+    parameters, moe, pruning = results["parameters"], config["moe"], config["pruning"]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [mixture-of-experts, pruning, dive]"]
+    if "/" in base and not base.startswith(("/", ".", "~")):
+        front.append(f"base_model: {json.dumps(base)}")
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# Mixture-of-Experts from {config['model']['name']}",
+        "",
+        f"{moe['experts']} experts, {moe['top_k']} active per token; each is the dense model's FFN with "
+        f"{pruning['ratio']:.0%} of its channels pruned. Made by domain-affinity pruning and reconstruction "
+        "(DIVE, ACL 2025, arXiv 2506.09351).",
+        "",
+        "| parameters | dense | total | active | trained |",
+        "| --- | --- | --- | --- | --- |",
+        "| | " + " | ".join(count(parameters[k]) for k in ("dense", "total", "active", "trained")) + " |",
+        "",
+        "## Domains of each expert",
+        "",
+        *(f"- expert {number}: {', '.join(group)}" for number, group in enumerate(results["groups"])),
+        "",
+        "## Perplexity",
+        "",
+        "Geometric mean over the domains' test texts, non-overlapping windows.",
+        "",
+        "| stage | perplexity | retraining tokens |",
+        "| --- | --- | --- |",
+        *(f"| {s['name']} | {s['perplexity']['mean']:.2f} | {s['tokens']:,} |" for s in results["stages"]),
+        "",
+        "## Configuration",
+        "",
+        "```json",
+        json.dumps(config, indent=2, ensure_ascii=False),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""One stage of retraining, from the model before it to an artifact that holds what was trained."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dive.artifacts import Artifact, Store, write_json
+from dive.config import Config, Strategy
+from dive.errors import UserError
+from dive.logger.build import build_stage_loggers
+from dive.model.families import decoder_layers
+from dive.moe.plug import plug_routers
+from dive.report.text import show, trained_parameters_table
+from dive.retrain.corpus import Blocks
+from dive.retrain.freezing import apply_policy, plug_adapters, trained_table
+from dive.retrain.module import MoERetraining, optimiser_steps
+from dive.trainer.build import build_trainer
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RetrainedStage:
+    """A finished stage."""
+
+    name: str
+    artifact: Artifact
+    """``trained.safetensors``: every parameter trained up to and with this stage; ``curve.json``."""
+    tokens: int
+    trained: int
+    """Parameters this stage trained."""
+    sizes: dict[str, int]
+    """{parameter trained by this stage: its size}"""
+    curve: list[dict[str, float]]
+    """Logged values of the stage."""
+
+
+def retrain_stage(
+    store: Store,
+    name: str,
+    config: Config,
+    reconstructed: Callable[[], "PreTrainedModel"],
+    before: Sequence[RetrainedStage],
+    blocks: Blocks,
+    *,
+    depends: Mapping[str, Any],
+    directory: Path,
+    wandb: "WandbLogger | None",
+    main_process: bool,
+) -> RetrainedStage:
+    """Train one stage, or find it in the store.
+
+    With several processes all of them train, and the first one writes. An interrupted stage goes on from its last
+    checkpoint, as ``retrain.resume`` says.
+
+    Args:
+        reconstructed: makes the model as it was before any retraining.
+        before: the stages before this one, in order.
+        blocks: the corpus; a stage begins where the one before it ended.
+        depends: what identifies the reconstructed model and the corpus.
+
+    Raises:
+        UserError: the checkpoint to resume from is missing or of another stage, or the loss is not finite.
+    """
+    retrain, stage = config.retrain, config.retrain.stages[name]
+    steps = optimiser_steps(stage, retrain.length)
+    inputs = {
+        **depends,
+        "before": before[-1].artifact.key if before else None,
+        "name": name,
+        "stage": stage,
+        "lora": retrain.lora,
+        "length": retrain.length,
+        "noise": config.moe.noise,
+        "precision": config.trainer.precision,
+        "gradient_clip": config.trainer.gradient_clip,
+        "log_every": retrain.log_every,
+        "seed": config.seed,
+    }
+
+    def compute(folder: Path) -> None:
+        model = retrained_model(reconstructed, config, before)
+        lightning.seed_everything(config.seed, verbose=False)
+        apply_policy(model, stage.train, retrain.lora)
+        if main_process:
+            show(trained_parameters_table(name, trained_table(model)))
+        module = _fit(store, model, name, config, blocks, inputs, before, directory, wandb)
+        state = _gather(module)
+        if main_process:
+            earlier = load_file(before[-1].artifact.path / "trained.safetensors") if before else {}
+            save_file(earlier | state, folder / "trained.safetensors")
+            write_json(
+                folder / "curve.json",
+                {"curve": module.curve, "sizes": {k: v.numel() for k, v in state.items()}},
+            )
+
+    artifact = _get(store, inputs, compute, main_process=main_process)
+    if main_process:
+        store.forget_partial("retrained", inputs)
+    logged = json.loads((artifact.path / "curve.json").read_text())
+    return RetrainedStage(
+        name=name,
+        artifact=artifact,
+        tokens=steps * stage.batch * retrain.length,
+        trained=sum(logged["sizes"].values()),
+        sizes=logged["sizes"],
+        curve=logged["curve"],
+    )
+
+
+def _get(store: Store, inputs: Mapping[str, Any], compute: Callable[[Path], None], *, main_process: bool) -> Artifact:
+    if main_process:
+        return store.get("retrained", inputs, compute)
+    # Training is collective: another rank must not wait for the first one's lock, it must take part.
+    found = store.find("retrained", inputs)
+    if found is None:
+        compute(Path("unused"))
+        torch.distributed.barrier()
+        found = store.find("retrained", inputs)
+    assert found is not None
+    return found
+
+
+def retrained_model(
+    reconstructed: Callable[[], "PreTrainedModel"], config: Config, stages: Sequence[RetrainedStage]
+) -> "PreTrainedModel":
+    """The model after these stages: routers plugged, adapters in place but not merged, in evaluation mode."""
+    model = reconstructed()
+    plug_routers(model, noise=config.moe.noise)
+    for stage in stages:
+        plug_adapters(model, config.retrain.stages[stage.name].train, config.retrain.lora)
+    if stages:
+        state = load_file(stages[-1].artifact.path / "trained.safetensors")
+        unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+        if unexpected:
+            raise UserError(f"store: the artifact of stage {stages[-1].name} has parameters the model lacks: {unexpected[:3]}")
+    return model.eval()
+
+
+def _fit(
+    store: Store,
+    model: "PreTrainedModel",
+    name: str,
+    config: Config,
+    blocks: Blocks,
+    inputs: Mapping[str, Any],
+    before: Sequence[RetrainedStage],
+    directory: Path,
+    wandb: "WandbLogger | None",
+) -> MoERetraining:
+    retrain, stage = config.retrain, config.retrain.stages[name]
+    partial = store.partial("retrained", inputs)
+    checkpoint = find_checkpoint(retrain.resume, partial)
+    accumulation = stage.accumulation or config.trainer.accumulation
+    if config.trainer.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = MoERetraining(
+        model,
+        stage,
+        retrain,
+        blocks,
+        name=name,
+        key=partial.name,
+        first_block=sum(s.tokens // retrain.length for s in before),
+        accumulation=accumulation,
+        seed=config.seed,
+        shard=config.trainer.strategy is Strategy.fsdp2,
+    )
+    loggers = build_stage_loggers(config.logger, directory, name)
+    trainer = build_trainer(
+        config.trainer,
+        layer_class=type(decoder_layers(model)[0]),
+        steps=module.steps,
+        accumulation=accumulation,
+        checkpoints=partial,
+        checkpoint_every=retrain.checkpoint_every,
+        loggers=loggers if wandb is None else [*loggers, wandb],
+    )
+    if checkpoint is not None:
+        log.info("%s: going on from %s", name, checkpoint)
+    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return module
+
+
+def find_checkpoint(resume: str | None, partial: Path) -> Path | None:
+    """The checkpoint to go on from: the newest in ``partial`` for ``last``, or the path that ``resume`` is.
+
+    Raises:
+        UserError: there is no file at that path.
+    """
+    if resume is None:
+        return None
+    if resume == "last":
+        found = sorted(partial.glob("*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
+        return found[-1] if found else None
+    path = Path(resume).expanduser()
+    if not path.is_file():
+        raise UserError(f"retrain.resume={resume}: no such checkpoint; `last` finds the newest one of this stage by itself")
+    return path
+
+
+def _gather(module: MoERetraining) -> dict[str, Tensor]:
+    """What the stage trained, whole, on the host; collective where parameters are sharded."""
+    state = module.trainer.strategy.lightning_module_state_dict()
+    return {
+        name.removeprefix("model."): tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name in module.trained_names
+    }
