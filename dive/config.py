@@ -125,7 +125,10 @@ class CalibrationDomainsConfig:
             unknown = sorted(set(self.domains or []) - set(self.hub))
             require(not unknown, f"calibration_domains.domains: {unknown} not among {sorted(self.hub)}")
         if self.domains is not None:
-            require(len(set(self.domains)) == len(self.domains), "calibration_domains.domains names a domain twice")
+            require(
+                len(set(self.domains)) == len(self.domains),
+                "calibration_domains.domains names a domain twice",
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------- pruning
@@ -159,8 +162,9 @@ class PruningConfig:
     compensation: Compensation = Compensation.least_squares
     ridge: float = 0.01
     """Least squares only: ridge as a share of the mean channel energy; keeps rare channels from over-fitting."""
-    width_multiple: int = 1
-    """The kept width is rounded to this multiple; 32 for fast kernels, 256 for llama.cpp's k-quants."""
+    width_multiple: int = 8
+    """The kept width is rounded to this multiple. Grouped matrix products need 8 (16 bytes of bfloat16); 32 is faster, 256
+    suits llama.cpp's k-quants."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.ratio < 1.0, f"pruning.ratio ({self.ratio}) must lie strictly between 0 and 1")
@@ -218,7 +222,10 @@ class AffinityConfig:
     def __post_init__(self) -> None:
         require(self.samples > 0, f"affinity.samples ({self.samples}) must be positive")
         if self.grouping in (Grouping.given, Grouping.published):
-            require(bool(self.groups), "affinity.groups is needed: a list of lists of domain names, one list an expert")
+            require(
+                bool(self.groups),
+                "affinity.groups is needed: a list of lists of domain names, one list an expert",
+            )
             assert self.groups is not None
             flat = [domain for group in self.groups for domain in group]
             require(all(self.groups), "affinity.groups has an empty group")
@@ -275,7 +282,8 @@ class MoEConfig:
         require(self.experts >= 1, f"moe.experts ({self.experts}) must be at least 1")
         require(self.top_k >= 1, f"moe.top_k ({self.top_k}) must be at least 1")
         require(
-            self.top_k <= self.experts, f"moe.top_k ({self.top_k}) must not exceed moe.experts ({self.experts})"
+            self.top_k <= self.experts,
+            f"moe.top_k ({self.top_k}) must not exceed moe.experts ({self.experts})",
         )
         require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
 
@@ -423,9 +431,7 @@ class RetrainConfig:
                 any(getattr(stage.train, part) is not Freezing.frozen for part in PARTS),
                 f"{where}.train freezes everything; set one of {', '.join(PARTS)} to full or lora",
             )
-            require(
-                stage.accumulation is None or stage.accumulation > 0, f"{where}.accumulation must be positive"
-            )
+            require(stage.accumulation is None or stage.accumulation > 0, f"{where}.accumulation must be positive")
 
 
 RESERVED_STAGES = ("dense", "pruned", "reconstructed")
@@ -474,9 +480,7 @@ class EvalConfig:
         for name, entry in self.sets.items():
             where = f"eval.sets.{name}"
             require(bool(entry.lengths), f"{where}.lengths is empty")
-            require(
-                entry.source is not TextSource.local or entry.path is not None, f"{where}.path is needed"
-            )
+            require(entry.source is not TextSource.local or entry.path is not None, f"{where}.path is needed")
             require(entry.source is not TextSource.hub or entry.hub is not None, f"{where}.hub is needed")
 
 

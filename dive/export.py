@@ -32,7 +32,11 @@ def has_expert_bias(model: "PreTrainedModel") -> bool:
 
 
 def save(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: str | Path, *, card: str | None = None
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: str | Path,
+    *,
+    card: str | None = None,
 ) -> Path:
     """Write the model as its stock class, and prove it by reading it back.
 
@@ -81,7 +85,10 @@ def verify(model: "PreTrainedModel", directory: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     again, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=model.dtype, output_loading_info=True, experts_implementation=model.config._experts_implementation
+        directory,
+        dtype=model.dtype,
+        output_loading_info=True,
+        experts_implementation=model.config._experts_implementation,
     )
     if type(again) is not type(model):
         raise UserError(f"{directory} loads as {type(again).__name__}, not as {type(model).__name__}")
@@ -107,7 +114,11 @@ def verify(model: "PreTrainedModel", directory: Path) -> None:
 
 
 def save_with_expert_bias(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: str | Path, *, card: str | None = None
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: str | Path,
+    *,
+    card: str | None = None,
 ) -> Path:
     """Write a model whose experts have biases, in a format of its own that :func:`load_with_expert_bias` reads.
 
@@ -126,7 +137,10 @@ def save_with_expert_bias(
     working = _fresh_sibling(target)
     try:
         save_model(model, str(working / "model.safetensors"), metadata={"format": "pt"})
-        settings = model.config.to_dict() | {"stock_model_type": model.config.model_type, "model_type": BIASED_MODEL_TYPE}
+        settings = model.config.to_dict() | {
+            "stock_model_type": model.config.model_type,
+            "model_type": BIASED_MODEL_TYPE,
+        }
         settings.pop("architectures", None)
         (working / "config.json").write_text(json.dumps(settings, indent=2, default=str))
         tokenizer.save_pretrained(working)

@@ -32,7 +32,6 @@ from dive.config import (
     Compensation,
     Config,
     Construction,
-    Freezing,
     Grouping,
     MoEConfig,
     PruningConfig,
@@ -56,6 +55,7 @@ from dive.moe.reconstruct import ExpertLayer, assemble, build_layers
 from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
+from dive.progress import quiet_libraries
 from dive.report import plots
 from dive.report.text import model_card, show, stage_table
 from dive.retrain.corpus import corpus_blocks
@@ -86,7 +86,11 @@ class Inputs:
 
     def identity(self) -> dict[str, Any]:
         """What calibration depends on: model, element type and the tokens themselves."""
-        return {"model": self.source.fingerprint, "dtype": self.source.dtype, "tokens": hash_tokens(self.tokens)}
+        return {
+            "model": self.source.fingerprint,
+            "dtype": self.source.dtype,
+            "tokens": hash_tokens(self.tokens),
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages
@@ -113,7 +117,9 @@ def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[st
     return found
 
 
-def mine(store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningConfig, *, batch: int, seed: int) -> Artifact:
+def mine(
+    store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningConfig, *, batch: int, seed: int
+) -> Artifact:
     """Perplexity of the model pruned on each domain, measured on every domain."""
     with_bias = pruning.compensation is not Compensation.none
 
@@ -136,7 +142,11 @@ def mine(store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningCon
 
     width = pruning.width(inputs.source.channels)
     depends = {"statistics": statistics.key, "measured": hash_tokens(inputs.measured), "width": width}
-    depends |= {"metric": pruning.metric, "with_bias": with_bias, "seed": seed if pruning.metric.value == "random" else None}
+    depends |= {
+        "metric": pruning.metric,
+        "with_bias": with_bias,
+        "seed": seed if pruning.metric.value == "random" else None,
+    }
     return store.get("matrix", depends, compute)
 
 
@@ -189,7 +199,12 @@ def build_experts(
     construction = plain(moe)
     for settings in ("top_k", "noise", *(() if wants_inputs else ("distillation",))):
         construction.pop(settings)  # of no influence on the experts
-    depends = inputs.identity() | {"groups": [list(g) for g in groups], "pruning": pruning, "moe": construction, "seed": seed}
+    depends = inputs.identity() | {
+        "groups": [list(g) for g in groups],
+        "pruning": pruning,
+        "moe": construction,
+        "seed": seed,
+    }
     return store.get("experts", depends, compute)
 
 
@@ -259,7 +274,10 @@ def check(config: Config, source: DenseSource) -> None:
         unknown = sorted({d for group in config.affinity.groups for d in group} - set(names))
         require(not unknown, f"affinity.groups: {unknown} not among the calibration domains {names}")
     for members in config.affinity.groups or []:
-        require(bool(set(members) & set(names)), f"affinity.groups: none of {members} is a calibration domain here")
+        require(
+            bool(set(members) & set(names)),
+            f"affinity.groups: none of {members} is a calibration domain here",
+        )
 
 
 @dataclass(slots=True)
@@ -321,6 +339,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         UserError: something that the user can mend.
     """
     start = time.monotonic()
+    quiet_libraries()
     main_process = process_rank() == 0
     if not main_process:
         logging.getLogger("dive").setLevel(logging.WARNING)
@@ -339,9 +358,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             refuse_overlap(domain.train, domain.test, name=f"calibration_domains: {domain.name!r}")
     texts = evaluation_texts(config.eval, domains, tokenize, positions=source.config.max_position_embeddings)
     tokens, measured = sample_tokens(config, {d.name: d.train for d in domains}, tokenize)
-    blocks, corpus = corpus_blocks(
-        config.retrain, {d.name: d.train for d in domains}, tokenize, seed=config.seed
-    )
+    blocks, corpus = corpus_blocks(config.retrain, {d.name: d.train for d in domains}, tokenize, seed=config.seed)
 
     @cache
     def dense() -> "PreTrainedModel":
@@ -437,7 +454,11 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         if wandb is not None:
             wandb.experiment.finish()
         show(stage_table(record.results))
-        show(f"results  {directory / 'results.json'}", f"model    {record.results['export']}", f"plots    {directory / 'plots'}")
+        show(
+            f"results  {directory / 'results.json'}",
+            f"model    {record.results['export']}",
+            f"plots    {directory / 'plots'}",
+        )
     return record.results
 
 
@@ -543,7 +564,17 @@ def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recor
 
 def new_results(config: Config, source: DenseSource, overrides: Sequence[str], device: str) -> dict[str, Any]:
     """``results.json`` before the first stage."""
-    packages = ("dive-moe", "torch", "transformers", "tokenizers", "lightning", "datasets", "safetensors", "numpy", "scipy")
+    packages = (
+        "dive-moe",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "lightning",
+        "datasets",
+        "safetensors",
+        "numpy",
+        "scipy",
+    )
     return {
         "run": {
             "command": ["python", "-m", "dive.train", *overrides],

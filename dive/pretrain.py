@@ -104,9 +104,7 @@ class PretrainConfig:
         )
         for name in positive:
             require(getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1")
-        require(
-            self.vocabulary >= 258, f"vocabulary ({self.vocabulary}) must hold 256 bytes and 2 special tokens"
-        )
+        require(self.vocabulary >= 258, f"vocabulary ({self.vocabulary}) must hold 256 bytes and 2 special tokens")
         require(self.length >= 2, f"length ({self.length}) must be at least 2")
         require(
             self.length <= self.positions,
@@ -222,9 +220,7 @@ def perplexities(
         ids = torch.tensor(tokenizer(SEPARATOR.join(documents), verbose=False)["input_ids"])
         rows = min(windows, len(ids) // length)
         if rows == 0:
-            raise UserError(
-                f"length: the test text of {name} has {len(ids)} tokens, fewer than {length}; lower length"
-            )
+            raise UserError(f"length: the test text of {name} has {len(ids)} tokens, fewer than {length}; lower length")
         batch = ids[: rows * length].view(rows, length).to(model.device)
         with torch.no_grad():
             found[name] = math.exp(float(model(input_ids=batch, labels=batch).loss))
@@ -296,8 +292,7 @@ def pretrain(config: PretrainConfig) -> None:
         )
         if len(tokenizer) != config.vocabulary:
             raise UserError(
-                f"vocabulary: the texts give {len(tokenizer)} tokens; "
-                f"set vocabulary={len(tokenizer)} or add domains"
+                f"vocabulary: the texts give {len(tokenizer)} tokens; set vocabulary={len(tokenizer)} or add domains"
             )
         save_tokenizer(tokenizer, directory)
     streams = {name: encode(tokenizer, train) for name, (train, _) in texts.items()}

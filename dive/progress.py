@@ -31,13 +31,48 @@ def track(items: Sequence[T], description: str, unit: str = "it") -> Iterator[T]
 
 def _bar(items: Sequence[T], description: str, unit: str) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(f"{task.speed:.1f} {unit}/s" if task.speed else "")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield from progress.track(items, description=description)
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say about themselves out of the way of what the run says."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "wandb"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for message in (
+        ".*isinstance\\(treespec.*",
+        ".*does not have many workers.*",
+        ".*IterableDataset.*has `__len__`.*",
+        ".*Checkpoint directory .* exists.*",
+        ".*Found .* module\\(s\\) in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -208,9 +208,7 @@ def commands_in(path: Path) -> list[list[str]]:
     """Overrides of the commands that the comments of a preset recommend."""
     comments = [line[1:] for line in path.read_text().splitlines() if line.startswith("#")]
     text = "\n".join(comments).replace("\\\n", " ")
-    return [
-        shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith("python -m dive.train")
-    ]
+    return [shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith("python -m dive.train")]
 
 
 @pytest.mark.parametrize("experiment", experiments())

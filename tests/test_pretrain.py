@@ -101,9 +101,7 @@ def test_contradictions_are_refused(tmp_path: Path, overrides: dict[str, Any], m
 
 def test_windows_go_on_where_they_were() -> None:
     def windows() -> Windows:
-        return Windows(
-            [torch.arange(500), torch.arange(1000, 1400)], batch=4, length=16, long=32, long_every=3, seed=1
-        )
+        return Windows([torch.arange(500), torch.arange(1000, 1400)], batch=4, length=16, long=32, long_every=3, seed=1)
 
     whole = iter(windows())
     batches = [next(whole) for _ in range(6)]

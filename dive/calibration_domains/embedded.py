@@ -294,9 +294,7 @@ def licences() -> Iterator[Source]:
     for distribution in distributions():
         name = distribution.metadata["Name"].lower()
         for path in sorted(distribution.files or (), key=str):
-            if ".dist-info" in path.parts[0] and re.search(
-                "licen[cs]e|copying|notice", path.name, re.IGNORECASE
-            ):
+            if ".dist-info" in path.parts[0] and re.search("licen[cs]e|copying|notice", path.name, re.IGNORECASE):
                 try:
                     text = path.read_text(encoding="utf-8")
                 except (OSError, UnicodeDecodeError):

@@ -76,9 +76,7 @@ def _parse(template: str, where: str) -> tuple[tuple[str, Field | None], ...]:
         columns = tuple(match["columns"].split("|")) if match else ()
         keys = tuple(re.findall(r"\[([^\[\]]+)\]", match["keys"])) if match else ()
         if conversion is not None or not all(columns) or not columns or (len(columns) > 1 and not keys):
-            raise UserError(
-                f"{where}: the field {{{name}}} is none of {{column}}, {{column[key]}} and {{a|b[key]}}"
-            )
+            raise UserError(f"{where}: the field {{{name}}} is none of {{column}}, {{column[key]}} and {{a|b[key]}}")
         pieces.append((literal, Field(f"{{{name}}}", columns, keys, spec or None)))
     return tuple(pieces)
 
@@ -98,9 +96,7 @@ def _look_up(entry: Field, row: Mapping[str, object], where: str) -> object:
             return None
         if isinstance(value, Mapping):
             if key not in value:
-                raise UserError(
-                    f"{where}: {entry.written} needs a key {key!r}; the keys are {', '.join(value)}"
-                )
+                raise UserError(f"{where}: {entry.written} needs a key {key!r}; the keys are {', '.join(value)}")
             value = value[key]
         elif isinstance(value, list | tuple):
             position = _position(key, row, entry, where)
@@ -249,9 +245,7 @@ def _open(source: HubTextConfig, split: Literal["train", "test"], where: str) ->
         raise UserError(f"{where}: {source.path!r} cannot be read: {_line(error)}") from error
 
 
-def _cached(
-    source: HubTextConfig, files: str | None, load: Callable[[str, str | None], Any], where: str
-) -> Any:
+def _cached(source: HubTextConfig, files: str | None, load: Callable[[str, str | None], Any], where: str) -> Any:
     """The data set without network."""
     import datasets
     from huggingface_hub import constants, snapshot_download

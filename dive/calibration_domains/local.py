@@ -68,9 +68,7 @@ def _read_parquet(file: Path, field: str, where: str) -> list[str]:
             raise UserError(f"{where}: {file} has no column {field!r} (it has {columns})")
         values = pyarrow.parquet.read_table(file, columns=[field])[field].to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{where}: {file} is not a readable parquet file ({str(error).splitlines()[0]})"
-        ) from error
+        raise UserError(f"{where}: {file} is not a readable parquet file ({str(error).splitlines()[0]})") from error
     if not all(value is None or isinstance(value, str) for value in values):
         raise UserError(f"{where}: column {field!r} of {file} is not text")
     return [value for value in values if value]
@@ -82,9 +80,7 @@ def split_file(directory: Path, split: str, *, where: str) -> Path:
     Raises:
         UserError: none, or more than one.
     """
-    found = [
-        directory / f"{split}{suffix}" for suffix in SUFFIXES if (directory / f"{split}{suffix}").is_file()
-    ]
+    found = [directory / f"{split}{suffix}" for suffix in SUFFIXES if (directory / f"{split}{suffix}").is_file()]
     if len(found) != 1:
         what = "no" if not found else "more than one"
         raise UserError(f"{where}: {what} {split}.jsonl, {split}.txt or {split}.parquet in {directory}")

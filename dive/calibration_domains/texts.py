@@ -79,7 +79,12 @@ def load_domains(config: CalibrationDomainsConfig, *, seed: int) -> list[DomainT
 
 
 def hub_documents(
-    source: HubTextConfig, which: Literal["train", "test"], *, where: str, seed: int | None, keep_empty: bool = False
+    source: HubTextConfig,
+    which: Literal["train", "test"],
+    *,
+    where: str,
+    seed: int | None,
+    keep_empty: bool = False,
 ) -> list[str]:
     """Documents of the ``train`` or ``test`` split of a hub data set, at most :data:`HUB_DOCUMENTS`.
 
@@ -109,9 +114,7 @@ def load_eval_set(name: str, config: EvalSetConfig) -> list[str]:
         documents = hub_documents(config.hub, "test", where=f"{where}.hub", seed=None, keep_empty=True)
         return _joined(documents, config.separator)
     if config.source is TextSource.embedded:
-        raise UserError(
-            f"{where}.source=embedded: the embedded domains are measured anyway; choose local or hub"
-        )
+        raise UserError(f"{where}.source=embedded: the embedded domains are measured anyway; choose local or hub")
     assert config.path is not None
     documents = read_documents(Path(config.path).expanduser(), field=config.text_field, where=where)
     return _joined(documents, config.separator)

@@ -47,7 +47,8 @@ def evaluation_texts(
     for length in config.lengths:
         _fits(length, positions, "eval.lengths")
         texts.domains[length] = {
-            d.name: evaluation_windows(d.test, tokenize, length=length, windows=config.windows, name=d.name) for d in domains
+            d.name: evaluation_windows(d.test, tokenize, length=length, windows=config.windows, name=d.name)
+            for d in domains
         }
     for name, entry in config.sets.items():
         if name in {domain.name for domain in domains}:
@@ -72,7 +73,9 @@ def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, de
     Further lengths have means of their own, ``mean@<length>``.
     """
     items = list(texts.all().items())
-    values = {key: perplexity(model, windows, batch=batch) for key, windows in track(items, f"evaluating {description}")}
+    values = {
+        key: perplexity(model, windows, batch=batch) for key, windows in track(items, f"evaluating {description}")
+    }
     return values | means(values, texts)
 
 

@@ -85,7 +85,8 @@ def moe_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
     """The stock model class of a configuration made by :func:`moe_config`."""
     from transformers import MixtralForCausalLM, Qwen3MoeForCausalLM
 
-    return Qwen3MoeForCausalLM if config.model_type == "qwen3_moe" else MixtralForCausalLM
+    stock: type[PreTrainedModel] = Qwen3MoeForCausalLM if config.model_type == "qwen3_moe" else MixtralForCausalLM
+    return stock
 
 
 @dataclass(slots=True)
@@ -165,7 +166,6 @@ def empty_moe(config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedMode
     finally:
         torch.set_default_dtype(default)
     model.config.dtype = dtype
-    model.set_experts_implementation("grouped_mm")
     return model.eval()
 
 

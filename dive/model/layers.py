@@ -91,7 +91,10 @@ def _forward(
         return hook
 
     mlp, down = ffn_modules(model, number)
-    hooks = [mlp.register_forward_pre_hook(record("inputs")), down.register_forward_pre_hook(record("channels"))]
+    hooks = [
+        mlp.register_forward_pre_hook(record("inputs")),
+        down.register_forward_pre_hook(record("channels")),
+    ]
     try:
         output = layer(hidden, **arguments)
     finally:

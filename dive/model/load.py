@@ -78,7 +78,9 @@ def _check_directory(directory: Path, path: str) -> None:
     if not (directory / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json in this directory")
     if not any(directory.glob("*.safetensors")):
-        pickled = "only pickled weights (.bin), which are not read: convert them" if any(directory.glob("*.bin")) else ""
+        pickled = (
+            "only pickled weights (.bin), which are not read: convert them" if any(directory.glob("*.bin")) else ""
+        )
         raise UserError(f"model.path={path}: {pickled or 'no weights: a *.safetensors file is missing'}")
 
 

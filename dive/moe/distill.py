@@ -12,7 +12,9 @@ from torch.nn import functional
 from dive.config import DistillationConfig
 
 
-def expert_errors(inputs: Tensor, target: Callable[[Tensor], Tensor], experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def expert_errors(
+    inputs: Tensor, target: Callable[[Tensor], Tensor], experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Tensor:
     """‖target(x) − expert_e(x)‖² of every token and expert, (T, E) float32.
 
     Args:

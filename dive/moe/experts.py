@@ -15,6 +15,11 @@ IMPLEMENTATION = "dive_grouped_mm"
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
 
 
+def is_aligned(width: int, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product takes rows of ``width`` numbers: they must be multiples of 16 bytes."""
+    return width * dtype.itemsize % 16 == 0
+
+
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix.
 
@@ -26,7 +31,12 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (S, out)
     """
-    product: Tensor = _grouped_mm(rows.to(weight.dtype), weight.transpose(-2, -1), offs=offsets)
+    rows, transposed = rows.to(weight.dtype), weight.transpose(-2, -1)
+    product: Tensor
+    if is_aligned(weight.shape[1], weight.dtype) and is_aligned(weight.shape[2], weight.dtype):
+        product = _grouped_mm(rows, transposed, offs=offsets)
+    else:
+        product = torch.ops.transformers.grouped_mm_fallback(rows, transposed, offsets)
     return product
 
 
@@ -41,9 +51,8 @@ class GroupedLoRA(nn.Module):
     ) -> None:
         super().__init__()
         experts = weight.shape[0]
-        like = {"dtype": weight.dtype, "device": weight.device}
-        self.a = nn.Parameter(torch.empty(experts, rank, in_features, **like))
-        self.b = nn.Parameter(torch.zeros(experts, out_features, rank, **like))
+        self.a = nn.Parameter(weight.new_empty(experts, rank, in_features))
+        self.b = nn.Parameter(weight.new_zeros(experts, out_features, rank))
         bound = 1.0 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as in the paper's implementation
         nn.init.uniform_(self.a, -bound, bound)
         self.scale = alpha / rank
@@ -93,6 +102,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     # Back in the order of tokens: a sum of K rows each is deterministic, index_add_ on CUDA is not.
     restored = torch.empty_like(weighted).index_copy(0, order, weighted)
     return restored.view(-1, top_k, restored.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def stock_implementation(width: int, dtype: torch.dtype) -> str:
+    """The fastest of transformers' own implementations for experts of this width."""
+    return "grouped_mm" if is_aligned(width, dtype) else "eager"
 
 
 def register() -> None:

@@ -1,6 +1,7 @@
 """Plugging the training parts into a stock model, and taking them out again without a trace."""
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn import functional
 from dive.config import LoRAConfig
 from dive.model.families import decoder_layers, moe_block
 from dive.moe import experts as experts_module
-from dive.moe.experts import GroupedLoRA
+from dive.moe.experts import GroupedLoRA, stock_implementation
 from dive.moe.router import Router
 
 if TYPE_CHECKING:
@@ -23,9 +24,18 @@ def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
         block = moe_block(model, number)
         if not isinstance(block.gate, Router):
             block.gate = Router(
-                block.gate, experts=model.config.num_experts, top_k=model.config.num_experts_per_tok, noise=noise
+                block.gate,
+                experts=model.config.num_experts,
+                top_k=model.config.num_experts_per_tok,
+                noise=noise,
             )
     model.set_experts_implementation(experts_module.IMPLEMENTATION)
+
+
+def use_stock_experts(model: "PreTrainedModel") -> None:
+    """Run the experts by transformers' own code."""
+    width = moe_block(model, 0).experts.down_proj.shape[-1]
+    model.set_experts_implementation(stock_implementation(width, model.dtype))
 
 
 def routers(model: "PreTrainedModel") -> list[Router]:
@@ -40,10 +50,10 @@ def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
         if hasattr(experts, "lora_gate"):
             continue
         _, width2, hidden = experts.gate_up_proj.shape
-        shape = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout}
-        experts.lora_gate = GroupedLoRA(experts.gate_up_proj, hidden, width2 // 2, **shape)
-        experts.lora_up = GroupedLoRA(experts.gate_up_proj, hidden, width2 // 2, **shape)
-        experts.lora_down = GroupedLoRA(experts.down_proj, width2 // 2, hidden, **shape)
+        make = partial(GroupedLoRA, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
+        experts.lora_gate = make(experts.gate_up_proj, hidden, width2 // 2)
+        experts.lora_up = make(experts.gate_up_proj, hidden, width2 // 2)
+        experts.lora_down = make(experts.down_proj, width2 // 2, hidden)
 
 
 class LinearLoRA(nn.Module):
@@ -55,9 +65,8 @@ class LinearLoRA(nn.Module):
         rows, columns = weight.shape
         self.is_embedding = isinstance(owner, nn.Embedding)
         out_features, in_features = (columns, rows) if self.is_embedding else (rows, columns)
-        like = {"dtype": weight.dtype, "device": weight.device}
-        self.a = nn.Parameter(torch.empty(lora.rank, in_features, **like))
-        self.b = nn.Parameter(torch.zeros(out_features, lora.rank, **like))
+        self.a = nn.Parameter(weight.new_empty(lora.rank, in_features))
+        self.b = nn.Parameter(weight.new_zeros(out_features, lora.rank))
         bound = 1.0 if self.is_embedding else in_features**-0.5  # an embedding sees one-hot inputs
         nn.init.uniform_(self.a, -bound, bound)
         self.scale = lora.alpha / lora.rank
@@ -65,7 +74,11 @@ class LinearLoRA(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) features, or token ids (...), to (..., out)."""
-        low = functional.embedding(inputs, self.a.T) if self.is_embedding else functional.linear(self.dropout(inputs), self.a)
+        low = (
+            functional.embedding(inputs, self.a.T)
+            if self.is_embedding
+            else functional.linear(self.dropout(inputs), self.a)
+        )
         return functional.linear(low, self.b) * self.scale
 
     def delta(self) -> Tensor:
@@ -74,13 +87,13 @@ class LinearLoRA(nn.Module):
         return product.T if self.is_embedding else product
 
 
-def _add_lora(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_lora(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     adapter: Tensor = module.lora(inputs[0])
     return output + adapter
 
 
-def plug_linear_lora(owner: nn.Linear | nn.Embedding, lora: LoRAConfig) -> None:
-    """Give one layer a low-rank adapter; a second call changes nothing."""
+def plug_linear_lora(owner: Any, lora: LoRAConfig) -> None:
+    """Give one linear layer or embedding a low-rank adapter; a second call changes nothing."""
     if not hasattr(owner, "lora"):
         owner.lora = LinearLoRA(owner, lora)
         owner.lora_hook = owner.register_forward_hook(_add_lora)
@@ -93,11 +106,11 @@ def unplug(model: "PreTrainedModel") -> None:
     Afterwards the model is what its class says, and its state dict holds nothing of ours, unless the experts have
     FLAP's bias, which no stock class has a place for: that stays.
     """
-    for module in list(model.modules()):
-        if isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "lora"):
-            module.weight += module.lora.delta()
-            module.lora_hook.remove()
-            del module.lora, module.lora_hook
+    adapted: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "lora", None), LinearLoRA)]
+    for owner in adapted:
+        owner.weight += owner.lora.delta()
+        owner.lora_hook.remove()
+        del owner.lora, owner.lora_hook
     biased = False
     for number in range(len(decoder_layers(model))):
         block = moe_block(model, number)
@@ -112,5 +125,5 @@ def unplug(model: "PreTrainedModel") -> None:
             block.gate = block.gate.to_stock(model.config)
         biased = biased or hasattr(block.experts, "down_bias")
     if not biased:
-        model.set_experts_implementation("grouped_mm")
+        use_stock_experts(model)
     model.requires_grad_(False).eval()

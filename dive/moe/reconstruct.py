@@ -20,9 +20,17 @@ from dive.config import (
     require,
 )
 from dive.errors import UserError
-from dive.model.families import FFN, copy_shared_weights, decoder_layers, empty_moe, ffn, moe_block, moe_config
+from dive.model.families import (
+    FFN,
+    copy_shared_weights,
+    decoder_layers,
+    empty_moe,
+    ffn,
+    moe_block,
+    moe_config,
+)
 from dive.moe.distill import expert_errors, fit_router, soft_targets
-from dive.moe.plug import plug_routers
+from dive.moe.plug import plug_routers, use_stock_experts
 from dive.pruning import compensation as compensate
 from dive.pruning.metrics import importance, keep_highest
 from dive.pruning.statistics import ChannelStatistics
@@ -114,10 +122,7 @@ def build_layer(
         ),
         router=torch.zeros(len(masks), weights.gate.shape[1], dtype=weights.gate.dtype),
         bias=torch.stack(
-            [
-                compensate.bias(weights.down, s.mean[0], mask)
-                for s, mask in zip(expert_statistics, masks, strict=True)
-            ]
+            [compensate.bias(weights.down, s.mean[0], mask) for s, mask in zip(expert_statistics, masks, strict=True)]
         )
         if pruning.compensation is Compensation.bias
         else None,
@@ -210,6 +215,8 @@ def assemble(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: 
     moe.requires_grad_(False)
     if biased:
         plug_routers(moe)
+    else:
+        use_stock_experts(moe)
     return moe
 
 
@@ -233,7 +240,7 @@ def reconstruct(
     metric: str = "wifv",
     compensation: str = "least_squares",
     router_init: str = "distilled",
-    width_multiple: int = 1,
+    width_multiple: int = 8,
     seed: int = 42,
 ) -> "PreTrainedModel":
     """Build the Mixture-of-Experts: one expert a group, pruned on that group's statistics.
@@ -258,7 +265,10 @@ def reconstruct(
         ("compensation", compensation, Compensation),
         ("router_init", router_init, RouterInit),
     ):
-        require(value in [c.value for c in choices], f"{name}={value!r}: choose one of {[c.value for c in choices]}")
+        require(
+            value in [c.value for c in choices],
+            f"{name}={value!r}: choose one of {[c.value for c in choices]}",
+        )
     pruning = PruningConfig(
         metric=Metric(metric),
         ratio=ratio,

@@ -24,9 +24,9 @@ class Router(nn.Module):
     entropy: Tensor
     tokens: Tensor
 
-    def __init__(self, stock: nn.Module, *, experts: int, top_k: int, noise: float = 0.0) -> None:
+    def __init__(self, stock: Any, *, experts: int, top_k: int, noise: float = 0.0) -> None:
         super().__init__()
-        self.weight = stock.weight
+        self.weight: nn.Parameter = stock.weight
         self.noise_weight = nn.Parameter(torch.zeros_like(self.weight)) if noise > 0 else None
         self.noise = noise
         self.experts = experts
@@ -58,7 +58,9 @@ class Router(nn.Module):
 
     def _observe(self, probabilities: Tensor, gates: Tensor, chosen: Tensor) -> None:
         self.load += torch.zeros_like(self.load).scatter_add_(
-            0, chosen.reshape(-1), gates.reshape(-1).float() if self.mode is Mode.dense else torch.ones_like(chosen).reshape(-1).float()
+            0,
+            chosen.reshape(-1),
+            gates.reshape(-1).float() if self.mode is Mode.dense else torch.ones_like(chosen).reshape(-1).float(),
         )
         self.entropy += torch.special.entr(probabilities).sum()
         self.tokens += len(probabilities)

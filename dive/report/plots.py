@@ -21,7 +21,11 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def affinity_heatmap(
-    values: NDArray[np.float64], tree: NDArray[np.float64], domains: Sequence[str], groups: Sequence[Sequence[str]], file: Path
+    values: NDArray[np.float64],
+    tree: NDArray[np.float64],
+    domains: Sequence[str],
+    groups: Sequence[Sequence[str]],
+    file: Path,
 ) -> None:
     """Affinity matrix with rows and columns in the order of the dendrogram beside it.
 
@@ -35,7 +39,12 @@ def affinity_heatmap(
     figure = Figure(figsize=(size * 1.45, size))
     left, right = figure.subplots(1, 2, width_ratios=[1, 3.2])
     drawn = dendrogram(
-        tree, ax=left, orientation="left", labels=list(domains), color_threshold=0, above_threshold_color="#555555"
+        tree,
+        ax=left,
+        orientation="left",
+        labels=list(domains),
+        color_threshold=0,
+        above_threshold_color="#555555",
     )
     order = drawn["leaves"][::-1]
     left.set_xlabel("distance, 1 − r")

@@ -57,7 +57,12 @@ def show(*items: Any) -> None:
 def model_card(results: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str:
     """README.md of an export: what it is, the domains of each expert, results, configuration."""
     parameters, moe, pruning = results["parameters"], config["moe"], config["pruning"]
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [mixture-of-experts, pruning, dive]"]
+    front = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [mixture-of-experts, pruning, dive]",
+    ]
     if "/" in base and not base.startswith(("/", ".", "~")):
         front.append(f"base_model: {json.dumps(base)}")
     lines = [

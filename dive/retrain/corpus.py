@@ -25,7 +25,9 @@ Blocks = Callable[[], Iterator[Tensor]]
 """Starts the sequence of blocks (length,) int64 anew."""
 
 
-def domain_blocks(texts: Mapping[str, Sequence[str]], tokenize: Tokenize, *, length: int, seed: int) -> Iterator[Tensor]:
+def domain_blocks(
+    texts: Mapping[str, Sequence[str]], tokenize: Tokenize, *, length: int, seed: int
+) -> Iterator[Tensor]:
     """Blocks of every domain in turn, in a new random order each turn: each domain has the same share of the tokens."""
     streams = [
         token_blocks(documents, tokenize, length=length, seed=seed + number)

@@ -1,6 +1,6 @@
 """The freezing policy: which parameters a stage trains."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -44,7 +44,8 @@ def plug_adapters(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRACo
         plug_expert_lora(model, lora)
     if policy.attention is Freezing.lora:
         for layer in decoder_layers(model):
-            for module in list(layer.self_attn.modules()):
+            attention: Any = layer.self_attn
+            for module in list(attention.modules()):
                 if isinstance(module, nn.Linear):
                     plug_linear_lora(module, lora)
     if policy.embeddings is Freezing.lora:

@@ -145,7 +145,9 @@ def retrained_model(
         state = load_file(stages[-1].artifact.path / "trained.safetensors")
         unexpected = model.load_state_dict(state, strict=False).unexpected_keys
         if unexpected:
-            raise UserError(f"store: the artifact of stage {stages[-1].name} has parameters the model lacks: {unexpected[:3]}")
+            raise UserError(
+                f"store: the artifact of stage {stages[-1].name} has parameters the model lacks: {unexpected[:3]}"
+            )
     return model.eval()
 
 
@@ -209,7 +211,9 @@ def find_checkpoint(resume: str | None, partial: Path) -> Path | None:
         return found[-1] if found else None
     path = Path(resume).expanduser()
     if not path.is_file():
-        raise UserError(f"retrain.resume={resume}: no such checkpoint; `last` finds the newest one of this stage by itself")
+        raise UserError(
+            f"retrain.resume={resume}: no such checkpoint; `last` finds the newest one of this stage by itself"
+        )
     return path
 
 

@@ -9,7 +9,8 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy as LightningStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import nn
 
 from dive.config import Strategy, TrainerConfig
@@ -23,7 +24,9 @@ def build_strategy(config: TrainerConfig, layer_class: type[nn.Module]) -> Light
         return FSDPStrategy(auto_wrap_policy={layer_class}, use_orig_params=True, state_dict_type="full")
     if config.strategy is Strategy.fsdp2:
         return ModelParallelStrategy(
-            data_parallel_size=config.devices * config.num_nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+            data_parallel_size=config.devices * config.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
         )
     return "auto" if config.strategy is Strategy.single else "ddp"
 
@@ -70,7 +73,6 @@ def build_trainer(
             every_n_train_steps=checkpoint_every,
             save_top_k=1,
             enable_version_counter=False,
-            save_on_exception=True,
         )
     ]
     show_bar = sys.stderr.isatty()

@@ -110,11 +110,7 @@ def test_calendar_facts_are_right() -> None:
         r"(\S+) was a (\w+), day (\d+) of the year \d+ and in week (\d+)\. "
         r"(\d+) days after (\w+), (\d+) (\w+) (\d+) came (\w+), (\d+) (\w+) (\d+)\."
     )
-    found = [
-        match
-        for document in embedded_texts(["calendar"])["calendar"][1]
-        for match in pattern.findall(document)
-    ]
+    found = [match for document in embedded_texts(["calendar"])["calendar"][1] for match in pattern.findall(document)]
     assert len(found) > 300
     for iso, weekday, ordinal, week, ahead, weekday_1, d1, m1, y1, weekday_2, d2, m2, y2 in found:
         day = date.fromisoformat(iso)

@@ -157,9 +157,7 @@ def hub_cache(tmp_path: Path, name: str, revision: str = "main") -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_without_network_files_that_hf_download_fetched_are_found(
-    toy: Path, tmp_path: Path, streaming: bool
-) -> None:
+def test_without_network_files_that_hf_download_fetched_are_found(toy: Path, tmp_path: Path, streaming: bool) -> None:
     shutil.copytree(toy, hub_cache(tmp_path, "acme/toy"))
     source = HubTextConfig(path="acme/toy", config="red", streaming=streaming)
     assert list(hub_texts(source, "train", where=WHERE)) == ["r0", "r1", "r2", "r3"]
