@@ -100,13 +100,14 @@ class Store:
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             whole = all(_hash(path / name) == digest for name, digest in manifest["files"].items())
-        except (OSError, ValueError, KeyError):
+            seconds = float(manifest["seconds"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not whole:
             log.warning("%s %s is damaged and will be computed again", kind, key[:8])
             shutil.rmtree(path, ignore_errors=True)
             return None
-        return Artifact(key, path, float(manifest["seconds"]), reused=True)
+        return Artifact(key, path, seconds, reused=True)
 
     def put(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Path], None]) -> Artifact:
         """Compute an artifact into a directory beside its place, and move it there when it is whole.
@@ -126,6 +127,7 @@ class Store:
             files = {str(f.relative_to(working)): _hash(f) for f in sorted(working.rglob("*")) if f.is_file()}
             manifest = {"key": key, "kind": kind, "inputs": plain(inputs), "files": files, "seconds": seconds}
             write_json(working / MANIFEST, manifest)
+            shutil.rmtree(path, ignore_errors=True)  # what a crash or a user left of it
             os.replace(working, path)
         except OSError as error:
             raise UserError(f"store={self.root}: writing {kind} failed ({error.strerror or error})") from error

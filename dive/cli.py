@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dive.errors import UserError
 
@@ -39,6 +41,9 @@ def to_typed(config: DictConfig, schema: type[C]) -> C:
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(describe(error)) from error
+    except AttributeError as error:  # a key added by +key=value
+        key = str(error).rpartition("attribute ")[2].strip("'")
+        raise UserError(f"{key}: no such option; --cfg job prints all there are") from error
     if not isinstance(typed, schema):
         raise UserError(f"the configuration is not a {schema.__name__}: its defaults list lacks the schema")
     return typed
@@ -52,10 +57,13 @@ def describe(error: BaseException) -> str:
     for cause in chain:
         if isinstance(cause, UserError):
             return str(cause)
-    for cause in reversed(chain):
-        if isinstance(cause, OmegaConfBaseException):
+    for cause in chain:
+        if isinstance(cause, OmegaConfBaseException) and "$VALUE" not in str(cause):
             lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-            key = cause.full_key or next((x.split(":", 1)[1].strip() for x in lines if x.startswith("full_key:")), "")
+            named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:"))
+            key = cause.full_key or next(named, "")
+            if isinstance(cause, MissingMandatoryValue):
+                return f"{key} is needed: set {key}=VALUE"
             return f"{key}: {lines[0]}" if key else lines[0]
     text = " ".join(str(error).split())
     return text or type(error).__name__
@@ -67,10 +75,16 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
     Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
     """
     register_schema(config_name, schema)
+    refused: list[UserError] = []
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
     def main(config: DictConfig) -> None:
-        task(to_typed(config, schema))
+        try:
+            task(to_typed(config, schema))
+        except UserError as error:
+            if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise  # a sweep must learn which of its jobs failed
+            refused.append(error)  # Hydra would put a line of its own before ours
 
     ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
     wants_traceback = ours == "0"
@@ -84,3 +98,5 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
     except KeyboardInterrupt:
         print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
         sys.exit(130)
+    if refused:
+        sys.exit(f"error: {refused[0]}")

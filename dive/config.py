@@ -285,6 +285,10 @@ class MoEConfig:
             self.top_k <= self.experts,
             f"moe.top_k ({self.top_k}) must not exceed moe.experts ({self.experts})",
         )
+        require(
+            self.construction is not Construction.upcycle or self.router_init is RouterInit.random,
+            "moe.router_init=distilled has nothing to learn from identical experts; set moe.router_init=random, or moe=upcycle",
+        )
         require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
 
 

@@ -193,7 +193,10 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
 def _fresh_sibling(target: Path) -> Path:
     working = target.with_name(f".{target.name}-{os.getpid()}")
     shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
+    try:
+        working.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
     return working
 
 

@@ -292,13 +292,15 @@ class Run:
     def stage(
         self,
         name: str,
-        evaluation: Artifact,
+        evaluation: Artifact | None,
         *,
         made: Artifact | None = None,
         tokens: int = 0,
         trained: int = 0,
     ) -> None:
-        """Record one finished stage: the artifact that made its model, and its evaluation."""
+        """Record one finished stage: the artifact that made its model, and its evaluation (the main process has one)."""
+        if evaluation is None:
+            return
         source = made or evaluation
         found = json.loads((evaluation.path / "evaluation.json").read_text())
         self.results["stages"].append(
@@ -383,7 +385,11 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             wandb = build_wandb(config.logger.wandb, directory, plain(config))
             record.loggers.append(wandb)
 
-    measured_as = partial(measure, store, texts=texts, batch=config.eval.batch)
+    def measured_as(name: str, depends: Mapping[str, Any], model: Dense, *, routing: bool) -> Artifact | None:
+        if not main_process:
+            return None  # the others wait in the next stage's training
+        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing)
+
     model_key = {"model": source.fingerprint, "dtype": dtype}
     record.stage("dense", measured_as("dense", model_key, model=dense, routing=False))
 

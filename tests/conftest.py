@@ -21,6 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.workplace import Workplace, write_domains
+
 torch.set_num_threads(1)
 
 Build: TypeAlias = Callable[..., PreTrainedModel]
@@ -113,3 +115,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator(["the cat sat on the mat", "12 + 30 = 42", "import torch; print(torch)"] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def workplace(build: Build, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Whole experiments on a tiny Llama with tied embeddings, all in one store."""
+    root = tmp_path_factory.mktemp("workplace")
+    build("llama-tied").save_pretrained(root / "dense")
+    tokenizer.save_pretrained(root / "dense")
+    return Workplace(root, root / "dense", write_domains(root / "domains"))

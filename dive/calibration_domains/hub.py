@@ -5,21 +5,16 @@ what an earlier run of ``datasets`` prepared.
 """
 
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from dive.config import HubTextConfig
+from dive.connection import hub_answers
 from dive.errors import UserError
-
-CONNECT_SECONDS = 3.0
-"""Longest wait for the hub before the cache is asked; ``huggingface_hub`` itself retries for many seconds."""
 
 
 # --------------------------------------------------------------------------------------------------- template
@@ -277,25 +272,6 @@ def _cached(source: HubTextConfig, files: str | None, load: Callable[[str, str |
         ) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the hub can be reached; asked once, and taken for granted behind a proxy."""
-    import datasets
-    from huggingface_hub import constants
-
-    if datasets.config.HF_HUB_OFFLINE or constants.HF_HUB_OFFLINE:
-        return False
-    if {"all", "http", "https"} & set(getproxies()):
-        return True
-    address = urlsplit(constants.ENDPOINT)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def _http_error(error: type[Exception]) -> type[Exception]:

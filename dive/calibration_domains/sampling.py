@@ -57,7 +57,6 @@ class _Crops:
             tokens = self._next()
             if tokens is None:
                 return None
-            self.tokens_in_round += len(tokens)
             joined += tokens
         start = int(self.rng.integers(len(joined) - length))
         return joined[start : start + length]
@@ -90,13 +89,15 @@ def calibration_tokens(
     crops.documents = [parts[i] for i in crops.order]
     crops.start_round()
     taken: list[list[int]] = []
+    before = 0  # crops taken when the round began
     while len(taken) < samples and None not in held_out:
         crop = crops.take(length)
         if crop is not None:
             taken.append(crop)
-        elif crops.tokens_in_round < samples * length:
+        elif crops.tokens_in_round < samples * length or len(taken) == before:
             break
         else:
+            before = len(taken)
             crops.start_round()
     if len(taken) < samples:
         total = sum(len(tokenize(part)) for part in parts)
@@ -107,7 +108,9 @@ def calibration_tokens(
             f"({samples} + {measured} for affinity) × {length} = {needed} are asked for, and it lacks at least {lacks}; "
             f"lower calibration_domains.samples or add text"
         )
-    return torch.tensor(taken), torch.tensor([crop for crop in held_out if crop]).reshape(measured, length)
+    return torch.tensor(taken), torch.tensor([crop for crop in held_out if crop], dtype=torch.int64).reshape(
+        measured, length
+    )
 
 
 def evaluation_windows(

@@ -31,6 +31,11 @@ def check_supported(config: "PretrainedConfig", path: str) -> None:
             raise UserError(
                 f"model.path={path}: {name}=true has no place in a stock Mixture-of-Experts class; choose another model"
             )
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise UserError(
+            f"model.path={path}: sliding windows in some layers only have no place in a stock Mixture-of-Experts class; "
+            "choose another model"
+        )
 
 
 def moe_config(dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
@@ -75,7 +80,7 @@ def moe_config(dense: "PretrainedConfig", *, width: int, experts: int, top_k: in
             norm_topk_prob=True,
             decoder_sparse_step=1,
             mlp_only_layers=[],
-            use_sliding_window=bool(getattr(dense, "use_sliding_window", False)),
+            use_sliding_window="sliding_attention" in dense.layer_types,
             output_router_logits=False,
         )
     return MixtralConfig(**shared, num_local_experts=experts, intermediate_size=width, output_router_logits=False)

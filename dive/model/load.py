@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dive.connection import hub_answers
 from dive.errors import UserError
 from dive.model.families import check_supported
 
@@ -32,6 +33,8 @@ class DenseSource:
     """SHA-256 of the configuration, tokenizer and weight files, or the hub's commit hash."""
     dtype: str
     """Element type the weights will be loaded in, or ``auto``."""
+    offline: bool
+    """Whether the hub is left alone: a directory, or no network."""
 
     @property
     def channels(self) -> int:
@@ -60,8 +63,9 @@ def locate_dense(path: str, revision: str | None = None, *, dtype: str = "auto")
     if is_local:
         _check_directory(directory, path)
         location = str(directory)
+    offline = not is_local and not hub_answers()
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision)
+        config = AutoConfig.from_pretrained(location, revision=revision, local_files_only=offline)
     except (OSError, ValueError, KeyError) as error:
         if is_local:
             raise UserError(f"model.path={path}: config.json cannot be read ({_first_line(error)})") from error
@@ -71,7 +75,7 @@ def locate_dense(path: str, revision: str | None = None, *, dtype: str = "auto")
         fingerprint = fingerprint_directory(directory)
     else:
         fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
-    return DenseSource(location, revision, config, fingerprint, dtype)
+    return DenseSource(location, revision, config, fingerprint, dtype, is_local or offline)
 
 
 def _check_directory(directory: Path, path: str) -> None:
@@ -116,7 +120,9 @@ def load_tokenizer(source: DenseSource) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=source.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.path, revision=source.revision, local_files_only=source.offline
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={source.path}: no tokenizer there ({_first_line(error)})") from error
     if len(tokenizer) > source.config.vocab_size:
@@ -138,7 +144,12 @@ def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch
     log.info("loading %s", source.path)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source.path, revision=source.revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+            source.path,
+            revision=source.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=source.offline,
         )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"model.path={source.path}: the weights cannot be read ({_first_line(error)})") from error

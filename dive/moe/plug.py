@@ -54,6 +54,7 @@ def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
         experts.lora_gate = make(experts.gate_up_proj, hidden, width2 // 2)
         experts.lora_up = make(experts.gate_up_proj, hidden, width2 // 2)
         experts.lora_down = make(experts.down_proj, width2 // 2, hidden)
+        experts.train(experts.training)  # new modules are in training mode, whatever they are plugged into
 
 
 class LinearLoRA(nn.Module):
@@ -95,7 +96,7 @@ def _add_lora(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor
 def plug_linear_lora(owner: Any, lora: LoRAConfig) -> None:
     """Give one linear layer or embedding a low-rank adapter; a second call changes nothing."""
     if not hasattr(owner, "lora"):
-        owner.lora = LinearLoRA(owner, lora)
+        owner.lora = LinearLoRA(owner, lora).train(owner.training)
         owner.lora_hook = owner.register_forward_hook(_add_lora)
 
 

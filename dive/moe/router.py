@@ -36,6 +36,7 @@ class Router(nn.Module):
         self.stock_class = type(stock)
         for name, shape in (("load", (experts,)), ("entropy", ()), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, device=self.weight.device), persistent=False)
+        self.train(stock.training)  # a new module is in training mode, whatever it is plugged into
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) to logits (T, E), gates (T, K) and experts (T, K); K is E in dense mode."""

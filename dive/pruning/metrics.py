@@ -59,7 +59,7 @@ def keep_masks(
     *,
     metric: Metric | str = Metric.wifv,
     ratio: float = 0.5,
-    width_multiple: int = 1,
+    width_multiple: int = 8,
     seed: int = 0,
 ) -> Tensor:
     """Channels that stay in each layer when ``ratio`` of them go, (L, F) bool; the same number in every layer.
@@ -67,6 +67,7 @@ def keep_masks(
     Args:
         model: dense model.
         statistics: of all its layers.
+        width_multiple: the kept width is rounded to this multiple, as by :func:`dive.reconstruct`.
         seed: ``metric="random"`` only.
 
     Raises:

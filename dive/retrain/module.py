@@ -157,7 +157,7 @@ class MoERetraining(lightning.LightningModule):
         loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         if not torch.isfinite(loss):
             raise UserError(
-                f"retrain.stages.{self.name}: the loss is {float(loss)} at step {self.trainer.global_step}; lower "
+                f"retrain.stages.{self.name}: the loss is {float(loss.detach())} at step {self.trainer.global_step}; lower "
                 f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"
             )
         self.perplexity.update(loss.detach(), ids[:, 1:].numel())

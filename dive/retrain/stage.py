@@ -121,8 +121,12 @@ def retrain_stage(
 
 
 def _get(store: Store, inputs: Mapping[str, Any], compute: Callable[[Path], None], *, main_process: bool) -> Artifact:
+    """The artifact; several processes compute it together, and none goes on before the first one has written it."""
     if main_process:
-        return store.get("retrained", inputs, compute)
+        artifact = store.get("retrained", inputs, compute)
+        if not artifact.reused and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        return artifact
     # Training is collective: another rank must not wait for the first one's lock, it must take part.
     found = store.find("retrained", inputs)
     if found is None:
@@ -167,7 +171,9 @@ def _fit(
     checkpoint = find_checkpoint(retrain.resume, partial)
     accumulation = stage.accumulation or config.trainer.accumulation
     if config.trainer.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it in 5.2x; both take torch.utils.checkpoint's arguments
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     module = MoERetraining(
         model,
         stage,
@@ -192,9 +198,10 @@ def _fit(
     )
     if checkpoint is not None:
         log.info("%s: going on from %s", name, checkpoint)
-    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as end:
+        raise KeyboardInterrupt from end  # how Lightning ends on Ctrl-C
     return module
 
 

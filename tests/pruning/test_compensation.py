@@ -38,9 +38,7 @@ def test_bias_by_hand(mask: list[bool], expected: list[float]) -> None:
 def test_least_squares_by_hand() -> None:
     # x2 = 2 x1 always, so the removed column folds into the kept one: 1 + 2 · 2 = 5 and 4 + 2 · 5 = 14.
     activations = torch.tensor([[1.0, 2.0], [-3.0, -6.0], [0.5, 1.0]])
-    found = least_squares(
-        DOWN[:, :2], activations.T @ activations, torch.tensor([True, False]), ridge=0.0
-    )
+    found = least_squares(DOWN[:, :2], activations.T @ activations, torch.tensor([True, False]), ridge=0.0)
     torch.testing.assert_close(found, torch.tensor([[5.0], [14.0]]))
 
 
@@ -53,9 +51,7 @@ def test_without_ridge_it_is_numpys_least_squares(problem: tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
-def test_with_ridge_it_minimises_the_stated_objective(
-    problem: tuple[Tensor, Tensor, Tensor], ridge: float
-) -> None:
+def test_with_ridge_it_minimises_the_stated_objective(problem: tuple[Tensor, Tensor, Tensor], ridge: float) -> None:
     # ‖(W x − W' x_S)‖² + λ ‖W' − W_S‖² is a stacked least-squares problem in W' − W_S.
     down, activations, mask = problem
     x, w = activations.double().numpy(), down.double().numpy()
@@ -82,9 +78,7 @@ def test_an_infinite_ridge_leaves_the_weights_as_they_were(problem: tuple[Tensor
 
 
 def test_independent_channels_are_left_alone() -> None:
-    found = least_squares(
-        DOWN, torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([True, False, True]), ridge=0.0
-    )
+    found = least_squares(DOWN, torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.tensor([True, False, True]), ridge=0.0)
     torch.testing.assert_close(found, DOWN[:, [0, 2]])
 
 

@@ -59,6 +59,7 @@ def test_random_scores_follow_the_seed() -> None:
         ([1.0, 2.0, 2.0, 2.0], 2, [1, 2]),  # ties go to the lower index
         ([0.0, 0.0, 0.0, 0.0], 3, [0, 1, 2]),
         ([-1.0, -3.0, -2.0, -4.0], 1, [0]),
+        ([1.0, 0.0] * 50_000, 3, [0, 2, 4]),  # many ties: an unstable sort would show
     ],
 )
 def test_the_highest_stay(scores: list[float], width: int, kept: list[int]) -> None:

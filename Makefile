@@ -1,0 +1,32 @@
+# Each target sets up .venv by itself; nothing else has to be installed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow check clean
+
+demo: .venv/installed ## the whole method on the embedded model and texts, in minutes on two cores
+	$(BIN)/python -m dive.train
+
+test: .venv/installed-dev ## everything but the slow tests
+	$(BIN)/python -m pytest
+
+slow: .venv/installed-dev ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed-dev ## what CI checks beside the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy dive
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs/store outputs/20* outputs/multirun

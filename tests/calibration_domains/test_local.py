@@ -1,0 +1,115 @@
+"""Texts from files: what is read, and what is said when it cannot be."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dive.calibration_domains.local import domain_directories, read_documents, split_file
+from dive.errors import UserError
+
+WHERE = "calibration_domains"
+
+
+def read(file: Path, field: str = "text") -> list[str]:
+    return read_documents(file, field=field, where=WHERE)
+
+
+def parquet(file: Path, columns: dict[str, list[object]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+def jsonl(file: Path, *rows: object) -> Path:
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return file
+
+
+def test_jsonl_has_a_document_a_line(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", {"text": "one\ntwo", "id": 1}, {"text": "  "}, {"text": "drei ½"})
+    assert read(file) == ["one\ntwo", "drei ½"]
+    file.write_text(file.read_text(encoding="utf-8") + "\n\n", encoding="utf-8")  # blank lines do no harm
+    assert read(file) == ["one\ntwo", "drei ½"]
+
+
+def test_txt_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo ½\n", encoding="utf-8")
+    assert read(tmp_path / "a.txt") == ["one\n\ntwo ½\n"]
+
+
+def test_parquet_has_a_document_a_row(tmp_path: Path) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["one", None, " ", "two ½"], "n": [1, 2, 3, 4]})
+    assert read(file) == ["one", "two ½"]
+
+
+def test_another_column(tmp_path: Path) -> None:
+    assert read(jsonl(tmp_path / "a.jsonl", {"body": "x", "text": "y"}), "body") == ["x"]
+    assert read(parquet(tmp_path / "a.parquet", {"body": ["x"], "text": ["y"]}), "body") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\xffabc", r"is not UTF-8 text \(byte 0\)"),
+        ("a.jsonl", b'{"text": "\xc3\x28"}', "is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": ', r"a\.jsonl:3 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n["a"]', r"a\.jsonl:2 has no text column 'text' \(it has list\)"),
+        ("a.jsonl", b'{"id": 1, "body": "a"}', r"a\.jsonl:1 has no text column 'text' \(it has \['body', 'id'\]\)"),
+        ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1 has no text column"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", b'{"text": ""}', "holds no text"),
+        ("a.txt", b" \n ", "holds no text"),
+        ("a.parquet", b"PAR1 not really", "is not a readable parquet file"),
+        ("a.parquet", b"", "is not a readable parquet file"),
+        ("a.csv", b"text\na", r"is none of \.jsonl, \.txt, \.parquet"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(file)
+    assert str(caught.value).startswith(f"{WHERE}: {file}") or str(file) in str(caught.value)
+
+
+def test_parquet_without_the_column_or_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no column 'text' \(it has \['body'\]\)"):
+        read(parquet(tmp_path / "a.parquet", {"body": ["x"]}))
+    with pytest.raises(UserError, match=r"column 'text' of .* is not text"):
+        read(parquet(tmp_path / "b.parquet", {"text": [1, 2]}))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for suffix in ("txt", "jsonl", "parquet"):
+        with pytest.raises(UserError, match=r"cannot be read \(.*No such file"):
+            read(tmp_path / f"missing.{suffix}")
+
+
+def test_the_file_of_a_split(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no train\.jsonl, train\.txt or train\.parquet in"):
+        split_file(tmp_path, "train", where=WHERE)
+    (tmp_path / "train.txt").write_text("x")
+    assert split_file(tmp_path, "train", where=WHERE) == tmp_path / "train.txt"
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="more than one train"):
+        split_file(tmp_path, "train", where=WHERE)
+
+
+def test_domain_directories(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^calibration_domains\.path=.*: no <domain>/train"):
+        domain_directories(str(tmp_path), None, where=WHERE)
+    for name in ("law", "code", "notes"):
+        (tmp_path / name).mkdir()
+    for name in ("law", "code"):
+        (tmp_path / name / "train.txt").write_text("x")
+    assert list(domain_directories(str(tmp_path), None, where=WHERE)) == ["code", "law"]
+    assert domain_directories(str(tmp_path), ["law", "code"], where=WHERE) == {
+        "law": tmp_path / "law",
+        "code": tmp_path / "code",
+    }
+    with pytest.raises(UserError, match=r"^calibration_domains\.domains: \['notes'\] not among \['code', 'law'\]"):
+        domain_directories(str(tmp_path), ["law", "notes"], where=WHERE)
+    with pytest.raises(UserError, match="no such directory"):
+        domain_directories(str(tmp_path / "nowhere"), None, where=WHERE)

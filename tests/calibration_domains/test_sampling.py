@@ -1,0 +1,145 @@
+"""Crops, windows and blocks. A token here is one character: documents say where their tokens come from."""
+
+from itertools import islice, pairwise
+
+import pytest
+import torch
+
+from dive.calibration_domains.sampling import (
+    PIECE,
+    calibration_tokens,
+    evaluation_windows,
+    pieces,
+    token_blocks,
+)
+from dive.errors import UserError
+
+
+def tokenize(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+# Document i is the character 100 + i, 12 times.
+DOCUMENTS = [chr(100 + i) * 12 for i in range(40)]
+SETTINGS = {"samples": 8, "measured": 4, "length": 20, "seed": 1, "domain": "law"}
+
+
+def crops(**overrides: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return calibration_tokens(DOCUMENTS, tokenize, **{**SETTINGS, **overrides})  # type: ignore[arg-type]
+
+
+def test_shapes() -> None:
+    calibration, measured = crops()
+    assert calibration.shape == (8, 20)
+    assert measured.shape == (4, 20)
+    assert calibration.dtype == measured.dtype == torch.int64
+
+
+def test_crops_follow_seed_and_domain_alone() -> None:
+    calibration, measured = crops()
+    for again, same in zip(crops(), (calibration, measured), strict=True):
+        assert torch.equal(again, same)
+    assert not torch.equal(crops(seed=2)[0], calibration)
+    assert not torch.equal(crops(domain="code")[0], calibration)
+
+
+def test_documents_are_joined_and_none_is_used_twice_in_a_round() -> None:
+    calibration, measured = crops()
+    seen: list[int] = []
+    for crop in torch.cat([calibration, measured]).tolist():
+        # Two documents of 12 give 24 tokens; a crop of 20 holds at least 8 of each, in one run each.
+        runs = [crop[0]] + [b for a, b in pairwise(crop) if a != b]
+        assert len(runs) == 2
+        assert min(crop.count(character) for character in runs) >= 8
+        seen += runs
+    assert len(seen) == len(set(seen)) == 24
+
+
+def test_crops_begin_anywhere() -> None:
+    starts = {crop.count(crop[0]) for seed in range(5) for crop in crops(seed=seed)[0].tolist()}
+    assert starts >= {9, 10, 11, 12}
+
+
+def test_calibration_and_measured_share_no_document() -> None:
+    # 40 documents make 20 crops a round: with 15 calibration crops a second round begins, but not on what is measured.
+    for seed in range(5):
+        calibration, measured = crops(samples=15, measured=6, seed=seed)
+        assert not set(calibration.unique().tolist()) & set(measured.unique().tolist())
+
+
+def test_nothing_measured() -> None:
+    calibration, measured = crops(measured=0)
+    assert calibration.shape == (8, 20)
+    assert measured.shape == (0, 20)
+    assert measured.dtype == torch.int64
+
+
+def test_further_rounds_crop_elsewhere() -> None:
+    # 10 documents of 30 tokens are 300; a round gives 10 crops of 20, of 21 tokens and more; 15 · 20 = 300 are asked for.
+    documents = ["".join(chr(1000 * i + j) for j in range(30)) for i in range(1, 11)]
+    calibration, _ = calibration_tokens(documents, tokenize, samples=15, measured=0, length=20, seed=0, domain="a")
+    assert len({tuple(crop) for crop in calibration.tolist()}) > 10
+
+
+@pytest.mark.parametrize(
+    ("characters", "samples", "measured", "lacks"),
+    [
+        (100, 8, 0, 60),  # 160 asked for
+        (159, 8, 0, 20),  # never less than one sequence
+        (81, 8, 0, 79),  # more than half of it is not enough
+        (200, 8, 4, 40),  # 240 asked for
+        (20, 1, 0, 20),  # a crop needs a token more than its length
+        (0, 1, 0, 20),
+        (10, 1, 1, 30),
+    ],
+)
+def test_too_little_text_says_how_much(characters: int, samples: int, measured: int, lacks: int) -> None:
+    documents = ["x" * 10] * (characters // 10) + ["y" * (characters % 10)]
+    asked = (samples + measured) * 20
+    message = (
+        rf"domain 'law' has {characters} tokens of training text, \({samples} \+ {measured} for affinity\) × 20 = {asked} "
+        rf"are asked for, and it lacks at least {lacks};"
+    )
+    with pytest.raises(UserError, match=message):
+        calibration_tokens(documents, tokenize, samples=samples, measured=measured, length=20, seed=0, domain="law")
+
+
+def test_long_documents_are_cut_into_pieces() -> None:
+    book = "a" * PIECE + "b" * PIECE + "c" * 5
+    assert pieces([book, "short", "  "]) == ["a" * PIECE, "b" * PIECE, "c" * 5, "short"]
+
+
+# --------------------------------------------------------------------------------------------------------- windows
+
+
+def test_windows_do_not_overlap_and_go_over_documents() -> None:
+    found = evaluation_windows(["abcd", "efg", "hij"], tokenize, length=3, windows=None, name="x")
+    assert found.tolist() == [tokenize("abc"), tokenize("def"), tokenize("ghi")]  # the j fills no window
+    assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(("windows", "count"), [(1, 1), (2, 2), (3, 3), (9, 3), (None, 3)])
+def test_at_most_so_many_windows(windows: int | None, count: int) -> None:
+    found = evaluation_windows(["abcd", "efg", "hij"], tokenize, length=3, windows=windows, name="x")
+    assert found.tolist() == [tokenize(w) for w in ("abc", "def", "ghi")[:count]]
+
+
+def test_a_text_that_fills_no_window_is_refused() -> None:
+    with pytest.raises(UserError, match=r"the test text of 'law' has 5 tokens, a window 6"):
+        evaluation_windows(["abc", "de"], tokenize, length=6, windows=2, name="law")
+
+
+# ---------------------------------------------------------------------------------------------------------- blocks
+
+
+def test_blocks_are_the_documents_in_random_order_again_and_again() -> None:
+    documents = ["aa", "bbb", "cccc"]  # 9 tokens a round
+    blocks = list(islice(token_blocks(documents, tokenize, length=3, seed=0), 60))
+    text = "".join(chr(c) for block in blocks for c in block.tolist())
+    rounds = [text[start : start + 9] for start in range(0, 180, 9)]
+    assert all(sorted(r) == sorted("".join(documents)) for r in rounds)
+    assert len(set(rounds)) > 2
+    again = list(islice(token_blocks(documents, tokenize, length=3, seed=0), 60))
+    assert all(torch.equal(a, b) for a, b in zip(blocks, again, strict=True))
+    other = list(islice(token_blocks(documents, tokenize, length=3, seed=1), 60))
+    assert any(not torch.equal(a, b) for a, b in zip(blocks, other, strict=True))

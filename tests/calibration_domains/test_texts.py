@@ -1,0 +1,104 @@
+"""Domains from wherever the configuration says, fingerprints, and the check for leaks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dive.calibration_domains.texts import (
+    DomainTexts,
+    domain_names,
+    fingerprint,
+    load_domains,
+    load_eval_set,
+    refuse_overlap,
+)
+from dive.config import CalibrationDomainsConfig, EvalSetConfig, HubTextConfig, TextSource
+from dive.errors import UserError
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Domains law (jsonl, its text in ``body``) and code (txt and jsonl)."""
+    for domain in ("law", "code"):
+        (tmp_path / domain).mkdir()
+    for split in ("train", "test"):
+        rows = [json.dumps({"body": f"law {split} {i}"}) for i in range(3)]
+        (tmp_path / "law" / f"{split}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "code" / "train.txt").write_text("code train")
+    (tmp_path / "code" / "test.jsonl").write_text(json.dumps({"body": "code test"}))
+    return tmp_path
+
+
+def local(corpus: Path, **overrides: object) -> CalibrationDomainsConfig:
+    settings = {"source": TextSource.local, "path": str(corpus), "text_field": "body", **overrides}
+    return CalibrationDomainsConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_local_domains(corpus: Path) -> None:
+    code = DomainTexts("code", ["code train"], ["code test"])
+    law = DomainTexts("law", [f"law train {i}" for i in range(3)], [f"law test {i}" for i in range(3)])
+    assert load_domains(local(corpus), seed=0) == [code, law]
+    assert load_domains(local(corpus, domains=["law"]), seed=0) == [law]
+    assert domain_names(local(corpus)) == ["code", "law"]
+    assert domain_names(local(corpus, domains=["law", "code"])) == ["law", "code"]
+
+
+def test_a_domain_without_test_text(corpus: Path) -> None:
+    (corpus / "law" / "test.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no test\.jsonl"):
+        load_domains(local(corpus), seed=0)
+
+
+def test_embedded_domains() -> None:
+    config = CalibrationDomainsConfig(source=TextSource.embedded, domains=["calendar", "arithmetic"])
+    found = load_domains(config, seed=0)
+    assert [domain.name for domain in found] == domain_names(config) == ["calendar", "arithmetic"]
+    for domain in found:
+        assert domain.train
+        assert domain.test
+        assert not set(domain.train) & set(domain.test)
+
+
+def test_hub_domains_by_name_alone() -> None:
+    config = CalibrationDomainsConfig(
+        source=TextSource.hub, hub={"a": HubTextConfig(path="x/y"), "b": HubTextConfig(path="x/z")}
+    )
+    assert domain_names(config) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("separator", "documents"), [("\n\n", ["law test 0\n\nlaw test 1\n\nlaw test 2"]), (None, 3)])
+def test_evaluation_sets(corpus: Path, separator: str | None, documents: list[str] | int) -> None:
+    config = EvalSetConfig(path=str(corpus / "law" / "test.jsonl"), text_field="body", separator=separator)
+    found = load_eval_set("wikitext2", config)
+    assert found == documents if isinstance(documents, list) else len(found) == documents
+
+
+def test_evaluation_sets_name_their_override(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^eval\.sets\.w: .*none\.txt cannot be read"):
+        load_eval_set("w", EvalSetConfig(path=str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match=r"^eval\.sets\.w\.source=embedded"):
+        load_eval_set("w", EvalSetConfig(source=TextSource.embedded))
+
+
+def test_fingerprints_follow_the_documents_and_where_they_end() -> None:
+    prints = {
+        fingerprint(documents) for documents in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["ab", "c", ""], [])
+    }
+    assert len(prints) == 6
+    assert fingerprint(["ab", "c"]) == fingerprint(iter(["ab", "c"]))
+    assert len(fingerprint(["\ud800"])) == 64  # half a surrogate pair, as found in web text
+
+
+LONG = "The quick brown fox jumps over the lazy dog."
+
+
+@pytest.mark.parametrize("leak", [LONG, LONG.upper(), f"  {LONG}\n", LONG.replace(" ", "\n\t")])
+def test_evaluation_text_in_the_training_text_is_refused(leak: str) -> None:
+    with pytest.raises(UserError, match=r"^law: 1 of 2 evaluation documents stand in the calibration text"):
+        refuse_overlap(["something else altogether, of some length", leak], [LONG, "new text"], name="law")
+
+
+@pytest.mark.parametrize("train", [[], ["Yes."], [f"{LONG} And more."], [LONG[:-5]]])
+def test_other_or_short_text_is_accepted(train: list[str]) -> None:
+    refuse_overlap(train, [LONG, "Yes."], name="law")

@@ -1,0 +1,53 @@
+"""Walking the layers is the model's own forward pass."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dive.model.families import ffn, ffn_modules
+from dive.model.layers import walk_layers
+
+Tokens = Callable[..., Tensor]
+
+
+def recorded(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(FFN inputs, channels) of every layer by hooks on one plain forward pass."""
+    seen: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+        for layer in range(model.config.num_hidden_layers)
+        for module in ffn_modules(model, layer)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return list(zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_it_is_the_models_forward_pass(dense: PreTrainedModel, tokens: Tokens) -> None:
+    batches = [tokens(2, 12, seed=1), tokens(3, 7, seed=2), tokens(1, 12, seed=3)]  # lengths differ
+    expected = [recorded(dense, batch) for batch in batches]
+    numbers = []
+    for number, run in walk_layers(dense, batches):
+        numbers.append(number)
+        for seen in run():
+            inputs, channels = expected[seen.index][number]
+            torch.testing.assert_close(seen.inputs, inputs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(seen.channels, channels, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ffn(dense, number).channels(inputs), channels, rtol=1e-4, atol=1e-4)
+    assert numbers == [0, 1]
+
+
+def test_no_hooks_are_left_behind(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:
+    model = build()
+    for _, run in walk_layers(model, [tokens(1, 6)]):
+        list(run())
+    broken = walk_layers(model, [tokens(1, 6), torch.full((1, 6), 10**6)])  # beyond the vocabulary
+    with pytest.raises(IndexError):
+        next(broken)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model(input_ids=tokens(1, 6))

@@ -1,0 +1,148 @@
+"""Our router against the stock ones, and its dense mode by hand."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from dive.config import Mode
+from dive.model.families import moe_block
+from dive.moe.plug import plug_routers
+from dive.moe.reconstruct import reconstruct
+from dive.moe.router import Router, route
+from dive.pruning.calibrate import collect_statistics
+
+HIDDEN, EXPERTS = 8, 4
+
+
+def stock_router(family: str, top_k: int) -> torch.nn.Module:
+    if family == "mixtral":
+        router: torch.nn.Module = MixtralTopKRouter(
+            MixtralConfig(hidden_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=top_k)
+        )
+    else:
+        router = Qwen3MoeTopKRouter(
+            Qwen3MoeConfig(hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=top_k, norm_topk_prob=True)
+        )
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def rows(count: int = 10) -> Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_sparse_mode_is_the_stock_router(family: str, top_k: int) -> None:
+    stock = stock_router(family, top_k)
+    ours = Router(stock, experts=EXPERTS, top_k=top_k)
+    for training in (True, False):
+        ours.train(training)
+        for found, expected in zip(ours(rows()), stock(rows()), strict=True):
+            assert torch.equal(found, expected)
+    gates, chosen = route(torch.nn.functional.linear(rows(), stock.weight), top_k)
+    assert torch.equal(gates, stock(rows())[1])
+    assert torch.equal(chosen, stock(rows())[2])
+
+
+def test_sparse_gates_by_hand() -> None:
+    # Logits ln 1, ln 2, ln 5, 0 → softmax 1, 2, 5, 1 over 9; the two largest renormalised: 5/7 and 2/7.
+    gates, chosen = route(torch.tensor([[1.0, 2.0, 5.0, 1.0]]).log(), 2)
+    assert chosen.tolist() == [[2, 1]]
+    assert gates[0].tolist() == pytest.approx([5 / 7, 2 / 7])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.05])
+def test_dense_mode_is_a_softmax_over_all_experts(temperature: float) -> None:
+    stock = stock_router("mixtral", 1)
+    router = Router(stock, experts=EXPERTS, top_k=1).eval()
+    router.mode, router.temperature = Mode.dense, temperature
+    logits, gates, chosen = router(rows(3))
+    for token in range(3):
+        powers = [math.exp(x / temperature) for x in logits[token].tolist()]
+        assert gates[token].tolist() == pytest.approx([p / sum(powers) for p in powers], rel=1e-4)
+        assert chosen[token].tolist() == list(range(EXPERTS))
+
+
+def test_temperature_does_not_touch_the_sparse_mode() -> None:
+    router = Router(stock_router("mixtral", 2), experts=EXPERTS, top_k=2).eval()
+    before = router(rows())[1]
+    router.temperature = 0.05
+    assert torch.equal(router(rows())[1], before)
+
+
+def test_noise_in_training_only() -> None:
+    stock = stock_router("mixtral", 2)
+    router = Router(stock, experts=EXPERTS, top_k=2, noise=0.5)
+    clean = torch.nn.functional.linear(rows(), stock.weight)
+    torch.manual_seed(0)
+    noisy = router.train()(rows())[0]
+    # The noise weights start at zero: softplus(0) = ln 2.
+    torch.manual_seed(0)
+    torch.testing.assert_close(noisy, clean + torch.randn_like(clean) * math.log(2) * 0.5)
+    assert torch.equal(router.eval()(rows())[0], clean)
+
+
+def test_without_noise_there_are_no_noise_weights() -> None:
+    router = Router(stock_router("mixtral", 2), experts=EXPERTS, top_k=2)
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+
+
+def test_noise_weights_are_trained_by_the_gates() -> None:
+    router = Router(stock_router("mixtral", 2), experts=EXPERTS, top_k=2, noise=0.5).train()
+    router(rows())[1][:, 0].sum().backward()
+    assert router.noise_weight is not None
+    assert router.noise_weight.grad is not None
+    assert router.noise_weight.grad.abs().sum() > 0
+
+
+def test_observations_by_hand() -> None:
+    stock = stock_router("mixtral", 1)
+    stock.weight.data.zero_()
+    stock.weight.data[0, 0] = stock.weight.data[1, 1] = math.log(3)  # softmax 3, 1, 1, 1 over 6
+    router = Router(stock, experts=EXPERTS, top_k=1)
+    first, second = torch.eye(HIDDEN)[0], torch.eye(HIDDEN)[1]
+    router.train()(torch.stack([first, first, first, second]))
+    router.eval()(first[None])  # evaluation is not counted
+    load, entropy = router.take_observations()
+    assert load.tolist() == [0.75, 0.25, 0.0, 0.0]
+    assert float(entropy) == pytest.approx(0.5 * math.log(2) + 3 / 6 * math.log(6), rel=1e-5)
+    assert router.take_observations()[0].tolist() == [0.0] * EXPERTS
+
+
+def test_dense_mode_observes_gates() -> None:
+    stock = stock_router("mixtral", 1)
+    stock.weight.data.zero_()
+    stock.weight.data[0, 0] = math.log(3)
+    router = Router(stock, experts=EXPERTS, top_k=1).train()
+    router.mode = Mode.dense
+    router(torch.eye(HIDDEN)[:2])  # gates (3, 1, 1, 1) / 6 and 1/4 each
+    load, entropy = router.take_observations()
+    assert load.tolist() == pytest.approx([0.375, 0.625 / 3, 0.625 / 3, 0.625 / 3])
+    assert float(entropy) == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(6) + math.log(4)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_a_whole_block_in_dense_mode_is_the_weighted_sum_of_all_experts(
+    build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor], variant: str
+) -> None:
+    model = build(variant)
+    statistics = collect_statistics(model, {"a": tokens(2, 16), "b": tokens(2, 16, seed=1)})
+    moe = reconstruct(model, list(statistics.values()), ratio=0.5, router_init="random")
+    plug_routers(moe)
+    block = moe_block(moe, 1)
+    block.gate.mode, block.gate.temperature = Mode.dense, 0.5
+    hidden = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(2))
+    weights = torch.softmax(hidden[0] @ block.gate.weight.T / 0.5, dim=-1)
+    expected = torch.zeros(6, 32)
+    for expert in range(2):
+        gate, up = block.experts.gate_up_proj[expert].chunk(2)
+        channels = torch.nn.functional.silu(hidden[0] @ gate.T) * (hidden[0] @ up.T)
+        expected += weights[:, expert, None] * (channels @ block.experts.down_proj[expert].T)
+    torch.testing.assert_close(block(hidden)[0], expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,137 @@
+"""Blocks: the same whoever asks, shared without gaps or repeats."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dive.calibration_domains.sampling import token_blocks
+from dive.config import CorpusConfig, CorpusSource, RetrainConfig
+from dive.errors import UserError
+from dive.retrain.corpus import BlockRange, corpus_blocks, domain_blocks, read_corpus
+
+
+def tokenize(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def numbered() -> Iterator[Tensor]:
+    number = 0
+    while True:
+        yield torch.full((4,), number)
+        number += 1
+
+
+DOMAINS = {"a": ["a" * 50] * 4, "b": ["b" * 30] * 7, "c": ["c" * 90]}
+blocks = partial(domain_blocks, DOMAINS, tokenize, length=10, seed=3)
+
+
+def indices(**settings: int) -> list[int]:
+    return [int(item["index"]) for item in BlockRange(numbered, **settings)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (5, 17), (7, 8), (4, 4)])
+def test_ranks_share_the_blocks_without_gaps_or_repeats(start: int, stop: int, world: int) -> None:
+    shares = [indices(start=start, stop=stop, rank=rank, world=world) for rank in range(world)]
+    assert sorted(index for share in shares for index in share) == list(range(start, stop))
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_each_item_is_its_own_block() -> None:
+    for item in BlockRange(numbered, start=3, stop=9, rank=1, world=2):
+        assert item["input_ids"].tolist() == [int(item["index"])] * 4
+    assert indices(start=3, stop=9, rank=1, world=2) == [3, 5, 7]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_step_sees_the_same_blocks_however_many_processes(world: int) -> None:
+    def step(rank: int, number: int) -> set[int]:
+        loader = DataLoader(BlockRange(numbered, start=0, stop=32, rank=rank, world=world), batch_size=8 // world)
+        return set(next(islice(loader, number, None))["index"].tolist())
+
+    for number in range(4):
+        seen = set.union(*(step(rank, number) for rank in range(world)))
+        assert seen == set(range(8 * number, 8 * number + 8))
+
+
+def test_going_on_in_the_middle_is_the_same_as_never_having_stopped() -> None:
+    whole = list(BlockRange(blocks, start=0, stop=20))
+    parts = [*BlockRange(blocks, start=0, stop=7), *BlockRange(blocks, start=7, stop=20)]
+    assert [int(item["index"]) for item in parts] == list(range(20))
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+
+
+def test_every_domain_has_the_same_share() -> None:
+    found = ["".join(map(chr, block.tolist())) for block in islice(blocks(), 30)]
+    for start in range(0, 30, 3):
+        assert sorted(block[0] for block in found[start : start + 3]) == ["a", "b", "c"]
+    assert len({tuple(b[0] for b in found[start : start + 3]) for start in range(0, 30, 3)}) > 1
+    assert all(block == block[0] * 10 for block in found)
+
+
+def test_blocks_follow_the_seed() -> None:
+    def text(seed: int) -> list[list[int]]:
+        return [b.tolist() for b in islice(domain_blocks(DOMAINS, tokenize, length=10, seed=seed), 12)]
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+# ---------------------------------------------------------------------------------------------- configured corpora
+
+
+def configured(corpus: CorpusConfig, domains: dict[str, list[str]], **settings: int) -> tuple[list[list[int]], str]:
+    start, name = corpus_blocks(
+        RetrainConfig(length=settings.get("length", 10), corpus=corpus),
+        domains,
+        tokenize,
+        seed=settings.get("seed", 3),
+    )
+    return [block.tolist() for block in islice(start(), 12)], name
+
+
+def test_the_domains_as_a_corpus() -> None:
+    found, name = configured(CorpusConfig(), DOMAINS)
+    assert found == [block.tolist() for block in islice(blocks(), 12)]
+    names = {
+        name,
+        configured(CorpusConfig(), DOMAINS, seed=4)[1],
+        configured(CorpusConfig(), DOMAINS, length=11)[1],
+        configured(CorpusConfig(), DOMAINS | {"c": ["d" * 90]})[1],
+        configured(CorpusConfig(), dict(reversed(DOMAINS.items())))[1],
+    }
+    assert len(names) == 5
+    assert configured(CorpusConfig(), DOMAINS)[1] == name
+
+
+def test_files_as_a_corpus(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "b.txt").write_text("second" * 5)
+    (tmp_path / "below" / "c.jsonl").write_text(json.dumps({"body": "third" * 5}))
+    (tmp_path / "notes.md").write_text("not read")
+    documents = read_corpus(str(tmp_path), "body")
+    assert documents == ["second" * 5, "third" * 5]
+    assert read_corpus(str(tmp_path / "b.txt"), "body") == ["second" * 5]
+    config = CorpusConfig(source=CorpusSource.local, path=str(tmp_path), text_field="body")
+    found, name = configured(config, {})
+    assert found == [b.tolist() for b in islice(token_blocks(documents, tokenize, length=10, seed=3), 12)]
+    (tmp_path / "b.txt").write_text("other" * 5)
+    assert configured(config, {})[1] != name
+
+
+@pytest.mark.parametrize("content", [None, "notes.md"])
+def test_a_corpus_that_is_not_there(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "corpus"
+    if content is not None:
+        path.mkdir()
+        (path / content).write_text("x")
+    with pytest.raises(UserError, match=r"^retrain\.corpus\.path=.*: no \.jsonl, \.txt, \.parquet file there"):
+        read_corpus(str(path), "text")

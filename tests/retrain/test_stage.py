@@ -1,0 +1,121 @@
+"""Interrupted, resumed and distributed retraining end with the weights of an undisturbed run in one process."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.workplace import Workplace
+
+STOCHASTIC = ("retrain.lora.dropout=0.1", "moe.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
+"""Everything that draws random numbers in training."""
+
+
+def exported(workplace: Workplace, name: str) -> dict[str, torch.Tensor]:
+    """Weights that a run exported."""
+    return load_file(workplace.root / name / "checkpoint/model.safetensors")
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    """Wait for a run; its output."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def kill_after_checkpoint(process: "subprocess.Popen[str]", store: Path, step: int, signal_: int) -> None:
+    """Send a signal once the second stage has written a checkpoint of at least this step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = [int(file.stem.rpartition("=")[2]) for file in store.glob("partial/*/step=*.ckpt")]
+        if list(store.glob("retrained/*/manifest.json")) and any(s >= step for s in steps):
+            process.send_signal(signal_)
+            process.communicate(timeout=60)
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run ended before it could be stopped")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path: Path) -> None:
+    long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC)
+    finish(workplace.start("undisturbed", f"store={tmp_path / 'a'}", *long))
+    kill_after_checkpoint(
+        workplace.start("killed", f"store={tmp_path / 'b'}", *long), tmp_path / "b", 6, signal.SIGKILL
+    )
+    assert not (workplace.root / "killed/checkpoint").exists()
+    output = finish(workplace.start("killed", f"store={tmp_path / 'b'}", *long))
+    assert "going on from" in output
+    expected, found = exported(workplace, "undisturbed"), exported(workplace, "killed")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not list((tmp_path / "b/partial").iterdir())
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
+    process = workplace.start("stopped", f"store={tmp_path}", "retrain.stages.experts.tokens=300000")
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("partial/*/step=*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "The same command goes on" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: str) -> None:
+    same = ("moe.top_k=2", "trainer.accumulation=2")
+    finish(workplace.start("one", f"store={workplace.root / 'one-store'}", *same))
+    output = finish(
+        workplace.start(
+            strategy,
+            f"store={workplace.root / strategy}-store",
+            f"trainer={strategy}",
+            "trainer.accelerator=cpu",
+            "trainer.devices=2",
+            "trainer.precision=32-true",
+            "trainer.gradient_checkpointing=true",
+            *same,
+        )
+    )
+    assert output.count("Perplexity (geometric mean") == 1  # the second process is silent
+    expected, found = exported(workplace, "one"), exported(workplace, strategy)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_checkpoints_hold_what_is_trained_alone(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dive.artifacts import Store
+
+    monkeypatch.setattr(Store, "forget_partial", lambda *_: None)
+    workplace.run("kept", f"store={tmp_path}")
+    for file in tmp_path.glob("partial/*/*.ckpt"):
+        names = torch.load(file, weights_only=True)["state_dict"]
+        assert names
+        assert all(".gate." in n or "norm" in n or ".lora_" in n for n in names)
+
+
+def test_resuming_from_a_path(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dive.artifacts import Store
+    from dive.errors import UserError
+
+    monkeypatch.setattr(Store, "forget_partial", lambda *_: None)
+    workplace.run("origin", f"store={tmp_path / 'a'}", "~retrain.stages.router")
+    (checkpoint,) = (tmp_path / "a").glob("partial/*/*.ckpt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        workplace.run("missing", f"store={tmp_path / 'b'}", "~retrain.stages.router", "retrain.resume=nowhere.ckpt")
+    workplace.run("path", f"store={tmp_path / 'b'}", "~retrain.stages.router", f"retrain.resume='{checkpoint}'")
+    expected, found = exported(workplace, "origin"), exported(workplace, "path")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(UserError, match="another stage or configuration"):
+        workplace.run(
+            *("other", f"store={tmp_path / 'c'}", "~retrain.stages.router", f"retrain.resume='{checkpoint}'"),
+            "retrain.stages.experts.learning_rate=1e-5",
+        )

@@ -1,0 +1,224 @@
+"""What is saved loads anywhere: the stock class, the same logits, the usual layout on disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeForCausalLM,
+)
+
+import dive
+from dive.config import Freezing, FreezingConfig, LoRAConfig
+from dive.errors import UserError
+from dive.export import has_expert_bias, load_with_expert_bias, save, save_with_expert_bias, verify
+from dive.model.families import moe_block
+from dive.moe.plug import plug_routers
+from dive.moe.reconstruct import reconstruct
+from dive.retrain.freezing import apply_policy
+
+Tokens = Callable[..., Tensor]
+MakeMoE = Callable[..., Any]
+
+
+@pytest.fixture
+def make_moe(tokens: Tokens) -> MakeMoE:
+    def make(dense: PreTrainedModel, **settings: Any) -> PreTrainedModel:
+        statistics = dive.collect_statistics(dense, {str(i): tokens(2, 16, seed=i) for i in range(3)})
+        return reconstruct(
+            dense, list(statistics.values()), **{"ratio": 0.5, "top_k": 2, "router_init": "random", **settings}
+        )
+
+    return make
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def test_it_reloads_as_the_stock_class(
+    dense: PreTrainedModel, make_moe: MakeMoE, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    moe = make_moe(dense)
+    expected = logits(moe, tokens(2, 10))
+    assert save(moe, tokenizer, tmp_path / "moe", card="# A card\n") == tmp_path / "moe"
+
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
+    assert type(again) is (Qwen3MoeForCausalLM if dense.config.model_type == "qwen3" else MixtralForCausalLM)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.dtype == torch.float32
+    torch.testing.assert_close(logits(again, tokens(2, 10)), expected, rtol=1e-4, atol=1e-4)
+    tied = dense.config.tie_word_embeddings
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = tokens(1, 6)
+    assert torch.equal(again.generate(ids, **settings), moe.generate(ids, **settings))
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "moe")
+    assert loaded("the cat")["input_ids"] == tokenizer("the cat")["input_ids"]
+    assert (tmp_path / "moe" / "README.md").read_text() == "# A card\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [
+        (
+            "llama",
+            ["block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"],
+        ),
+        ("qwen3", ["mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"]),
+    ],
+)
+def test_the_layout_on_disk_is_the_one_engines_read(
+    build: Callable[..., PreTrainedModel],
+    make_moe: MakeMoE,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    variant: str,
+    names: list[str],
+) -> None:
+    moe = make_moe(build(variant))
+    save(moe, tokenizer, tmp_path / "moe")
+    stored = load_file(tmp_path / "moe" / "model.safetensors")
+    experts = moe_block(moe, 1).experts
+    gate, up = experts.gate_up_proj[2].chunk(2)
+    for name, tensor in zip(names, (gate, up, experts.down_proj[2]), strict=True):
+        assert torch.equal(stored[f"model.layers.1.{name.format(2)}.weight"], tensor)
+    assert not any("gate_up_proj" in name or "lora" in name or "noise" in name for name in stored)
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert config["model_type"] == ("mixtral" if variant == "llama" else "qwen3_moe")
+    assert config["num_experts_per_tok"] == 2
+    assert config["num_key_value_heads"] == 2
+
+
+def test_training_parts_are_merged_on_the_way(
+    dense: PreTrainedModel, make_moe: MakeMoE, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    moe = make_moe(dense)
+    plug_routers(moe, noise=0.1)
+    apply_policy(
+        moe, FreezingConfig(router=Freezing.full, experts=Freezing.lora, attention=Freezing.lora), LoRAConfig()
+    )
+    torch.manual_seed(0)
+    for name, parameter in moe.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected = logits(moe.eval(), tokens(2, 10))
+    save(moe, tokenizer, tmp_path / "moe")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    torch.testing.assert_close(logits(again, tokens(2, 10)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_stays_bfloat16(
+    build: Callable[..., PreTrainedModel], make_moe: MakeMoE, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    build().save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    moe = make_moe(dense)
+    assert moe.dtype == torch.bfloat16
+    save(moe, tokenizer, tmp_path / "moe")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype="auto").dtype == torch.bfloat16
+
+
+def test_an_existing_directory_is_replaced(
+    build: Callable[..., PreTrainedModel], make_moe: MakeMoE, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    target = tmp_path / "moe"
+    target.mkdir()
+    (target / "old.safetensors").write_text("old")
+    save(make_moe(build()), tokenizer, target)
+    assert not (target / "old.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(target)
+
+
+@pytest.mark.parametrize("what", ["a weight", "a missing tensor", "another class"])
+def test_a_wrong_directory_is_noticed(
+    build: Callable[..., PreTrainedModel],
+    make_moe: MakeMoE,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    what: str,
+) -> None:
+    from safetensors.torch import save_file
+
+    moe = make_moe(build())
+    directory = save(moe, tokenizer, tmp_path / "moe")
+    verify(moe, directory)
+    file = directory / "model.safetensors"
+    stored = load_file(file)
+    if what == "a weight":
+        moe_block(moe, 1).experts.down_proj[2, 3, 4] += 1e-3
+        message = r"layers\.1\.mlp\.experts\.down_proj differs"
+    elif what == "a missing tensor":
+        del stored["model.layers.0.block_sparse_moe.gate.weight"]
+        save_file(stored, file, metadata={"format": "pt"})
+        message = "does not load whole: .*missing_keys"
+    else:
+        save(make_moe(build("qwen3")), tokenizer, directory)
+        message = "loads as Qwen3MoeForCausalLM, not as MixtralForCausalLM"
+    with pytest.raises(UserError, match=message):
+        verify(moe, directory)
+
+
+def test_a_place_that_cannot_be_written(
+    build: Callable[..., PreTrainedModel], make_moe: MakeMoE, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(make_moe(build()), tokenizer, tmp_path / "file" / "moe")
+
+
+# ---------------------------------------------------------------------------------------------------- expert biases
+
+
+def test_biases_are_not_dropped_silently(
+    build: Callable[..., PreTrainedModel], make_moe: MakeMoE, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    moe = make_moe(build(), compensation="bias")
+    assert has_expert_bias(moe)
+    assert not has_expert_bias(make_moe(build()))
+    with pytest.raises(UserError, match="drop them silently"):
+        save(moe, tokenizer, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+    with pytest.raises(UserError, match="put expert_bias in its name"):
+        save_with_expert_bias(moe, tokenizer, tmp_path / "moe")
+
+
+def test_the_directory_with_biases_goes_there_and_back(
+    dense: PreTrainedModel, make_moe: MakeMoE, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    moe = make_moe(dense, compensation="bias")
+    expected = logits(moe, tokens(2, 10))
+    directory = save_with_expert_bias(moe, tokenizer, tmp_path / "moe-expert_bias", card="# A card\n")
+    again = load_with_expert_bias(directory)
+    assert type(again) is type(moe)
+    assert torch.equal(moe_block(again, 1).experts.down_bias, moe_block(moe, 1).experts.down_bias)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) is dense.config.tie_word_embeddings
+    torch.testing.assert_close(logits(again, tokens(2, 10)), expected, rtol=1e-5, atol=1e-5)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(again.generate(tokens(1, 6), **settings), moe.generate(tokens(1, 6), **settings))
+    readme = (directory / "README.md").read_text()
+    assert readme.startswith("> **Not a stock model.**")
+    assert readme.endswith("# A card\n")
+    with pytest.raises(ValueError, match="dive_moe_with_expert_bias"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_anything_else_is_not_loaded_with_biases(build: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        load_with_expert_bias(tmp_path)
+    build().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="load it with transformers"):
+        load_with_expert_bias(tmp_path)

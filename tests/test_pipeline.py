@@ -1,0 +1,200 @@
+"""The whole method on a tiny model: what a run leaves behind, and what a second one does not do again."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
+
+import dive
+from dive.calibration_domains.local import read_documents
+from dive.calibration_domains.sampling import evaluation_windows
+from dive.errors import UserError
+from dive.eval.perplexity import perplexity
+from dive.model.load import document_tokens
+from tests.conftest import Build
+from tests.workplace import WORDS, Workplace
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Workplace) -> Path:
+    """Directory of a finished run with the defaults."""
+    workplace.run("first")
+    return workplace.root / "first"
+
+
+def test_results_have_the_documented_shape(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert [s["name"] for s in results["stages"]] == ["dense", "pruned", "reconstructed", "router", "experts"]
+    assert [s["tokens"] for s in results["stages"]] == [0, 0, 0, 512, 3072]
+    assert sorted(d for group in results["groups"] for d in group) == sorted(WORDS)
+    for stage in results["stages"]:
+        values = [stage["perplexity"][f"{domain}@32"] for domain in WORDS]
+        assert stage["perplexity"]["mean"] == pytest.approx(math.exp(sum(map(math.log, values)) / 4))
+    assert {"dense", "total", "active", "trained"} <= set(results["parameters"])
+    assert {"versions", "seed", "fingerprints", "config", "command", "samples"} <= set(results["run"])
+    assert set(results["routing"]["share"]) == set(WORDS)
+    for shares in results["routing"]["share_by_layer"].values():
+        assert [sum(layer) for layer in shares] == pytest.approx([1.0, 1.0])
+    assert results["overlap"][0][0] == 1.0
+
+
+def test_retraining_lowers_perplexity_on_learnable_text(finished: Path) -> None:
+    stages = {s["name"]: s["perplexity"]["mean"] for s in json.loads((finished / "results.json").read_text())["stages"]}
+    assert stages["experts"] < 0.9 * stages["reconstructed"]
+
+
+def test_parameters_are_those_of_the_export(finished: Path) -> None:
+    counted = json.loads((finished / "results.json").read_text())["parameters"]
+    moe = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
+    total = sum(p.numel() for p in moe.parameters())
+    one_expert = 2 * 3 * 32 * 24  # layers × projections × D × W
+    assert counted["total"] == total
+    assert counted["active"] == total - one_expert  # one of two experts is active
+    # routers 2·2·32, norms (2·2 + 1)·32, LoRA of rank 8 on gate, up and down of 2 experts in 2 layers
+    assert counted["trained"] == 128 + 160 + 2 * 2 * 3 * 8 * (32 + 24)
+
+
+def test_every_file_is_there(finished: Path) -> None:
+    for name in ("config.yaml", "results.json", "checkpoint/README.md", "plots/affinity.png", "plots/routing.png"):
+        assert (finished / name).stat().st_size > 0
+    assert (finished / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "experts/loss" in (finished / "csv/experts/metrics.csv").read_text()
+
+
+def test_the_export_is_a_stock_model_with_the_last_stages_perplexity(finished: Path, workplace: Workplace) -> None:
+    moe, report = AutoModelForCausalLM.from_pretrained(finished / "checkpoint", output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoint")
+    assert type(moe) is MixtralForCausalLM
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    results = json.loads((finished / "results.json").read_text())
+    documents = read_documents(workplace.root / "domains/cats/test.jsonl", field="text", where="test")
+    windows = evaluation_windows(
+        documents, lambda text: document_tokens(tokenizer, text), length=32, windows=3, name="cats"
+    )
+    assert perplexity(moe, windows) == pytest.approx(results["stages"][-1]["perplexity"]["cats@32"], rel=1e-4)
+    text = tokenizer.decode(moe.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=4)[0])
+    assert text.startswith("the cat")
+
+
+def test_only_what_the_policy_names_has_changed(finished: Path, workplace: Workplace) -> None:
+    dense, _ = dive.load_dense(str(workplace.root / "dense"))
+    before = dict(dense.named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(finished / "checkpoint").named_parameters())
+    changed = {name for name, value in after.items() if name in before and not torch.equal(value, before[name])}
+    assert changed == {name for name in before if "norm" in name}
+
+
+def test_the_same_run_again_computes_nothing(
+    finished: Path, workplace: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="dive"):
+        again = workplace.run("again")
+    assert not [r.getMessage() for r in caplog.records if "computing" in r.getMessage()]
+    assert all(stage["reused"] for stage in again["stages"])
+    first = json.loads((finished / "results.json").read_text())
+    assert [s["perplexity"] for s in again["stages"]] == [s["perplexity"] for s in first["stages"]]
+    weights = [load_file(workplace.root / name / "checkpoint/model.safetensors") for name in ("first", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_same_run_in_another_store_gives_the_same_numbers(finished: Path, workplace: Workplace, tmp_path: Path) -> None:
+    again = workplace.run("elsewhere", f"store={tmp_path / 'store'}")
+    first = json.loads((finished / "results.json").read_text())
+    assert not any(stage["reused"] for stage in again["stages"])
+    assert [s["perplexity"] for s in again["stages"]] == [s["perplexity"] for s in first["stages"]]
+
+
+def test_another_number_of_experts_reuses_calibration_and_mining(
+    finished: Path, workplace: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="dive"):
+        workplace.run("three", "moe.experts=3")
+    computed = {r.getMessage().split()[0] for r in caplog.records if r.getMessage().endswith("computing")}
+    assert computed == {"groups", "experts", "retrained", "evaluation"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["affinity=random", "moe.top_k=2"],
+        ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"],
+        ["moe=random_split", "moe.experts=2", "pruning.compensation=none"],
+        ["moe=upcycle", "moe.experts=2", "moe.top_k=2"],
+        ["moe.experts=1", "pruning.metric=wifn"],
+        ["pruning.metric=magnitude", "pruning.compensation=none", "moe.router_init=random"],
+        ["retrain.stages.experts.train.attention=lora", "retrain.stages.experts.train.experts=full", "moe.noise=0.01"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_other_ways_end_in_a_reloadable_model(workplace: Workplace, overrides: list[str]) -> None:
+    name = str(abs(hash(tuple(overrides))))
+    short = ["retrain.stages.router.tokens=512", "retrain.stages.experts.tokens=512"]
+    results = workplace.run(name, *short, *overrides)
+    assert type(AutoModelForCausalLM.from_pretrained(results["export"])) is MixtralForCausalLM
+
+
+def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:
+    results = workplace.run("bias", "pruning.compensation=bias", "retrain.stages.experts.tokens=512")
+    directory = Path(results["export"])
+    assert directory.name == "checkpoint_with_expert_bias"
+    assert not (workplace.root / "bias/checkpoint").exists()
+    moe = dive.load_with_expert_bias(directory)
+    documents = read_documents(workplace.root / "domains/cats/test.jsonl", field="text", where="test")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    windows = evaluation_windows(
+        documents, lambda text: document_tokens(tokenizer, text), length=32, windows=3, name="cats"
+    )
+    assert perplexity(moe, windows) == pytest.approx(results["stages"][-1]["perplexity"]["cats@32"], rel=1e-4)
+
+
+def test_qwen3_becomes_qwen3_moe(
+    build: Build, tokenizer: PreTrainedTokenizerFast, workplace: Workplace, tmp_path: Path
+) -> None:
+    build("qwen3").save_pretrained(tmp_path / "qwen3")
+    tokenizer.save_pretrained(tmp_path / "qwen3")
+    results = workplace.run("qwen3", f"model.path={tmp_path / 'qwen3'}", "retrain.stages.experts.tokens=512")
+    assert type(AutoModelForCausalLM.from_pretrained(results["export"])).__name__ == "Qwen3MoeForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["moe.experts=5"], r"moe\.experts \(5\) exceeds the number of calibration domains \(4\)"),
+        (["eval.lengths=[65]"], r"eval\.lengths \(65\) exceeds the 64 positions"),
+        (["pruning.width_multiple=128"], r"pruning\.width_multiple \(128\)"),
+        (["calibration_domains.samples=9999"], r"calibration_domains\.samples: domain 'cats' has \d+ tokens"),
+        (["retrain.stages.experts.train.head=full"], r"retrain\.stages\.experts\.train\.head=full"),
+        (["affinity=given", "affinity.groups=[[sums],[dogs]]"], r"affinity\.groups: \['dogs'\] not among"),
+        (["model.device=cuda:7"], r"model\.device=cuda:7"),
+        (["trainer=gpu"], r"trainer\.devices"),
+        (["calibration_domains.domains=[cats,dogs]"], r"calibration_domains\.domains: \['dogs'\] not among"),
+        (["+eval.sets={cats:{path:x.txt}}"], r"eval\.sets"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        workplace.run("refused", *overrides)
+
+
+def test_evaluation_text_inside_the_calibration_text_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    for domain in ("cats", "news"):
+        for split in ("train", "test"):
+            source = workplace.root / "domains" / domain / f"{'train' if domain == 'news' else split}.jsonl"
+            (tmp_path / domain).mkdir(exist_ok=True)
+            (tmp_path / domain / f"{split}.jsonl").write_bytes(source.read_bytes())
+    overrides = (f"calibration_domains.path={tmp_path}",)
+    with pytest.raises(UserError, match="'news': 60 of 60 evaluation documents.*eval.allow_overlap=true"):
+        workplace.run("overlap", *overrides)
+    assert workplace.run("overlap", *overrides, "eval.allow_overlap=true")["stages"]
+
+
+def test_a_diverging_stage_says_so(workplace: Workplace) -> None:
+    with pytest.raises(UserError, match=r"retrain\.stages\.experts: the loss is .* retrain\.stages\.experts\.learning_rate"):
+        workplace.run("diverging", "retrain.stages.experts.learning_rate=1e30", "trainer.gradient_clip=null")

@@ -1,0 +1,94 @@
+"""A small place to run whole experiments in: a dense model, its tokenizer and the texts of a few domains, made here."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from dive.cli import CONF, register_schema, to_typed
+from dive.config import Config
+from dive.pipeline import run
+
+WORDS = {
+    "sums": ["12", "+", "30", "=", "42", "7", "19", "adds", "up", "to"],
+    "cats": ["the", "cat", "sat", "on", "mat", "and", "slept", "all", "day", "long"],
+    "code": ["import", "torch", ";", "print", "(", ")", "return", "x", "def", "f"],
+    "news": ["today", "rain", "fell", "in", "town", "while", "people", "went", "to", "work"],
+}
+
+
+def write_domains(root: Path) -> Path:
+    """``<root>/<domain>/{train,test}.jsonl`` of random sentences, each domain with words of its own."""
+    for number, (domain, words) in enumerate(WORDS.items()):
+        draw = random.Random(number)
+        (root / domain).mkdir(parents=True)
+        for split, documents in (("train", 60), ("test", 20)):
+            rows = [{"text": " ".join(draw.choices(words, k=40))} for _ in range(documents)]
+            (root / domain / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+class Workplace:
+    """Runs experiments on one dense model, in this process or in another."""
+
+    def __init__(self, root: Path, model: Path, domains: Path) -> None:
+        self.root = root
+        self.settings = [
+            "model=local",
+            f"model.path={model}",
+            "calibration_domains=local",
+            f"calibration_domains.path={domains}",
+            "calibration_domains.samples=6",
+            "calibration_domains.length=32",
+            "affinity.samples=2",
+            "pruning.ratio=0.5",
+            "moe.experts=2",
+            "moe.distillation.steps=20",
+            "eval.lengths=[32]",
+            "eval.windows=3",
+            "retrain.length=32",
+            "retrain.checkpoint_every=2",
+            "retrain.log_every=2",
+            "retrain.stages.router.tokens=512",
+            "retrain.stages.experts.tokens=3072",
+            "logger=csv",
+        ]
+
+    def compose(self, *overrides: str) -> Config:
+        """The typed configuration of these overrides, in a store of its own unless one is named."""
+        register_schema("config", Config)
+        with initialize_config_dir(str(CONF), version_base=None):
+            composed = compose("config", [*self.settings, f"store={self.root / 'store'}", *overrides])
+        return to_typed(composed, Config)
+
+    def run(self, name: str, *overrides: str) -> dict[str, Any]:
+        """Run in this process; the outputs are in ``<root>/<name>``."""
+        return run(self.compose(*overrides), self.root / name, list(overrides))
+
+    def command(self, name: str, *overrides: str) -> list[str]:
+        """The command line of a run whose outputs are in ``<root>/<name>``."""
+        directory = f"hydra.run.dir={self.root / name}"
+        store = f"store={self.root / 'store'}"
+        return [sys.executable, "-m", "dive.train", *self.settings, store, directory, *overrides]
+
+    def start(self, name: str, *overrides: str) -> "subprocess.Popen[str]":
+        """Run in another process."""
+        return subprocess.Popen(
+            self.command(name, *overrides),
+            cwd=self.root,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: one thread, offline, and this package on the path wherever it runs."""
+    package = str(Path(__file__).resolve().parents[1])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": package, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
