@@ -108,10 +108,18 @@ class CalibrationDomainsConfig:
     """Calibration sequences per domain."""
     length: int = 256
     """Tokens per calibration sequence."""
+    group_samples: int | None = None
+    """Calibration sequences of a group, split evenly over its domains, as in the paper; all of theirs if null."""
+    repeat: bool = False
+    """Crop the same documents again where a domain has fewer tokens than are asked for, instead of refusing it."""
     batch: int = 16
     """Sequences per forward pass."""
 
     def __post_init__(self) -> None:
+        require(
+            self.group_samples is None or self.group_samples > 0,
+            f"calibration_domains.group_samples ({self.group_samples}) must be positive, or null",
+        )
         require(self.samples > 0, f"calibration_domains.samples ({self.samples}) must be positive")
         require(self.length > 1, f"calibration_domains.length ({self.length}) must be at least 2")
         require(self.batch > 0, f"calibration_domains.batch ({self.batch}) must be positive")
@@ -255,15 +263,15 @@ class RouterInit(Enum):
 class DistillationConfig:
     """Fit of each router to the expert with the smallest error against the dense FFN."""
 
-    tokens: int = 16384
+    tokens: int = 32768
     """Calibration tokens per layer."""
-    steps: int = 300
+    steps: int = 900
     """Optimiser steps per layer."""
     batch: int = 4096
     """Tokens per step."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     temperature: float = 0.1
-    """Of the soft target softmax(-error / (temperature · mean error))."""
+    """Of the first steps' soft target softmax(-error / (temperature · mean error))."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -60,6 +60,7 @@ def save(
         )
     unplug(model)
     target = Path(directory)
+    _refuse_foreign(target)
     working = _fresh_sibling(target)
     try:
         model.save_pretrained(working)
@@ -131,6 +132,7 @@ def save_with_expert_bias(
     from safetensors.torch import save_model
 
     target = Path(directory)
+    _refuse_foreign(target)
     if "expert_bias" not in target.name:
         raise UserError(f"{target}: a directory that no engine can serve must say so; put expert_bias in its name")
     unplug(model)
@@ -204,3 +206,9 @@ def _replace(working: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(working, target)
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Refuse to replace a directory that holds anything but a model."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise UserError(f"{target} is there and holds something else than a model; choose another directory")

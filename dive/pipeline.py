@@ -52,10 +52,10 @@ from dive.model.load import (
     resolve_device,
 )
 from dive.moe.reconstruct import ExpertLayer, assemble, build_layers
+from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
-from dive.progress import quiet_libraries
 from dive.report import plots
 from dive.report.text import model_card, show, stage_table
 from dive.retrain.corpus import corpus_blocks
@@ -177,10 +177,11 @@ def build_experts(
     moe: MoEConfig,
     *,
     batch: int,
+    group_samples: int | None,
     seed: int,
 ) -> Artifact:
     """Experts and routers of every layer, from a second pass over the calibration tokens, layer after layer."""
-    tokens = {str(number): torch.cat([inputs.tokens[d] for d in group]) for number, group in enumerate(groups)}
+    tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
 
     def compute(directory: Path) -> None:
@@ -206,6 +207,14 @@ def build_experts(
         "seed": seed,
     }
     return store.get("experts", depends, compute)
+
+
+def group_tokens(tokens: Mapping[str, Tensor], group: Sequence[str], samples: int | None) -> Tensor:
+    """Calibration sequences of a group, (N, length): all of its domains', or ``samples`` split evenly over them."""
+    if samples is None:
+        return torch.cat([tokens[domain] for domain in group])
+    shares = [samples // len(group) + (number < samples % len(group)) for number in range(len(group))]
+    return torch.cat([tokens[domain][:share] for domain, share in zip(group, shares, strict=True)])
 
 
 def read_experts(artifact: Artifact) -> Iterator[ExpertLayer]:
@@ -295,6 +304,7 @@ class Run:
         evaluation: Artifact | None,
         *,
         made: Artifact | None = None,
+        seconds: float | None = None,
         tokens: int = 0,
         trained: int = 0,
     ) -> None:
@@ -307,7 +317,7 @@ class Run:
             {
                 "name": name,
                 "tokens": tokens,
-                "seconds": source.seconds,
+                "seconds": source.seconds if seconds is None else seconds,
                 "reused": source.reused,
                 "trained": trained,
                 "perplexity": found["perplexity"],
@@ -396,7 +406,15 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     groups, clustering = choose_groups(config, store, inputs)
     record.results["groups"] = groups
 
-    built = partial(build_experts, store, inputs, pruning=config.pruning, batch=batch, seed=config.seed)
+    built = partial(
+        build_experts,
+        store,
+        inputs,
+        pruning=config.pruning,
+        batch=batch,
+        group_samples=config.calibration_domains.group_samples,
+        seed=config.seed,
+    )
     pruned = built([list(tokens)], moe=MoEConfig(experts=1, top_k=1))
     experts = pruned if config.moe.experts == 1 else built(groups, moe=config.moe)
 
@@ -445,6 +463,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
                 routing=True,
             ),
             made=latest.artifact,
+            seconds=latest.seconds,
             tokens=latest.tokens,
             trained=latest.trained,
         )
@@ -487,6 +506,7 @@ def sample_tokens(
             length=domains.length,
             seed=config.seed,
             domain=name,
+            repeat=domains.repeat,
         )
     return calibration, measured
 

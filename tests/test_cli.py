@@ -37,9 +37,7 @@ def command(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[st
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_users_error_is_one_line_without_a_traceback(
-    arguments: list[str], message: str, tmp_path: Path
-) -> None:
+def test_a_users_error_is_one_line_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = command(*arguments, directory=tmp_path)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.strip()]

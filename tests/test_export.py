@@ -138,6 +138,9 @@ def test_an_existing_directory_is_replaced(
     target = tmp_path / "moe"
     target.mkdir()
     (target / "old.safetensors").write_text("old")
+    with pytest.raises(UserError, match="holds something else than a model"):
+        save(make_moe(build()), tokenizer, target)
+    (target / "config.json").write_text("{}")
     save(make_moe(build()), tokenizer, target)
     assert not (target / "old.safetensors").exists()
     AutoModelForCausalLM.from_pretrained(target)

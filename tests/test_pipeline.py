@@ -99,11 +99,16 @@ def test_the_same_run_again_computes_nothing(
     assert all(stage["reused"] for stage in again["stages"])
     first = json.loads((finished / "results.json").read_text())
     assert [s["perplexity"] for s in again["stages"]] == [s["perplexity"] for s in first["stages"]]
+    logged = [(workplace.root / name / "csv/experts/metrics.csv").read_text() for name in ("first", "again")]
+    assert sorted(logged[0].splitlines()[0].split(",")) == sorted(logged[1].splitlines()[0].split(","))
+    assert logged[0].count("\n") == logged[1].count("\n")
     weights = [load_file(workplace.root / name / "checkpoint/model.safetensors") for name in ("first", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_same_run_in_another_store_gives_the_same_numbers(finished: Path, workplace: Workplace, tmp_path: Path) -> None:
+def test_the_same_run_in_another_store_gives_the_same_numbers(
+    finished: Path, workplace: Workplace, tmp_path: Path
+) -> None:
     again = workplace.run("elsewhere", f"store={tmp_path / 'store'}")
     first = json.loads((finished / "results.json").read_text())
     assert not any(stage["reused"] for stage in again["stages"])
@@ -190,11 +195,13 @@ def test_evaluation_text_inside_the_calibration_text_is_refused(workplace: Workp
             (tmp_path / domain).mkdir(exist_ok=True)
             (tmp_path / domain / f"{split}.jsonl").write_bytes(source.read_bytes())
     overrides = (f"calibration_domains.path={tmp_path}",)
-    with pytest.raises(UserError, match="'news': 60 of 60 evaluation documents.*eval.allow_overlap=true"):
+    with pytest.raises(UserError, match=r"'news': 60 of 60 evaluation documents.*eval\.allow_overlap=true"):
         workplace.run("overlap", *overrides)
     assert workplace.run("overlap", *overrides, "eval.allow_overlap=true")["stages"]
 
 
 def test_a_diverging_stage_says_so(workplace: Workplace) -> None:
-    with pytest.raises(UserError, match=r"retrain\.stages\.experts: the loss is .* retrain\.stages\.experts\.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"retrain\.stages\.experts: the loss is .* retrain\.stages\.experts\.learning_rate"
+    ):
         workplace.run("diverging", "retrain.stages.experts.learning_rate=1e30", "trainer.gradient_clip=null")

@@ -16,7 +16,6 @@ from dive.config import HubTextConfig
 from dive.connection import hub_answers
 from dive.errors import UserError
 
-
 # --------------------------------------------------------------------------------------------------- template
 
 

@@ -71,12 +71,14 @@ def calibration_tokens(
     length: int,
     seed: int,
     domain: str,
+    repeat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Calibration sequences (samples, length) and sequences to measure affinity on (measured, length), int64.
 
     As the paper's: documents in random order are joined until longer than ``length`` tokens, then cropped at random. The
-    two matrices come from different documents. Where one round through the documents is too short for all samples, further
-    rounds crop elsewhere, as long as the text has as many tokens as are asked for.
+    two matrices come from different pieces of documents. Where one round through them is too short for all samples, further
+    rounds crop elsewhere, as long as the text has as many tokens as are asked for; with ``repeat`` however short
+    it is.
 
     Raises:
         UserError: the domain's text is too short; says by how much.
@@ -94,7 +96,7 @@ def calibration_tokens(
         crop = crops.take(length)
         if crop is not None:
             taken.append(crop)
-        elif crops.tokens_in_round < samples * length or len(taken) == before:
+        elif (crops.tokens_in_round < samples * length and not repeat) or len(taken) == before:
             break
         else:
             before = len(taken)
@@ -106,7 +108,7 @@ def calibration_tokens(
         raise UserError(
             f"calibration_domains.samples: domain {domain!r} has {total} tokens of training text, "
             f"({samples} + {measured} for affinity) × {length} = {needed} are asked for, and it lacks at least {lacks}; "
-            f"lower calibration_domains.samples or add text"
+            "lower calibration_domains.samples, add text, or set calibration_domains.repeat=true"
         )
     return torch.tensor(taken), torch.tensor([crop for crop in held_out if crop], dtype=torch.int64).reshape(
         measured, length

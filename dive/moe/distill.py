@@ -29,33 +29,37 @@ def expert_errors(
     return torch.cat(chunks)
 
 
-def soft_targets(errors: Tensor, temperature: float) -> Tensor:
-    """softmax(−error / (temperature · the layer's mean error)) over experts, (T, E)."""
-    return torch.softmax(-errors / (temperature * errors.mean()).clamp_min(1e-30), dim=-1)
+def fit_router(inputs: Tensor, errors: Tensor, settings: DistillationConfig, *, seed: int) -> Tensor:
+    """Linear router (E, D) that sends tokens where the error is small.
 
-
-def fit_router(inputs: Tensor, targets: Tensor, settings: DistillationConfig, *, seed: int) -> Tensor:
-    """Linear router (E, D) whose softmax comes closest to ``targets`` in cross-entropy.
+    With p = softmax(router · x) and errors scaled by their mean, the first third of the steps minimises the
+    cross-entropy of p against softmax(−error / temperature), each token weighted by what choosing well is worth to it
+    (mean − smallest error). The rest minimises the expected error Σ_e p_e error_e itself, which has poor gradients at
+    the start and the right optimum.
 
     Args:
-        inputs: (T, D), after the norm.
-        targets: (T, E), rows sum to one.
+        inputs: x, FFN inputs after the norm, (T, D).
+        errors: of every token and expert, (T, E).
         seed: of the batches.
     """
     scale = inputs.float().square().mean().sqrt().clamp_min(1e-12)
     rows = inputs.float() / scale
+    relative = errors / errors.mean().clamp_min(1e-30)
+    targets = torch.softmax(-relative / settings.temperature, dim=-1)
+    worth = relative.mean(dim=-1) - relative.min(dim=-1).values + 1e-6
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.zeros(targets.shape[1], rows.shape[1], device=rows.device, requires_grad=True)
+    weight = torch.zeros(errors.shape[1], rows.shape[1], device=rows.device, requires_grad=True)
     optimiser = torch.optim.Adam([weight], lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=settings.steps)
     with torch.enable_grad():
-        for _ in range(settings.steps):
-            if len(rows) > settings.batch:
-                chosen = torch.randint(len(rows), (settings.batch,), generator=generator).to(rows.device)
-                batch, wanted = rows[chosen], targets[chosen]
+        for step in range(settings.steps):
+            chosen = torch.randint(len(rows), (min(settings.batch, len(rows)),), generator=generator).to(rows.device)
+            logits = rows[chosen] @ weight.T
+            if step < settings.steps // 3:
+                entropy = functional.cross_entropy(logits, targets[chosen], reduction="none")
+                loss = (entropy * worth[chosen]).sum() / worth[chosen].sum()
             else:
-                batch, wanted = rows, targets
-            loss = functional.cross_entropy(batch @ weight.T, wanted)
+                loss = (torch.softmax(logits, dim=-1) * relative[chosen]).sum(dim=-1).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -29,7 +29,7 @@ from dive.model.families import (
     moe_block,
     moe_config,
 )
-from dive.moe.distill import expert_errors, fit_router, soft_targets
+from dive.moe.distill import expert_errors, fit_router
 from dive.moe.plug import plug_routers, use_stock_experts
 from dive.pruning import compensation as compensate
 from dive.pruning.metrics import importance, keep_highest
@@ -177,8 +177,7 @@ def _router(
         lambda rows: weights.channels(rows) @ weights.down.T,
         [expert_function(layer, e, weights.act) for e in range(experts)],
     )
-    targets = soft_targets(errors, moe.distillation.temperature)
-    return fit_router(inputs, targets, moe.distillation, seed=seed)
+    return fit_router(inputs, errors, moe.distillation, seed=seed)
 
 
 def build_layers(

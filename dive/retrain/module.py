@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.loggers.logger import Logger
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -103,7 +104,8 @@ class MoERetraining(lightning.LightningModule):
         self.perplexity = TokenPerplexity()
         self.curve: list[dict[str, float]] = []
         self.strict_loading = False  # a checkpoint holds the trained parameters, not the frozen base
-        self._since = time.monotonic()
+        self._before = 0.0  # seconds of training before an interruption
+        self._started = self._since = time.monotonic()
         self._since_step = 0
         self._said = self._since
 
@@ -147,7 +149,8 @@ class MoERetraining(lightning.LightningModule):
             router.mode = self.stage.mode
             router.temperature = self.stage.temperature
         self.model.train()
-        self._since, self._since_step = time.monotonic(), self.trainer.global_step
+        self._started = self._since = time.monotonic()
+        self._since_step = self.trainer.global_step
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids = batch["input_ids"]
@@ -190,7 +193,7 @@ class MoERetraining(lightning.LightningModule):
             values |= {f"expert_load/layer_{number:02d}/expert_{e}": float(share) for e, share in enumerate(load)}
         self.curve.append(values)
         for logger in self.loggers:
-            logger.log_metrics({f"{self.name}/{k}": v for k, v in values.items()}, step=step)
+            log_values(logger, self.name, values)
         self._since, self._since_step = now, step
         if self.trainer.is_global_zero and (now - self._said > PLAIN_INTERVAL or step == self.steps):
             left = (self.steps - step) * self.stage.batch * self.retrain.length / rate
@@ -202,7 +205,7 @@ class MoERetraining(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
-        checkpoint["dive"] = {"key": self.key, "curve": self.curve}
+        checkpoint["dive"] = {"key": self.key, "curve": self.curve, "seconds": self.seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("dive", {}).get("key") != self.key:
@@ -210,6 +213,17 @@ class MoERetraining(lightning.LightningModule):
                 f"retrain.resume: this checkpoint belongs to another stage or configuration, not to {self.name} as configured"
             )
         self.curve = list(checkpoint["dive"]["curve"])
+        self._before = float(checkpoint["dive"]["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Training time of the stage so far, interrupted runs included up to their last checkpoint."""
+        return self._before + time.monotonic() - self._started
+
+
+def log_values(logger: Logger, stage: str, values: dict[str, float]) -> None:
+    """Log one point of a stage's curve under ``<stage>/<name>``."""
+    logger.log_metrics({f"{stage}/{name}": value for name, value in values.items()}, step=int(values["step"]))
 
 
 def optimiser_steps(stage: StageConfig, length: int) -> int:

@@ -21,7 +21,7 @@ from dive.moe.plug import plug_routers
 from dive.report.text import show, trained_parameters_table
 from dive.retrain.corpus import Blocks
 from dive.retrain.freezing import apply_policy, plug_adapters, trained_table
-from dive.retrain.module import MoERetraining, optimiser_steps
+from dive.retrain.module import MoERetraining, log_values, optimiser_steps
 from dive.trainer.build import build_trainer
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class RetrainedStage:
     artifact: Artifact
     """``trained.safetensors``: every parameter trained up to and with this stage; ``curve.json``."""
     tokens: int
+    seconds: float
+    """Training time, interrupted runs included."""
     trained: int
     """Parameters this stage trained."""
     sizes: dict[str, int]
@@ -103,17 +105,20 @@ def retrain_stage(
             save_file(earlier | state, folder / "trained.safetensors")
             write_json(
                 folder / "curve.json",
-                {"curve": module.curve, "sizes": {k: v.numel() for k, v in state.items()}},
+                {"seconds": module.seconds, "curve": module.curve, "sizes": {k: v.numel() for k, v in state.items()}},
             )
 
     artifact = _get(store, inputs, compute, main_process=main_process)
     if main_process:
         store.forget_partial("retrained", inputs)
     logged = json.loads((artifact.path / "curve.json").read_text())
+    if artifact.reused and main_process:
+        _replay(logged["curve"], name, config, directory, wandb)
     return RetrainedStage(
         name=name,
         artifact=artifact,
         tokens=steps * stage.batch * retrain.length,
+        seconds=logged["seconds"],
         trained=sum(logged["sizes"].values()),
         sizes=logged["sizes"],
         curve=logged["curve"],
@@ -135,6 +140,18 @@ def _get(store: Store, inputs: Mapping[str, Any], compute: Callable[[Path], None
         found = store.find("retrained", inputs)
     assert found is not None
     return found
+
+
+def _replay(
+    curve: list[dict[str, float]], name: str, config: Config, directory: Path, wandb: "WandbLogger | None"
+) -> None:
+    """Give a run that found the stage in the store the values it would have logged."""
+    loggers = build_stage_loggers(config.logger, directory, name)
+    for values in curve:
+        for logger in loggers if wandb is None else [*loggers, wandb]:
+            log_values(logger, name, values)
+    for logger in loggers:
+        logger.finalize("success")
 
 
 def retrained_model(

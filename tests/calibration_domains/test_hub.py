@@ -14,10 +14,12 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from omegaconf import OmegaConf
 
+from dive import connection
 from dive.calibration_domains import hub
-from dive.calibration_domains.hub import hub_answers, hub_texts, render
+from dive.calibration_domains.hub import hub_texts, render
 from dive.cli import CONF
 from dive.config import HubTextConfig
+from dive.connection import hub_answers
 from dive.errors import UserError
 
 WHERE = "calibration_domains.hub.toy"
@@ -32,7 +34,7 @@ def no_network_and_empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(connection, "getproxies", dict)
     hub_answers.cache_clear()
     yield
     hub_answers.cache_clear()

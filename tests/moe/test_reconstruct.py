@@ -19,7 +19,7 @@ from dive.config import (
 )
 from dive.errors import UserError
 from dive.model.families import copy_shared_weights, decoder_layers, ffn, moe_block
-from dive.moe.distill import expert_errors, fit_router, soft_targets
+from dive.moe.distill import expert_errors, fit_router
 from dive.moe.reconstruct import assemble, build_layer, build_layers, expert_function, reconstruct, split_masks
 from dive.pruning.calibrate import collect_statistics
 from dive.pruning.metrics import keep_masks
@@ -239,25 +239,28 @@ def test_a_single_expert_has_nothing_to_route(dense: PreTrainedModel, tokens: To
 # ------------------------------------------------------------------------------------------------------- routers
 
 
-def test_soft_targets_by_hand() -> None:
-    # Mean error 2, temperature 0.5: softmax(-error / 1) = e^-1, e^-3.
-    found = soft_targets(torch.tensor([[1.0, 3.0]]), 0.5)
-    assert found[0].tolist() == pytest.approx([1 / (1 + 2.718281828**-2), 1 / (1 + 2.718281828**2)], rel=1e-5)
-
-
 def test_expert_errors_by_hand() -> None:
     rows = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
     found = expert_errors(rows, lambda x: x, [lambda x: 0 * x, lambda x: 3 * x])
     assert found.tolist() == [[5.0, 20.0], [1.0, 4.0]]  # ‖x‖² and ‖2 x‖²
 
 
-def test_a_router_is_fitted_to_separable_targets() -> None:
+def test_a_router_is_fitted_to_separable_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = 7 * torch.randn(400, 8, generator=generator)
     best = (rows @ torch.randn(8, 3, generator=generator)).argmax(dim=1)
-    weight = fit_router(rows, torch.nn.functional.one_hot(best, 3).float(), DistillationConfig(steps=200), seed=0)
+    weight = fit_router(rows, 1.0 - torch.nn.functional.one_hot(best, 3).float(), DistillationConfig(steps=200), seed=0)
     assert weight.shape == (3, 8)
     assert float(((rows @ weight.T).argmax(dim=1) == best).float().mean()) > 0.95
+
+
+def test_a_router_minimises_the_error_and_not_the_number_of_mistakes() -> None:
+    # Indistinguishable tokens: three of four prefer expert 0 by 1, the fourth expert 1 by 10. Always expert 1 costs 3 / 4
+    # a token, always expert 0 costs 10 / 4.
+    rows = torch.ones(400, 4)
+    errors = torch.tensor([[0.0, 1.0]] * 3 + [[10.0, 0.0]]).repeat(100, 1)
+    weight = fit_router(rows, errors, DistillationConfig(steps=200), seed=0)
+    assert (rows @ weight.T).argmax(dim=1).unique().tolist() == [1]
 
 
 def test_a_distilled_router_beats_a_random_one(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:

@@ -91,7 +91,9 @@ def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: s
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_checkpoints_hold_what_is_trained_alone(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_hold_what_is_trained_alone(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dive.artifacts import Store
 
     monkeypatch.setattr(Store, "forget_partial", lambda *_: None)
