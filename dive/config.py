@@ -460,7 +460,7 @@ class EvalSetConfig:
 
     source: TextSource = TextSource.local
     path: str | None = None
-    """``local``: a jsonl, txt or parquet file."""
+    """``local``: a jsonl, txt or parquet file; ``embedded``: the name of an embedded domain, whose test text is taken."""
     text_field: str = "text"
     hub: HubTextConfig | None = None
     """``hub``: its ``test`` split is read."""
@@ -492,7 +492,7 @@ class EvalConfig:
         for name, entry in self.sets.items():
             where = f"eval.sets.{name}"
             require(bool(entry.lengths), f"{where}.lengths is empty")
-            require(entry.source is not TextSource.local or entry.path is not None, f"{where}.path is needed")
+            require(entry.source is TextSource.hub or entry.path is not None, f"{where}.path is needed")
             require(entry.source is not TextSource.hub or entry.hub is not None, f"{where}.hub is needed")
 
 

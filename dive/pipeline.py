@@ -26,7 +26,7 @@ from dive.affinity.grouping import affinity, cluster_domains, random_groups
 from dive.affinity.matrix import cross_domain_perplexity
 from dive.artifacts import Artifact, Store, plain, write_json
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
-from dive.calibration_domains.texts import domain_names, fingerprint, load_domains, refuse_overlap
+from dive.calibration_domains.texts import domain_names, fingerprint, load_domains
 from dive.config import (
     AffinityConfig,
     Compensation,
@@ -365,9 +365,6 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     tokenizer = load_tokenizer(source)
     tokenize = partial(document_tokens, tokenizer)
     domains = load_domains(config.calibration_domains, seed=config.seed)
-    if not config.eval.allow_overlap:
-        for domain in domains:
-            refuse_overlap(domain.train, domain.test, name=f"calibration_domains: {domain.name!r}")
     texts = evaluation_texts(config.eval, domains, tokenize, positions=source.config.max_position_embeddings)
     tokens, measured = sample_tokens(config, {d.name: d.train for d in domains}, tokenize)
     blocks, corpus = corpus_blocks(config.retrain, {d.name: d.train for d in domains}, tokenize, seed=config.seed)

@@ -103,7 +103,7 @@ def hub_documents(
 
 
 def load_eval_set(name: str, config: EvalSetConfig) -> list[str]:
-    """Documents of a named evaluation set; joined to one where it has a separator.
+    """Documents of a named evaluation set, blank ones included where it comes from the hub.
 
     Raises:
         UserError: it cannot be read.
@@ -111,17 +111,13 @@ def load_eval_set(name: str, config: EvalSetConfig) -> list[str]:
     where = f"eval.sets.{name}"
     if config.source is TextSource.hub:
         assert config.hub is not None
-        documents = hub_documents(config.hub, "test", where=f"{where}.hub", seed=None, keep_empty=True)
-        return _joined(documents, config.separator)
-    if config.source is TextSource.embedded:
-        raise UserError(f"{where}.source=embedded: the embedded domains are measured anyway; choose local or hub")
+        return hub_documents(config.hub, "test", where=f"{where}.hub", seed=None, keep_empty=True)
     assert config.path is not None
-    documents = read_documents(Path(config.path).expanduser(), field=config.text_field, where=where)
-    return _joined(documents, config.separator)
+    if config.source is TextSource.embedded:
+        from dive.calibration_domains.embedded import embedded_texts
 
-
-def _joined(documents: list[str], separator: str | None) -> list[str]:
-    return documents if separator is None else [separator.join(documents)]
+        return embedded_texts([config.path])[config.path][1]
+    return read_documents(Path(config.path).expanduser(), field=config.text_field, where=where)
 
 
 def fingerprint(documents: Iterable[str]) -> str:

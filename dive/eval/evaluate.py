@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dive.calibration_domains.sampling import Tokenize, evaluation_windows
-from dive.calibration_domains.texts import DomainTexts, load_eval_set
+from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap
 from dive.config import EvalConfig
 from dive.errors import UserError
 from dive.eval.perplexity import geometric_mean, perplexity
@@ -41,9 +41,12 @@ def evaluation_texts(
         positions: longest sequence the model can take.
 
     Raises:
-        UserError: a text is too short or unreadable, or a window too long for the model.
+        UserError: a text is too short or unreadable or stands in the training text, or a window is too long for the model.
     """
     texts = EvaluationTexts()
+    if not config.allow_overlap:
+        for domain in domains:
+            refuse_overlap(domain.train, domain.test, name=f"calibration_domains: {domain.name!r}")
     for length in config.lengths:
         _fits(length, positions, "eval.lengths")
         texts.domains[length] = {
@@ -54,6 +57,10 @@ def evaluation_texts(
         if name in {domain.name for domain in domains}:
             raise UserError(f"eval.sets.{name} has the name of a domain; rename the set")
         documents = load_eval_set(name, entry)
+        if not config.allow_overlap:
+            refuse_overlap([d for domain in domains for d in domain.train], documents, name=f"eval.sets.{name}")
+        if entry.separator is not None:
+            documents = [entry.separator.join(documents)]
         for length in entry.lengths:
             _fits(length, positions, f"eval.sets.{name}.lengths")
             texts.sets[f"{name}@{length}"] = evaluation_windows(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dive.calibration_domains.embedded import embedded_texts
 from dive.calibration_domains.texts import (
     DomainTexts,
     domain_names,
@@ -67,18 +68,18 @@ def test_hub_domains_by_name_alone() -> None:
     assert domain_names(config) == ["a", "b"]
 
 
-@pytest.mark.parametrize(("separator", "documents"), [("\n\n", ["law test 0\n\nlaw test 1\n\nlaw test 2"]), (None, 3)])
-def test_evaluation_sets(corpus: Path, separator: str | None, documents: list[str] | int) -> None:
-    config = EvalSetConfig(path=str(corpus / "law" / "test.jsonl"), text_field="body", separator=separator)
-    found = load_eval_set("wikitext2", config)
-    assert found == documents if isinstance(documents, list) else len(found) == documents
+def test_evaluation_sets(corpus: Path) -> None:
+    local = EvalSetConfig(path=str(corpus / "law" / "test.jsonl"), text_field="body")
+    assert load_eval_set("law", local) == ["law test 0", "law test 1", "law test 2"]
+    embedded = EvalSetConfig(source=TextSource.embedded, path="arithmetic")
+    assert load_eval_set("sums", embedded) == embedded_texts(["arithmetic"])["arithmetic"][1]
 
 
 def test_evaluation_sets_name_their_override(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^eval\.sets\.w: .*none\.txt cannot be read"):
         load_eval_set("w", EvalSetConfig(path=str(tmp_path / "none.txt")))
-    with pytest.raises(UserError, match=r"^eval\.sets\.w\.source=embedded"):
-        load_eval_set("w", EvalSetConfig(source=TextSource.embedded))
+    with pytest.raises(UserError, match="not among the embedded"):
+        load_eval_set("w", EvalSetConfig(source=TextSource.embedded, path="nothing"))
 
 
 def test_fingerprints_follow_the_documents_and_where_they_end() -> None:
