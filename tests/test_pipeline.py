@@ -179,7 +179,7 @@ def test_qwen3_becomes_qwen3_moe(
         (["model.device=cuda:7"], r"model\.device=cuda:7"),
         (["trainer=gpu"], r"trainer\.devices"),
         (["calibration_domains.domains=[cats,dogs]"], r"calibration_domains\.domains: \['dogs'\] not among"),
-        (["+eval.sets.cats={path:x.txt}"], r"eval\.sets"),
+        (["+eval.sets={cats:{path:x.txt}}"], r"eval\.sets"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -202,12 +202,12 @@ def test_evaluation_text_inside_the_calibration_text_is_refused(workplace: Workp
 
 def test_named_sets_are_measured_beside_the_domains(workplace: Workplace, tmp_path: Path) -> None:
     (tmp_path / "extra.txt").write_text("a cat slept in town while torch sums add up " * 20)
-    sets = f"+eval.sets.extra={{path:{tmp_path / 'extra.txt'},lengths:[16,64]}}"
+    sets = f"+eval.sets={{extra:{{path:{tmp_path / 'extra.txt'},lengths:[16,64]}}}}"
     stages = workplace.run("sets", sets)["stages"]
     assert all({"extra@16", "extra@64", "mean"} <= set(stage["perplexity"]) for stage in stages)
     train = workplace.root / "domains/cats/train.jsonl"
     with pytest.raises(UserError, match=r"eval\.sets\.leak: 60 of 60 evaluation documents"):
-        workplace.run("leak", f"+eval.sets.leak={{path:{train},lengths:[16]}}")
+        workplace.run("leak", f"+eval.sets={{leak:{{path:{train},lengths:[16]}}}}")
 
 
 def test_a_diverging_stage_says_so(workplace: Workplace) -> None:
