@@ -62,7 +62,7 @@ def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> floa
 
 
 def cluster_domains(
-    matrix: ArrayLike, domains: Sequence[str], *, experts: int, method: Linkage = Linkage.average
+    matrix: ArrayLike, domains: Sequence[str], *, experts: int, method: Linkage = Linkage.complete
 ) -> Clustering:
     """Hierarchical clustering of the domains into exactly ``experts`` groups (DIVE, section 3.1).
 
@@ -70,7 +70,7 @@ def cluster_domains(
         matrix: perplexities P, (n, n), see :func:`dive.cross_domain_perplexity`.
         domains: names of its rows.
         experts: number of groups, 1 to n.
-        method: linkage rule; average linkage on 1 − r by default, since the paper does not name its own.
+        method: linkage rule on 1 − r. The paper does not name its own; complete linkage keeps groups of like size.
 
     Raises:
         UserError: more groups than domains, or a matrix of another size.

@@ -36,19 +36,18 @@ def affinity_heatmap(
     """
     n = len(domains)
     size = max(4.5, 0.32 * n)
-    figure = Figure(figsize=(size * 1.45, size))
+    figure = Figure(figsize=(size * 1.6, size), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 3.2])
     drawn = dendrogram(
         tree,
         ax=left,
         orientation="left",
-        labels=list(domains),
+        no_labels=True,
         color_threshold=0,
         above_threshold_color="#555555",
     )
     order = drawn["leaves"][::-1]
     left.set_xlabel("distance, 1 − r")
-    left.tick_params(axis="y", labelleft=False, left=False)
     left.spines[["top", "right", "left"]].set_visible(False)
     image = right.imshow(values[np.ix_(order, order)], cmap=MAP, aspect="auto")
     group_of = {domain: number for number, group in enumerate(groups) for domain in group}

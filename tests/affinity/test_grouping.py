@@ -1,5 +1,6 @@
 """Affinity, correlation, clustering and silhouette, worked out by hand."""
 
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -91,10 +92,11 @@ def test_exactly_so_many_groups_even_with_ties(matrix: np.ndarray, experts: int)
     assert sorted(name for group in groups for name in group) == names
 
 
-def test_average_linkage_by_hand() -> None:
-    clustering = cluster_domains(PAIRS, list("abcd"), experts=2)
+@pytest.mark.parametrize(("method", "rule"), [(Linkage.average, np.mean), (Linkage.complete, max), (Linkage.single, min)])
+def test_linkage_by_hand(method: Linkage, rule: Callable[[list[float]], float]) -> None:
+    clustering = cluster_domains(PAIRS, list("abcd"), experts=2, method=method)
     found = distances(PAIRS)
-    between = np.mean([found[i, j] for i in (0, 1) for j in (2, 3)])
+    between = rule([found[i, j] for i in (0, 1) for j in (2, 3)])
     assert clustering.tree[:, 2].tolist() == pytest.approx(
         [min(found[0, 1], found[2, 3]), max(found[0, 1], found[2, 3]), between]
     )
