@@ -1,9 +1,9 @@
 """What Lightning trains when the small dense model is made: random windows, next-token loss, a schedule."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -13,6 +13,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
+
+from dive.config import Schedule
+from dive.retrain.schedule import learning_rate_share
 
 
 class Windows(IterableDataset[Tensor]):
@@ -47,15 +50,6 @@ class Windows(IterableDataset[Tensor]):
                 offset = int(draw.integers(len(stream) - length + 1))
                 windows.append(stream[offset : offset + length])
             yield torch.stack(windows)
-
-
-def learning_rate_share(step: int, *, steps: int, warmup: float, floor: float) -> float:
-    """Share of the peak learning rate at ``step``: a linear rise, then half a cosine down to ``floor``."""
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return (step + 1) / rise
-    done = min(1.0, (step - rise) / max(1, steps - rise))
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 class Pretraining(LightningModule):
@@ -119,7 +113,13 @@ class Pretraining(LightningModule):
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: learning_rate_share(step, steps=self.steps, warmup=self.warmup, floor=self.floor),
+            partial(
+                learning_rate_share,
+                steps=self.steps,
+                schedule=Schedule.cosine,
+                warmup=self.warmup,
+                floor=self.floor,
+            ),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

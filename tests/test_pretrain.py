@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dive.errors import UserError
 from dive.pretrain import PretrainConfig, pretrain
-from dive.pretrain_module import Windows, learning_rate_share
+from dive.pretrain_module import Windows
 
 
 def miniature(directory: Path, **overrides: Any) -> PretrainConfig:
@@ -110,11 +110,3 @@ def test_windows_go_on_where_they_were() -> None:
     later.start = 4
     assert torch.equal(next(iter(later)), batches[4])
     assert all(bool((row.diff() == 1).all()) for batch in batches for row in batch)
-
-
-def test_the_learning_rate_rises_and_falls_to_its_floor() -> None:
-    shares = [learning_rate_share(step, steps=100, warmup=0.1, floor=0.2) for step in range(101)]
-    assert shares[0] == pytest.approx(0.1)
-    assert shares[9] == pytest.approx(1.0)
-    assert shares[100] == pytest.approx(0.2)
-    assert shares[10:] == sorted(shares[10:], reverse=True)

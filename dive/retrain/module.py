@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens each, E experts, L layers.
 import logging
 import math
 import time
+from functools import partial
 from typing import Any
 
 import lightning
@@ -17,12 +18,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from dive.config import RetrainConfig, Schedule, StageConfig
+from dive.config import RetrainConfig, StageConfig
 from dive.errors import UserError
 from dive.model.families import decoder_layers
 from dive.moe.plug import routers
 from dive.progress import PLAIN_INTERVAL
 from dive.retrain.corpus import BlockRange, Blocks
+from dive.retrain.schedule import learning_rate_share
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +49,6 @@ class TokenPerplexity(Metric):
     def compute(self) -> Tensor:
         """Perplexity."""
         return (self.nll / self.tokens).exp()
-
-
-def learning_rate_factor(step: int, *, steps: int, stage: StageConfig) -> float:
-    """Learning rate of optimiser step ``step`` (from 0) as a share of the peak: linear warm-up, then constant or cosine."""
-    warmup = math.ceil(stage.warmup * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if stage.schedule is Schedule.constant:
-        return 1.0
-    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
-    return stage.floor + (1.0 - stage.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class MoERetraining(lightning.LightningModule):
@@ -128,7 +119,14 @@ class MoERetraining(lightning.LightningModule):
             trained, lr=self.stage.learning_rate, betas=(0.9, 0.999), weight_decay=self.stage.weight_decay
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: learning_rate_factor(step, steps=self.steps, stage=self.stage)
+            optimiser,
+            partial(
+                learning_rate_share,
+                steps=self.steps,
+                schedule=self.stage.schedule,
+                warmup=self.stage.warmup,
+                floor=self.stage.floor,
+            ),
         )
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -92,7 +92,9 @@ def test_exactly_so_many_groups_even_with_ties(matrix: np.ndarray, experts: int)
     assert sorted(name for group in groups for name in group) == names
 
 
-@pytest.mark.parametrize(("method", "rule"), [(Linkage.average, np.mean), (Linkage.complete, max), (Linkage.single, min)])
+@pytest.mark.parametrize(
+    ("method", "rule"), [(Linkage.average, np.mean), (Linkage.complete, max), (Linkage.single, min)]
+)
 def test_linkage_by_hand(method: Linkage, rule: Callable[[list[float]], float]) -> None:
     clustering = cluster_domains(PAIRS, list("abcd"), experts=2, method=method)
     found = distances(PAIRS)
