@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,19 +62,12 @@ def save(
         )
     unplug(model)
     target = Path(directory)
-    _refuse_foreign(target)
-    working = _fresh_sibling(target)
-    try:
+    with _replacing(target) as working:
         model.save_pretrained(working)
         tokenizer.save_pretrained(working)
         if card is not None:
             (working / "README.md").write_text(card, encoding="utf-8")
         verify(model, working)
-        _replace(working, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return target
 
 
@@ -132,31 +127,24 @@ def save_with_expert_bias(
     from safetensors.torch import save_model
 
     target = Path(directory)
-    _refuse_foreign(target)
     if "expert_bias" not in target.name:
         raise UserError(f"{target}: a directory that no engine can serve must say so; put expert_bias in its name")
     unplug(model)
-    working = _fresh_sibling(target)
-    try:
+    settings = model.config.to_dict() | {
+        "stock_model_type": model.config.model_type,
+        "model_type": BIASED_MODEL_TYPE,
+    }
+    settings.pop("architectures", None)
+    note = (
+        "> **Not a stock model.** Its experts have biases (FLAP's compensation), which Mixtral has no place for. Only "
+        "`dive.load_with_expert_bias(directory)` loads it. For a model that serves anywhere choose "
+        "`pruning.compensation=least_squares`.\n\n"
+    )
+    with _replacing(target) as working:
         save_model(model, str(working / "model.safetensors"), metadata={"format": "pt"})
-        settings = model.config.to_dict() | {
-            "stock_model_type": model.config.model_type,
-            "model_type": BIASED_MODEL_TYPE,
-        }
-        settings.pop("architectures", None)
         (working / "config.json").write_text(json.dumps(settings, indent=2, default=str))
         tokenizer.save_pretrained(working)
-        note = (
-            "> **Not a stock model.** Its experts have biases (FLAP's compensation), which Mixtral has no place for. Only "
-            "`dive.load_with_expert_bias(directory)` loads it. For a model that serves anywhere choose "
-            "`pruning.compensation=least_squares`.\n\n"
-        )
         (working / "README.md").write_text(note + (card or ""), encoding="utf-8")
-        _replace(working, target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
     return target
 
 
@@ -192,23 +180,24 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     return model.requires_grad_(False).eval()
 
 
-def _fresh_sibling(target: Path) -> Path:
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A fresh directory that takes the place of ``target`` if all goes well, and vanishes otherwise.
+
+    Raises:
+        UserError: ``target`` is there and holds anything but a model, or cannot be written.
+    """
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise UserError(f"{target} is there and holds something else than a model; choose another directory")
     working = target.with_name(f".{target.name}-{os.getpid()}")
     shutil.rmtree(working, ignore_errors=True)
     try:
         working.mkdir(parents=True)
+        yield working
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(working, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
-    return working
-
-
-def _replace(working: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(working, target)
-
-
-def _refuse_foreign(target: Path) -> None:
-    """Refuse to replace a directory that holds anything but a model."""
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise UserError(f"{target} is there and holds something else than a model; choose another directory")
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
