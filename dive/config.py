@@ -518,7 +518,7 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: Strategy = Strategy.single
     precision: str = "32-true"
-    """Lightning precision; ``bf16-mixed`` or ``bf16-true`` on a GPU."""
+    """Lightning precision; ``bf16-mixed`` on a GPU keeps what is trained in float32, whatever ``model.dtype`` is."""
     gradient_checkpointing: bool = False
     accumulation: int = 1
     """Forward passes per optimiser step where a stage does not say."""
@@ -604,6 +604,11 @@ class Config:
                 f"moe.experts ({self.moe.experts}) differs from the number of affinity.groups "
                 f"({len(self.affinity.groups)}); set moe.experts={len(self.affinity.groups)}",
             )
+        require(
+            self.trainer.strategy is not Strategy.fsdp or self.model.dtype is Dtype.float32,
+            f"model.dtype={self.model.dtype.value}: trainer=fsdp shards tensors of one type alone; set model.dtype=float32 "
+            "(mixed precision computes in bfloat16), or trainer=fsdp2",
+        )
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
             parts = (stage.accumulation or self.trainer.accumulation) * world

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,13 +164,14 @@ def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device if there is one.
+    """``auto`` is this process's CUDA device (by its local rank) if there is one.
 
     Raises:
         UserError: the device does not exist.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

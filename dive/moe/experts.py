@@ -20,6 +20,12 @@ def is_aligned(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % 16 == 0
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What a product with ``weight`` is computed in: autocast's type where it is on, which grouped products ignore."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix.
 
@@ -31,9 +37,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (S, out)
     """
-    rows, transposed = rows.to(weight.dtype), weight.transpose(-2, -1)
+    dtype = compute_dtype(weight)
+    rows, transposed = rows.to(dtype), weight.to(dtype).transpose(-2, -1)
     product: Tensor
-    if is_aligned(weight.shape[1], weight.dtype) and is_aligned(weight.shape[2], weight.dtype):
+    if is_aligned(weight.shape[1], dtype) and is_aligned(weight.shape[2], dtype):
         product = _grouped_mm(rows, transposed, offs=offsets)
     else:
         product = torch.ops.transformers.grouped_mm_fallback(rows, transposed, offsets)
@@ -64,8 +71,8 @@ class GroupedLoRA(nn.Module):
         return grouped_linear(low, self.b, offsets) * self.scale
 
     def delta(self) -> Tensor:
-        """What merging adds to the weights, (E, out, in)."""
-        return torch.bmm(self.b, self.a) * self.scale
+        """What merging adds to the weights, (E, out, in) float32."""
+        return torch.bmm(self.b.float(), self.a.float()) * self.scale
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

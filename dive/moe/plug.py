@@ -83,8 +83,8 @@ class LinearLoRA(nn.Module):
         return functional.linear(low, self.b) * self.scale
 
     def delta(self) -> Tensor:
-        """What merging adds to the owner's weight, of its shape."""
-        product = self.b @ self.a * self.scale
+        """What merging adds to the owner's weight, of its shape, float32."""
+        product = self.b.float() @ self.a.float() * self.scale
         return product.T if self.is_embedding else product
 
 

@@ -41,10 +41,13 @@ class Router(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) to logits (T, E), gates (T, K) and experts (T, K); K is E in dense mode."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = functional.linear(rows, self.weight)
-        if self.training and self.noise_weight is not None:
-            spread = functional.softplus(functional.linear(rows, self.noise_weight))
-            logits = logits + torch.randn_like(logits) * spread * self.noise
+        # Close calls between experts are lost in bfloat16: mixed precision stays out of the router.
+        with torch.autocast(rows.device.type, enabled=False):
+            rows = rows.to(self.weight.dtype)
+            logits = functional.linear(rows, self.weight)
+            if self.training and self.noise_weight is not None:
+                spread = functional.softplus(functional.linear(rows, self.noise_weight))
+                logits = logits + torch.randn_like(logits) * spread * self.noise
         temperature = self.temperature if self.mode is Mode.dense else 1.0
         probabilities = torch.softmax(logits.float() / temperature, dim=-1)
         if self.mode is Mode.dense:

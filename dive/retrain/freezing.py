@@ -27,8 +27,14 @@ def check_policy(policy: FreezingConfig, config: "PretrainedConfig", *, where: s
     )
 
 
-def apply_policy(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRAConfig) -> None:
-    """Set ``requires_grad`` of every parameter, after giving parts under ``lora`` their adapters."""
+def apply_policy(
+    model: "PreTrainedModel", policy: FreezingConfig, lora: LoRAConfig, *, master_weights: bool = False
+) -> None:
+    """Set ``requires_grad`` of every parameter, after giving parts under ``lora`` their adapters.
+
+    Args:
+        master_weights: keep what is trained in float32, for mixed precision: steps of an optimiser are lost in bfloat16.
+    """
     plug_adapters(model, policy, lora)
     for name, parameter in model.named_parameters():
         choice: Freezing = getattr(policy, part_of(name))
@@ -36,6 +42,8 @@ def apply_policy(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRACon
             parameter.requires_grad_(False)  # FLAP's bias is not trained, as in the paper
         else:
             parameter.requires_grad_(choice is (Freezing.lora if is_adapter(name) else Freezing.full))
+        if parameter.requires_grad and master_weights:
+            parameter.data = parameter.data.float()
 
 
 def plug_adapters(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRAConfig) -> None:

@@ -93,9 +93,10 @@ def retrain_stage(
     }
 
     def compute(folder: Path) -> None:
-        model = retrained_model(reconstructed, config, before)
+        master_weights = config.trainer.precision.endswith("-mixed")
+        model = retrained_model(reconstructed, config, before, master_weights=master_weights)
         lightning.seed_everything(config.seed, verbose=False)
-        apply_policy(model, stage.train, retrain.lora)
+        apply_policy(model, stage.train, retrain.lora, master_weights=master_weights)
         if main_process:
             show(trained_parameters_table(name, trained_table(model)))
         module = _fit(store, model, name, config, blocks, inputs, before, directory, wandb)
@@ -155,15 +156,27 @@ def _replay(
 
 
 def retrained_model(
-    reconstructed: Callable[[], "PreTrainedModel"], config: Config, stages: Sequence[RetrainedStage]
+    reconstructed: Callable[[], "PreTrainedModel"],
+    config: Config,
+    stages: Sequence[RetrainedStage],
+    *,
+    master_weights: bool = False,
 ) -> "PreTrainedModel":
-    """The model after these stages: routers plugged, adapters in place but not merged, in evaluation mode."""
+    """The model after these stages: routers plugged, adapters in place but not merged, in evaluation mode.
+
+    Args:
+        master_weights: keep what was trained in the element type it was trained in, to go on training.
+    """
     model = reconstructed()
     plug_routers(model, noise=config.moe.noise)
     for stage in stages:
         plug_adapters(model, config.retrain.stages[stage.name].train, config.retrain.lora)
     if stages:
         state = load_file(stages[-1].artifact.path / "trained.safetensors")
+        if master_weights:
+            for name, parameter in model.named_parameters():
+                if name in state:
+                    parameter.data = parameter.data.to(state[name].dtype)
         unexpected = model.load_state_dict(state, strict=False).unexpected_keys
         if unexpected:
             raise UserError(

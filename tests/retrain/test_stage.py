@@ -91,6 +91,20 @@ def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: s
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+def test_mixed_precision_trains_in_float32_and_exports_in_bfloat16(
+    workplace: Workplace, tmp_path: Path, strategy: str
+) -> None:
+    hardware = () if strategy == "single" else ("trainer=fsdp2", "trainer.accelerator=cpu", "trainer.devices=2")
+    short = ("retrain.stages.router.tokens=512", "retrain.stages.experts.tokens=512")
+    mixed = ("model.dtype=bfloat16", "trainer.precision=bf16-mixed", *hardware, *short)
+    finish(workplace.start(f"mixed-{strategy}", f"store={tmp_path}", *mixed))
+    for file in tmp_path.glob("retrained/*/trained.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in exported(workplace, f"mixed-{strategy}").values()} == {torch.bfloat16}
+
+
 def test_checkpoints_hold_what_is_trained_alone(
     workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
