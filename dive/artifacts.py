@@ -5,6 +5,7 @@ sweep computes each once, and the same command again computes nothing. ``manifes
 every file; a directory whose files do not match is computed again.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -130,7 +131,9 @@ class Store:
             shutil.rmtree(path, ignore_errors=True)  # what a crash or a user left of it
             os.replace(working, path)
         except OSError as error:
-            raise UserError(f"store={self.root}: writing {kind} failed ({error.strerror or error})") from error
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            raise UserError(f"store={self.root}: writing {kind} failed ({error.strerror})") from error
         finally:
             shutil.rmtree(working, ignore_errors=True)
         return Artifact(key, path, seconds, reused=False)

@@ -95,6 +95,10 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
         if wants_traceback:
             raise
         sys.exit(f"error: {describe(error)}")
+    except PermissionError as error:
+        if wants_traceback:
+            raise
+        sys.exit(f"error: {error.filename} cannot be written ({error.strerror}); set hydra.run.dir=DIR")
     except KeyboardInterrupt:
         print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
         sys.exit(130)

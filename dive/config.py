@@ -133,6 +133,7 @@ class CalibrationDomainsConfig:
             unknown = sorted(set(self.domains or []) - set(self.hub))
             require(not unknown, f"calibration_domains.domains: {unknown} not among {sorted(self.hub)}")
         if self.domains is not None:
+            require(bool(self.domains), "calibration_domains.domains is empty; null takes all")
             require(
                 len(set(self.domains)) == len(self.domains),
                 "calibration_domains.domains names a domain twice",
@@ -273,6 +274,11 @@ class DistillationConfig:
     learning_rate: float = 0.05
     temperature: float = 0.1
     """Of the first steps' soft target softmax(-error / (temperature · mean error))."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "steps", "batch", "learning_rate", "temperature"):
+            value = getattr(self, name)
+            require(value > 0, f"moe.distillation.{name} ({value}) must be positive")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -509,6 +515,10 @@ class Strategy(Enum):
     fsdp2 = "fsdp2"
 
 
+ACCELERATORS = ("cpu", "gpu", "cuda")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+
+
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
     """The hardware side of retraining."""
@@ -526,6 +536,17 @@ class TrainerConfig:
     """Largest gradient norm; null for no clipping."""
 
     def __post_init__(self) -> None:
+        require(
+            self.accelerator in ACCELERATORS,
+            f"trainer.accelerator ({self.accelerator}) is none of {', '.join(ACCELERATORS)}",
+        )
+        require(
+            self.precision in PRECISIONS, f"trainer.precision ({self.precision}) is none of {', '.join(PRECISIONS)}"
+        )
+        require(
+            self.gradient_clip is None or self.gradient_clip > 0,
+            f"trainer.gradient_clip ({self.gradient_clip}) must be positive, or null for none",
+        )
         require(self.devices >= 1, f"trainer.devices ({self.devices}) must be at least 1")
         require(self.num_nodes >= 1, f"trainer.num_nodes ({self.num_nodes}) must be at least 1")
         require(self.accumulation >= 1, f"trainer.accumulation ({self.accumulation}) must be at least 1")
@@ -594,6 +615,7 @@ class Config:
     """Directory of the artifacts that runs share."""
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed ({self.seed}) must not be negative")
         require(
             not (self.pruning.compensation is Compensation.bias and self.moe.construction is not Construction.dive),
             "pruning.compensation=bias goes with moe.construction=dive alone; choose least_squares or none",

@@ -58,7 +58,7 @@ from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
 from dive.report.text import model_card, show, stage_table
-from dive.retrain.corpus import corpus_blocks
+from dive.retrain.corpus import corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
 from dive.retrain.stage import RetrainedStage, retrain_stage, retrained_model
 from dive.trainer.build import check_devices, process_rank
@@ -244,7 +244,8 @@ def measure(
         write_json(directory / "evaluation.json", found)
 
     windows = {key: hash_tokens({key: matrix}) for key, matrix in texts.all().items()}
-    return store.get("evaluation", {**depends, "windows": windows, "routing": routing}, compute)
+    depends = {**depends, "windows": windows, "headline": list(texts.domains), "routing": routing}
+    return store.get("evaluation", depends, compute)
 
 
 # --------------------------------------------------------------------------------------------------------------- the run
@@ -365,9 +366,18 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     tokenizer = load_tokenizer(source)
     tokenize = partial(document_tokens, tokenizer)
     domains = load_domains(config.calibration_domains, seed=config.seed)
-    texts = evaluation_texts(config.eval, domains, tokenize, positions=source.config.max_position_embeddings)
+    local_corpus = local_documents(config.retrain.corpus)
+    texts = evaluation_texts(
+        config.eval,
+        domains,
+        tokenize,
+        positions=source.config.max_position_embeddings,
+        corpus=local_corpus,
+    )
     tokens, measured = sample_tokens(config, {d.name: d.train for d in domains}, tokenize)
-    blocks, corpus = corpus_blocks(config.retrain, {d.name: d.train for d in domains}, tokenize, seed=config.seed)
+    blocks, corpus = corpus_blocks(
+        config.retrain, {d.name: d.train for d in domains}, local_corpus, tokenize, seed=config.seed
+    )
 
     @cache
     def dense() -> "PreTrainedModel":

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,31 @@ def test_evaluation_text_inside_the_calibration_text_is_refused(workplace: Workp
     with pytest.raises(UserError, match=r"'news': 60 of 60 evaluation documents.*eval\.allow_overlap=true"):
         workplace.run("overlap", *overrides)
     assert workplace.run("overlap", *overrides, "eval.allow_overlap=true")["stages"]
+
+
+def test_evaluation_text_in_another_domain_or_in_the_corpus_is_refused(workplace: Workplace, tmp_path: Path) -> None:
+    for domain in ("cats", "news"):
+        shutil.copytree(workplace.root / "domains" / domain, tmp_path / domain)
+    corpus = f"retrain.corpus.path={tmp_path / 'cats' / 'test.jsonl'}"
+    with pytest.raises(UserError, match="'cats': 20 of 20 evaluation documents"):
+        workplace.run("leak", "retrain.corpus.source=local", corpus)
+    with (tmp_path / "news/train.jsonl").open("a") as train:
+        train.write((tmp_path / "cats/test.jsonl").read_text())
+    with pytest.raises(UserError, match="'cats': 20 of 20 evaluation documents"):
+        workplace.run("leak", f"calibration_domains.path={tmp_path}")
+
+
+def test_the_headline_follows_the_order_of_the_lengths(workplace: Workplace) -> None:
+    for first, second in ((32, 16), (16, 32)):
+        stages = workplace.run(f"lengths-{first}", f"eval.lengths=[{first},{second}]")["stages"]
+        assert all(stage["perplexity"]["mean"] == stage["perplexity"][f"mean@{first}"] for stage in stages)
+
+
+def test_a_stage_can_be_added_on_the_command_line(workplace: Workplace) -> None:
+    more = "+retrain.stages={more:{tokens:512,learning_rate:1e-4,train:{norms:full}}}"
+    results = workplace.run("more", more)
+    assert results["stages"][-1]["name"] == "more"
+    assert results["stages"][-1]["trained"] == 160  # (2 · 2 + 1) norms of 32
 
 
 def test_named_sets_are_measured_beside_the_domains(workplace: Workplace, tmp_path: Path) -> None:

@@ -130,22 +130,30 @@ def fingerprint(documents: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def refuse_overlap(train: Sequence[str], test: Sequence[str], *, name: str) -> None:
-    """Refuse evaluation on text that calibration or retraining may see.
+def training_documents(documents: Iterable[str]) -> frozenset[str]:
+    """Documents that a model may have seen, for :func:`refuse_overlap`: without regard to case and white space.
 
-    Documents are compared whole, without regard to case and white space; those under 32 characters are too short to tell.
+    Those under 32 characters are left out: they are too short to tell.
+    """
+    return frozenset(text for document in documents if len(text := _normal(document)) >= 32)
+
+
+def refuse_overlap(training: frozenset[str], test: Sequence[str], *, name: str) -> None:
+    """Refuse evaluation on documents that calibration or retraining may see, compared whole.
+
+    Args:
+        training: of :func:`training_documents`.
 
     Raises:
-        UserError: at least one document of ``test`` stands in ``train``.
+        UserError: at least one document of ``test`` stands in the training text.
     """
-
-    def normal(document: str) -> str:
-        return " ".join(document.casefold().split())
-
-    seen = {hash_ for document in train if len(hash_ := normal(document)) >= 32}
-    inside = sum(normal(document) in seen for document in test)
+    inside = sum(_normal(document) in training for document in test)
     if inside:
         raise UserError(
-            f"{name}: {inside} of {len(test)} evaluation documents stand in the calibration text as well; take them out, "
-            "leave the domain out by calibration_domains.domains, or accept it by eval.allow_overlap=true"
+            f"{name}: {inside} of {len(test)} evaluation documents stand in the calibration or retraining text as well; take "
+            "them out, leave the domain out by calibration_domains.domains, or accept it by eval.allow_overlap=true"
         )
+
+
+def _normal(document: str) -> str:
+    return " ".join(document.casefold().split())

@@ -1,5 +1,6 @@
 """Measuring one model on all evaluation texts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from dive.calibration_domains.sampling import Tokenize, evaluation_windows
-from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap
+from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap, training_documents
 from dive.config import EvalConfig
 from dive.errors import UserError
 from dive.eval.perplexity import geometric_mean, perplexity
@@ -33,20 +34,27 @@ class EvaluationTexts:
 
 
 def evaluation_texts(
-    config: EvalConfig, domains: Sequence[DomainTexts], tokenize: Tokenize, *, positions: int
+    config: EvalConfig,
+    domains: Sequence[DomainTexts],
+    tokenize: Tokenize,
+    *,
+    positions: int,
+    corpus: Sequence[str] = (),
 ) -> EvaluationTexts:
     """Cut the test texts into windows.
 
     Args:
         positions: longest sequence the model can take.
+        corpus: retraining documents beside the domains' own.
 
     Raises:
         UserError: a text is too short or unreadable or stands in the training text, or a window is too long for the model.
     """
     texts = EvaluationTexts()
-    if not config.allow_overlap:
-        for domain in domains:
-            refuse_overlap(domain.train, domain.test, name=f"calibration_domains: {domain.name!r}")
+    seen = itertools.chain(corpus, *(domain.train for domain in domains))
+    training = training_documents(() if config.allow_overlap else seen)
+    for domain in domains:
+        refuse_overlap(training, domain.test, name=f"calibration_domains: {domain.name!r}")
     for length in config.lengths:
         _fits(length, positions, "eval.lengths")
         texts.domains[length] = {
@@ -57,8 +65,7 @@ def evaluation_texts(
         if name in {domain.name for domain in domains}:
             raise UserError(f"eval.sets.{name} has the name of a domain; rename the set")
         documents = load_eval_set(name, entry)
-        if not config.allow_overlap:
-            refuse_overlap([d for domain in domains for d in domain.train], documents, name=f"eval.sets.{name}")
+        refuse_overlap(training, documents, name=f"eval.sets.{name}")
         if entry.separator is not None:
             documents = [entry.separator.join(documents)]
         for length in entry.lengths:

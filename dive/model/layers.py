@@ -48,11 +48,11 @@ def walk_layers(
     """
     device = model.device
     layers = decoder_layers(model)
-    hidden: list[Tensor] = []
+    hidden: list[Tensor] = []  # on the host: all tokens of a large calibration would fill a GPU
     arguments: list[dict[str, Any]] = []
 
     def keep_arguments(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs["hidden_states"])
+        hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
         arguments.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
         raise _StopForward
 
@@ -72,7 +72,9 @@ def walk_layers(
 
         def run(number: int = number, layer: nn.Module = layer) -> Iterator[FFNBatch]:
             for index in range(len(hidden)):
-                hidden[index], inputs, channels = _forward(model, number, layer, hidden[index], arguments[index])
+                states = hidden[index].to(device)
+                states, inputs, channels = _forward(model, number, layer, states, arguments[index])
+                hidden[index] = states.cpu()
                 yield FFNBatch(index, inputs.flatten(0, -2), channels.flatten(0, -2))
 
         yield number, run

@@ -70,7 +70,12 @@ def locate_dense(path: str, revision: str | None = None, *, dtype: str = "auto")
     except (OSError, ValueError, KeyError) as error:
         if is_local:
             raise UserError(f"model.path={path}: config.json cannot be read ({_first_line(error)})") from error
-        raise UserError(_not_cached(path, revision)) from error
+        if offline:
+            raise UserError(_not_cached(path, revision)) from error
+        raise UserError(
+            f"model.path={path}: the hub does not give it out ({_first_line(error)}); check model.path and model.revision, and "
+            "accept its licence there if it has one (then `hf auth login`)"
+        ) from error
     check_supported(config, path)
     if is_local:
         fingerprint = fingerprint_directory(directory)
@@ -96,8 +101,8 @@ def _first_line(error: BaseException) -> str:
 def _not_cached(path: str, revision: str | None) -> str:
     at = f" --revision {revision}" if revision else ""
     return (
-        f"model.path={path} is not in the Hugging Face cache and the hub does not answer (no network, no such model, or a "
-        f"licence to accept); fetch it with `hf download {path}{at}`, or choose model=local model.path=DIR"
+        f"model.path={path} is not in the Hugging Face cache and the hub does not answer; where there is network, fetch it "
+        f"with `hf download {path}{at}`, or choose model=local model.path=DIR"
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from dive.calibration_domains.local import SUFFIXES, read_documents
 from dive.calibration_domains.sampling import Tokenize, token_blocks
 from dive.calibration_domains.texts import fingerprint
-from dive.config import CorpusSource, HubTextConfig, RetrainConfig, require
+from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, require
 
 Blocks = Callable[[], Iterator[Tensor]]
 """Starts the sequence of blocks (length,) int64 anew."""
@@ -79,15 +79,18 @@ class BlockRange(IterableDataset[dict[str, Tensor]]):
 
 
 def corpus_blocks(
-    config: RetrainConfig, domains: Mapping[str, Sequence[str]], tokenize: Tokenize, *, seed: int
+    config: RetrainConfig,
+    domains: Mapping[str, Sequence[str]],
+    local: Sequence[str],
+    tokenize: Tokenize,
+    *,
+    seed: int,
 ) -> tuple[Blocks, str]:
     """The configured corpus, and a string that identifies its text, order and tokens.
 
     Args:
         domains: {domain: train documents}.
-
-    Raises:
-        UserError: local files cannot be read. A hub corpus is opened when it is first needed.
+        local: documents of a local corpus, see :func:`local_documents`.
     """
     corpus = config.corpus
     length = config.length
@@ -104,10 +107,9 @@ def corpus_blocks(
         )
         return hub, f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}"
     if corpus.source is CorpusSource.local:
-        assert corpus.path is not None
-        documents = read_corpus(corpus.path, corpus.text_field)
-        local = partial(token_blocks, documents, tokenize, length=length, seed=seed)
-        return local, f"local:{fingerprint(documents)}:{length}:{seed}"
+        return partial(
+            token_blocks, local, tokenize, length=length, seed=seed
+        ), f"local:{fingerprint(local)}:{length}:{seed}"
     prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
     return (
         partial(domain_blocks, domains, tokenize, length=length, seed=seed),
@@ -115,14 +117,17 @@ def corpus_blocks(
     )
 
 
-def read_corpus(path: str, text_field: str) -> list[str]:
-    """Documents of a file, or of all jsonl, txt and parquet files below a directory.
+def local_documents(config: CorpusConfig) -> list[str]:
+    """Documents of a local corpus: of a file, or of all jsonl, txt and parquet files below a directory; else none.
 
     Raises:
         UserError: nothing there, or a file cannot be read.
     """
+    if config.source is not CorpusSource.local:
+        return []
+    assert config.path is not None
     where = "retrain.corpus.path"
-    root = Path(path).expanduser()
+    root = Path(config.path).expanduser()
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES)
-    require(bool(files), f"{where}={path}: no {', '.join(SUFFIXES)} file there")
-    return [document for file in files for document in read_documents(file, field=text_field, where=where)]
+    require(bool(files), f"{where}={config.path}: no {', '.join(SUFFIXES)} file there")
+    return [document for file in files for document in read_documents(file, field=config.text_field, where=where)]

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.loggers.logger import Logger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -201,15 +202,24 @@ class MoERetraining(lightning.LightningModule):
             )
             self._said = now
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm over all processes; Lightning leaves that to the model under FSDP."""
+        if gradient_clip_val is not None and isinstance(self.trainer.strategy, FSDPStrategy):
+            sharded: Any = self.trainer.strategy.model
+            sharded.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
-        checkpoint["dive"] = {"key": self.key, "curve": self.curve, "seconds": self.seconds}
+        checkpoint["dive"] = {"stage": self.name, "key": self.key, "curve": self.curve, "seconds": self.seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint.get("dive", {}).get("key") != self.key:
-            raise UserError(
-                f"retrain.resume: this checkpoint belongs to another stage or configuration, not to {self.name} as configured"
-            )
         self.curve = list(checkpoint["dive"]["curve"])
         self._before = float(checkpoint["dive"]["seconds"])
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,10 @@ def retrain_stage(
         "log_every": retrain.log_every,
         "seed": config.seed,
     }
+    if retrain.lora.dropout or config.moe.noise:
+        # What is drawn at random depends on how a step is cut into passes.
+        world = config.trainer.devices * config.trainer.num_nodes
+        inputs["passes"] = (stage.accumulation or config.trainer.accumulation) * world
 
     def compute(folder: Path) -> None:
         master_weights = config.trainer.precision.endswith("-mixed")
@@ -198,7 +203,7 @@ def _fit(
 ) -> MoERetraining:
     retrain, stage = config.retrain, config.retrain.stages[name]
     partial = store.partial("retrained", inputs)
-    checkpoint = find_checkpoint(retrain.resume, partial)
+    checkpoint = find_checkpoint(retrain.resume, partial, name)
     accumulation = stage.accumulation or config.trainer.accumulation
     if config.trainer.gradient_checkpointing:
         # transformers renamed it in 5.2x; both take torch.utils.checkpoint's arguments
@@ -235,11 +240,11 @@ def _fit(
     return module
 
 
-def find_checkpoint(resume: str | None, partial: Path) -> Path | None:
-    """The checkpoint to go on from: the newest in ``partial`` for ``last``, or the path that ``resume`` is.
+def find_checkpoint(resume: str | None, partial: Path, name: str) -> Path | None:
+    """The checkpoint a stage goes on from: the newest in ``partial`` for ``last``, or the path that ``resume`` is.
 
     Raises:
-        UserError: there is no file at that path.
+        UserError: there is no checkpoint at that path, or it is of this stage under another configuration.
     """
     if resume is None:
         return None
@@ -251,7 +256,17 @@ def find_checkpoint(resume: str | None, partial: Path) -> Path | None:
         raise UserError(
             f"retrain.resume={resume}: no such checkpoint; `last` finds the newest one of this stage by itself"
         )
-    return path
+    try:
+        belongs = torch.load(path, map_location="cpu", weights_only=True)["dive"]
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(f"retrain.resume={resume} is not a checkpoint of this project") from error
+    if belongs["key"] == partial.name:
+        return path
+    if belongs["stage"] != name:
+        return find_checkpoint("last", partial, name)  # another stage's: this one goes on by itself
+    raise UserError(
+        f"retrain.resume={resume}: this checkpoint of stage {name} was made with another configuration or other data"
+    )
 
 
 def _gather(module: MoERetraining) -> dict[str, Tensor]:

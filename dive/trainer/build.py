@@ -3,15 +3,17 @@
 import os
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch import nn
+from torch.distributed.fsdp import MixedPrecision
 
 from dive.config import Strategy, TrainerConfig
 from dive.errors import UserError
@@ -19,16 +21,29 @@ from dive.errors import UserError
 
 def build_strategy(config: TrainerConfig, layer_class: type[nn.Module]) -> LightningStrategy | str:
     """The Lightning strategy; sharding ones shard by ``layer_class``."""
+    patience = timedelta(hours=6)  # the first process evaluates and exports while the others wait
     if config.strategy is Strategy.fsdp:
+        half = config.precision.startswith("bf16")
         # Frozen and trained parameters of one layer mix, which FSDP1 allows with the original parameters alone.
-        return FSDPStrategy(auto_wrap_policy={layer_class}, use_orig_params=True, state_dict_type="full")
+        return FSDPStrategy(
+            auto_wrap_policy={layer_class},
+            use_orig_params=True,
+            state_dict_type="full",
+            timeout=patience,
+            # Lightning's own would round the rotary frequencies, which are buffers.
+            mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.float32) if half else None,
+        )
     if config.strategy is Strategy.fsdp2:
         return ModelParallelStrategy(
             data_parallel_size=config.devices * config.num_nodes,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
+            timeout=patience,
         )
-    return "auto" if config.strategy is Strategy.single else "ddp"
+    if config.strategy is Strategy.ddp:
+        # Every process counts its own expert loads: buffers are not the first process's to overwrite.
+        return DDPStrategy(broadcast_buffers=False, timeout=patience)
+    return "auto"
 
 
 def check_devices(config: TrainerConfig) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dive.calibration_domains.sampling import token_blocks
 from dive.config import CorpusConfig, CorpusSource, RetrainConfig
 from dive.errors import UserError
-from dive.retrain.corpus import BlockRange, corpus_blocks, domain_blocks, read_corpus
+from dive.retrain.corpus import BlockRange, corpus_blocks, domain_blocks, local_documents
 
 
 def tokenize(text: str) -> list[int]:
@@ -92,6 +92,7 @@ def configured(corpus: CorpusConfig, domains: dict[str, list[str]], **settings: 
     start, name = corpus_blocks(
         RetrainConfig(length=settings.get("length", 10), corpus=corpus),
         domains,
+        local_documents(corpus),
         tokenize,
         seed=settings.get("seed", 3),
     )
@@ -117,10 +118,11 @@ def test_files_as_a_corpus(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second" * 5)
     (tmp_path / "below" / "c.jsonl").write_text(json.dumps({"body": "third" * 5}))
     (tmp_path / "notes.md").write_text("not read")
-    documents = read_corpus(str(tmp_path), "body")
-    assert documents == ["second" * 5, "third" * 5]
-    assert read_corpus(str(tmp_path / "b.txt"), "body") == ["second" * 5]
     config = CorpusConfig(source=CorpusSource.local, path=str(tmp_path), text_field="body")
+    documents = local_documents(config)
+    assert documents == ["second" * 5, "third" * 5]
+    one = CorpusConfig(source=CorpusSource.local, path=str(tmp_path / "b.txt"))
+    assert local_documents(one) == ["second" * 5]
     found, name = configured(config, {})
     assert found == [b.tolist() for b in islice(token_blocks(documents, tokenize, length=10, seed=3), 12)]
     (tmp_path / "b.txt").write_text("other" * 5)
@@ -134,4 +136,4 @@ def test_a_corpus_that_is_not_there(tmp_path: Path, content: str | None) -> None
         path.mkdir()
         (path / content).write_text("x")
     with pytest.raises(UserError, match=r"^retrain\.corpus\.path=.*: no \.jsonl, \.txt, \.parquet file there"):
-        read_corpus(str(path), "text")
+        local_documents(CorpusConfig(source=CorpusSource.local, path=str(path)))

@@ -127,10 +127,15 @@ def test_resuming_from_a_path(workplace: Workplace, tmp_path: Path, monkeypatch:
     (checkpoint,) = (tmp_path / "a").glob("partial/*/*.ckpt")
     with pytest.raises(UserError, match="no such checkpoint"):
         workplace.run("missing", f"store={tmp_path / 'b'}", "~retrain.stages.router", "retrain.resume=nowhere.ckpt")
+    (tmp_path / "bad.ckpt").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        workplace.run(
+            *("bad", f"store={tmp_path / 'b'}", "~retrain.stages.router", f"retrain.resume={tmp_path / 'bad.ckpt'}")
+        )
     workplace.run("path", f"store={tmp_path / 'b'}", "~retrain.stages.router", f"retrain.resume='{checkpoint}'")
     expected, found = exported(workplace, "origin"), exported(workplace, "path")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    with pytest.raises(UserError, match="another stage or configuration"):
+    with pytest.raises(UserError, match="another configuration or other data"):
         workplace.run(
             *("other", f"store={tmp_path / 'c'}", "~retrain.stages.router", f"retrain.resume='{checkpoint}'"),
             "retrain.stages.experts.learning_rate=1e-5",
