@@ -194,6 +194,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     try:
         working.mkdir(parents=True)
         yield working
+        for file in working.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone; a server may be another user
         if target.exists():
             shutil.rmtree(target)
         os.replace(working, target)
