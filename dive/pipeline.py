@@ -58,7 +58,7 @@ from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
 from dive.report.text import model_card, show, stage_table
-from dive.retrain.corpus import corpus_blocks, local_documents
+from dive.retrain.corpus import Blocks, corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
 from dive.retrain.stage import RetrainedStage, retrain_stage, retrained_model
 from dive.trainer.build import check_devices, process_rank
@@ -83,6 +83,13 @@ class Inputs:
     """{domain: (samples, length)} for calibration."""
     measured: dict[str, Tensor]
     """{domain: (samples, length)} for affinity."""
+    texts: EvaluationTexts
+    blocks: Blocks
+    """The retraining corpus."""
+    corpus: str
+    """Identifies the corpus: its text, order and tokens."""
+    fingerprints: dict[str, dict[str, str]]
+    """{domain: SHA-256 of its train and test documents}"""
 
     def identity(self) -> dict[str, Any]:
         """What calibration depends on: model, element type and the tokens themselves."""
@@ -356,44 +363,13 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     main_process = process_rank() == 0
     if not main_process:
         logging.getLogger("dive").setLevel(logging.WARNING)
-    dtype = config.model.dtype.value
-    source = locate_dense(config.model.path, config.model.revision, dtype=dtype)
+    source = locate_dense(config.model.path, config.model.revision, dtype=config.model.dtype.value)
     check(config, source)
     device = resolve_device(config.model.device)
     store = Store(Path(config.store))
-    batch = config.calibration_domains.batch
-
-    tokenizer = load_tokenizer(source)
-    tokenize = partial(document_tokens, tokenizer)
-    domains = load_domains(config.calibration_domains, seed=config.seed)
-    local_corpus = local_documents(config.retrain.corpus)
-    texts = evaluation_texts(
-        config.eval,
-        domains,
-        tokenize,
-        positions=source.config.max_position_embeddings,
-        corpus=local_corpus,
-    )
-    tokens, measured = sample_tokens(config, {d.name: d.train for d in domains}, tokenize)
-    blocks, corpus = corpus_blocks(
-        config.retrain, {d.name: d.train for d in domains}, local_corpus, tokenize, seed=config.seed
-    )
-
-    @cache
-    def dense() -> "PreTrainedModel":
-        return load_weights(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=device)
-
-    inputs = Inputs(source, dense, tokenizer, tokens, measured)
-    record = Run(directory, main_process, new_results(config, source, overrides, str(device)))
-    record.results["run"]["fingerprints"] |= {
-        "domains": {d.name: {"train": fingerprint(d.train), "test": fingerprint(d.test)} for d in domains},
-        "retraining_corpus": corpus,
-    }
-    record.results["run"]["samples"] = {
-        "calibration": {name: list(matrix.shape) for name, matrix in tokens.items()},
-        "evaluation": {name: list(matrix.shape) for name, matrix in texts.all().items()},
-    }
-    record.results["evaluation"] = {"domains": [d.name for d in domains], "sets": list(texts.sets)}
+    inputs = prepare(config, source, device)
+    texts, tokenizer, dense = inputs.texts, inputs.tokenizer, inputs.dense
+    record = Run(directory, main_process, new_results(config, inputs, overrides, device))
     wandb = None
     if main_process:
         directory.mkdir(parents=True, exist_ok=True)
@@ -407,7 +383,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             return None  # the others wait in the next stage's training
         return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing)
 
-    model_key = {"model": source.fingerprint, "dtype": dtype}
+    model_key = {"model": source.fingerprint, "dtype": source.dtype}
     record.stage("dense", measured_as("dense", model_key, model=dense, routing=False))
 
     groups, clustering = choose_groups(config, store, inputs)
@@ -418,11 +394,11 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         store,
         inputs,
         pruning=config.pruning,
-        batch=batch,
+        batch=config.calibration_domains.batch,
         group_samples=config.calibration_domains.group_samples,
         seed=config.seed,
     )
-    pruned = built([list(tokens)], moe=MoEConfig(experts=1, top_k=1))
+    pruned = built([list(inputs.tokens)], moe=MoEConfig(experts=1, top_k=1))
     experts = pruned if config.moe.experts == 1 else built(groups, moe=config.moe)
 
     def assembled(layers: Artifact, top_k: int) -> "PreTrainedModel":
@@ -453,8 +429,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
                 config,
                 reconstructed,
                 finished,
-                blocks,
-                depends={"experts": experts.key, "top_k": top_k, "corpus": corpus},
+                inputs.blocks,
+                depends={"experts": experts.key, "top_k": top_k, "corpus": inputs.corpus},
                 directory=directory,
                 wandb=wandb,
                 main_process=main_process,
@@ -495,6 +471,41 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
 
 
 # -------------------------------------------------------------------------------------------------------------- its parts
+
+
+def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs:
+    """Read the texts and cut them into tokens; the weights wait until they are needed.
+
+    Raises:
+        UserError: a text is missing, unreadable, too short, or on both sides of the split.
+    """
+    tokenizer = load_tokenizer(source)
+    tokenize = partial(document_tokens, tokenizer)
+    domains = load_domains(config.calibration_domains, seed=config.seed)
+    train = {domain.name: domain.train for domain in domains}
+    local = local_documents(config.retrain.corpus)
+    texts = evaluation_texts(
+        config.eval, domains, tokenize, positions=source.config.max_position_embeddings, corpus=local
+    )
+    tokens, measured = sample_tokens(config, train, tokenize)
+    blocks, corpus = corpus_blocks(config.retrain, train, local, tokenize, seed=config.seed)
+
+    @cache
+    def dense() -> "PreTrainedModel":
+        dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+        return load_weights(source, dtype=dtype, device=device)
+
+    return Inputs(
+        source=source,
+        dense=dense,
+        tokenizer=tokenizer,
+        tokens=tokens,
+        measured=measured,
+        texts=texts,
+        blocks=blocks,
+        corpus=corpus,
+        fingerprints={d.name: {"train": fingerprint(d.train), "test": fingerprint(d.test)} for d in domains},
+    )
 
 
 def sample_tokens(
@@ -595,8 +606,8 @@ def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recor
     return str(save_with_expert_bias(model, tokenizer, record.directory / "checkpoint_with_expert_bias", card=card))
 
 
-def new_results(config: Config, source: DenseSource, overrides: Sequence[str], device: str) -> dict[str, Any]:
-    """``results.json`` before the first stage."""
+def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """``results.json`` before the first stage: what was run, on what."""
     packages = (
         "dive-moe",
         "torch",
@@ -612,11 +623,20 @@ def new_results(config: Config, source: DenseSource, overrides: Sequence[str], d
         "run": {
             "command": ["python", "-m", "dive.train", *overrides],
             "seed": config.seed,
-            "device": device,
+            "device": str(device),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-            "fingerprints": {"model": source.fingerprint},
+            "fingerprints": {
+                "model": inputs.source.fingerprint,
+                "domains": inputs.fingerprints,
+                "retraining_corpus": inputs.corpus,
+            },
+            "samples": {
+                "calibration": {name: list(matrix.shape) for name, matrix in inputs.tokens.items()},
+                "evaluation": {name: list(matrix.shape) for name, matrix in inputs.texts.all().items()},
+            },
             "config": plain(config),
         },
+        "evaluation": {"domains": list(inputs.tokens), "sets": list(inputs.texts.sets)},
         "groups": [],
         "parameters": {},
         "stages": [],
