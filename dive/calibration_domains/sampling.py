@@ -36,7 +36,6 @@ class _Crops:
         self.rng = rng
         self.order: list[int] = []
         self.tokens_in_round = 0
-        self.rounds = 0
 
     def _next(self) -> list[int] | None:
         if not self.order:
@@ -48,7 +47,6 @@ class _Crops:
     def start_round(self) -> None:
         self.order = self.rng.permutation(len(self.documents)).tolist()
         self.tokens_in_round = 0
-        self.rounds += 1
 
     def take(self, length: int) -> list[int] | None:
         """Documents joined until longer than ``length`` tokens, cropped at random; none when the round has run out."""

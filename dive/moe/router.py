@@ -82,9 +82,3 @@ class Router(nn.Module):
         stock: nn.Module = self.stock_class(config)
         stock.weight = self.weight
         return stock
-
-
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Gates (T, K) and experts (T, K) of logits (T, E), as Mixtral computes them."""
-    gates, chosen = torch.topk(torch.softmax(logits.float(), dim=-1), top_k, dim=-1)
-    return gates / gates.sum(dim=-1, keepdim=True), chosen

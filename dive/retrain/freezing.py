@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig, require
 from dive.model.families import decoder_layers, part_of
@@ -66,11 +66,6 @@ def is_adapter(name: str) -> bool:
     """Whether a parameter is one of a low-rank adapter's two matrices."""
     parts = name.split(".")
     return parts[-1] in ("a", "b") and parts[-2].startswith("lora")
-
-
-def trained_state(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The parameters that are trained now, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trained_table(model: "PreTrainedModel") -> list[tuple[str, int, int]]:
