@@ -6,6 +6,7 @@ texts → tokens → channel statistics → cross-domain perplexity → groups �
 Each stage is a function of its slice of the configuration and of what came before; it returns an artifact.
 """
 
+import hashlib
 import json
 import logging
 import platform
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -226,8 +228,13 @@ def group_tokens(tokens: Mapping[str, Tensor], group: Sequence[str], samples: in
 
 def read_experts(artifact: Artifact) -> Iterator[ExpertLayer]:
     """Layers of :func:`build_experts`, one at a time."""
-    for file in sorted(artifact.path.glob("layer_*.safetensors")):
+    for file in layer_files(artifact):
         yield ExpertLayer(**load_file(file))
+
+
+def layer_files(artifact: Artifact) -> list[Path]:
+    """Files of :func:`build_experts`, in the order of the layers."""
+    return sorted(artifact.path.glob("layer_*.safetensors"))
 
 
 def measure(
@@ -484,9 +491,7 @@ def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs
     domains = load_domains(config.calibration_domains, seed=config.seed)
     train = {domain.name: domain.train for domain in domains}
     local = local_documents(config.retrain.corpus)
-    texts = evaluation_texts(
-        config.eval, domains, tokenize, positions=source.config.max_position_embeddings, corpus=local
-    )
+    texts = evaluation_texts(config.eval, domains, tokenize, corpus=local)
     tokens, measured = sample_tokens(config, train, tokenize)
     blocks, corpus = corpus_blocks(config.retrain, train, local, tokenize, seed=config.seed)
 
@@ -553,8 +558,11 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
 
 def expert_overlap(experts: Artifact) -> list[list[float]]:
     """Jaccard index of the channels of every pair of experts, averaged over layers."""
-    masks = torch.stack([layer.masks for layer in read_experts(experts)])
-    overlap: list[list[float]] = mask_overlap(masks).tolist()
+    masks = []
+    for file in layer_files(experts):
+        with safe_open(file, framework="pt") as tensors:  # the masks alone: the weights may be tens of gigabytes
+            masks.append(tensors.get_tensor("masks"))
+    overlap: list[list[float]] = mask_overlap(torch.stack(masks)).tolist()
     return overlap
 
 
@@ -661,8 +669,6 @@ def write_config(config: Config, directory: Path) -> None:
 
 def hash_tokens(tokens: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, matrix in tokens.items():
         digest.update(f"{name}{tuple(matrix.shape)}".encode())

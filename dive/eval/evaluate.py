@@ -10,7 +10,6 @@ from torch import Tensor
 from dive.calibration_domains.sampling import Tokenize, evaluation_windows
 from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap, training_documents
 from dive.config import EvalConfig
-from dive.errors import UserError
 from dive.eval.perplexity import geometric_mean, perplexity
 from dive.progress import track
 
@@ -38,17 +37,15 @@ def evaluation_texts(
     domains: Sequence[DomainTexts],
     tokenize: Tokenize,
     *,
-    positions: int,
     corpus: Sequence[str] = (),
 ) -> EvaluationTexts:
     """Cut the test texts into windows.
 
     Args:
-        positions: longest sequence the model can take.
         corpus: retraining documents beside the domains' own.
 
     Raises:
-        UserError: a text is too short or unreadable or stands in the training text, or a window is too long for the model.
+        UserError: a text is too short, unreadable, or stands in the training text.
     """
     texts = EvaluationTexts()
     seen = itertools.chain(corpus, *(domain.train for domain in domains))
@@ -56,29 +53,20 @@ def evaluation_texts(
     for domain in domains:
         refuse_overlap(training, domain.test, name=f"calibration_domains: {domain.name!r}")
     for length in config.lengths:
-        _fits(length, positions, "eval.lengths")
         texts.domains[length] = {
             d.name: evaluation_windows(d.test, tokenize, length=length, windows=config.windows, name=d.name)
             for d in domains
         }
     for name, entry in config.sets.items():
-        if name in {domain.name for domain in domains}:
-            raise UserError(f"eval.sets.{name} has the name of a domain; rename the set")
         documents = load_eval_set(name, entry)
         refuse_overlap(training, documents, name=f"eval.sets.{name}")
         if entry.separator is not None:
             documents = [entry.separator.join(documents)]
         for length in entry.lengths:
-            _fits(length, positions, f"eval.sets.{name}.lengths")
             texts.sets[f"{name}@{length}"] = evaluation_windows(
                 documents, tokenize, length=length, windows=config.windows, name=name
             )
     return texts
-
-
-def _fits(length: int, positions: int, where: str) -> None:
-    if length > positions:
-        raise UserError(f"{where} ({length}) exceeds the {positions} positions of the model")
 
 
 def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, description: str) -> dict[str, float]:
