@@ -149,6 +149,7 @@ class Metric(Enum):
     wifv = "wifv"
     ifv = "ifv"
     wifn = "wifn"
+    obs = "obs"
     magnitude = "magnitude"
     random = "random"
 
@@ -169,16 +170,33 @@ class PruningConfig:
     ratio: float = 0.75
     """Share of every FFN's channels that is removed, in (0, 1)."""
     compensation: Compensation = Compensation.least_squares
-    ridge: float = 0.01
-    """Least squares only: ridge as a share of the mean channel energy; keeps rare channels from over-fitting."""
+    ridge: float | None = 0.01
+    """Ridge of least squares and of ``metric=obs``, as a share of the mean channel energy; keeps rare channels from
+    over-fitting. Null chooses one for every expert by its error on a quarter of the calibration sequences."""
+    obs_block: int = 16
+    """``metric=obs`` only: channels removed at a time; 1 is the exact greedy order."""
     width_multiple: int = 8
     """The kept width is rounded to this multiple. Grouped matrix products need 8 (16 bytes of bfloat16); 32 is faster, 256
     suits llama.cpp's k-quants."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.ratio < 1.0, f"pruning.ratio ({self.ratio}) must lie strictly between 0 and 1")
-        require(self.ridge >= 0.0, f"pruning.ridge ({self.ridge}) must not be negative")
+        require(
+            self.ridge is None or self.ridge >= 0.0,
+            f"pruning.ridge ({self.ridge}) must not be negative, or null to choose one",
+        )
+        require(self.obs_block >= 1, f"pruning.obs_block ({self.obs_block}) must be at least 1")
+        require(
+            self.metric is not Metric.obs or self.compensation is Compensation.least_squares,
+            f"pruning.metric=obs removes channels while it refits the others: pruning.compensation={self.compensation.value} "
+            "contradicts it; set pruning.compensation=least_squares",
+        )
         require(self.width_multiple >= 1, f"pruning.width_multiple ({self.width_multiple}) must be at least 1")
+
+    @property
+    def mining_metric(self) -> Metric:
+        """Score that prunes the model on single domains: ``obs`` would need F × F moments of each, ``wifv`` stands in."""
+        return Metric.wifv if self.metric is Metric.obs else self.metric
 
     def width(self, channels: int) -> int:
         """Channels kept of ``channels``: (1 - ratio) · channels, rounded to the nearest multiple.
@@ -281,6 +299,57 @@ class DistillationConfig:
             require(value > 0, f"moe.distillation.{name} ({value}) must be positive")
 
 
+class Start(Enum):
+    """Tokens that each expert is first derived from."""
+
+    groups = "groups"
+    kmeans = "kmeans"
+    random = "random"
+
+
+@dataclass(slots=True, kw_only=True)
+class RefinementConfig:
+    """Experts refined on calibration tokens, layer by layer; all off is one expert a group of domains, as in the paper."""
+
+    start: Start = Start.groups
+    """``groups`` of domains; ``kmeans`` on the layer's FFN inputs, or ``random``: tokens whatever their domain."""
+    rounds: int = 0
+    """Times that tokens go to the expert the router picks, and experts are derived anew from their tokens: k-means whose
+    centroids are pruned FFNs."""
+    sequential: bool = False
+    """Take each layer's tokens through the already rebuilt layers before it."""
+    correction: float = 0.5
+    """``sequential`` only: share of the earlier layers' error that a layer's target makes up for, in [0, 1]."""
+    steps: int = 0
+    """Gradient steps a layer on experts and router together, against the dense FFN's output."""
+    batch: int = 4096
+    """Tokens per step."""
+    learning_rate: float = 1e-2
+    """Of the experts, Adam."""
+    router_learning_rate: float = 2e-2
+    balance: float = 0.1
+    """Weight of the penalty on experts with more load than ``max_load``."""
+    max_load: float = 1.5
+    """Load of an expert over the mean load, from which it is penalised."""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether experts follow from the tokens themselves, and not from statistics of domains alone."""
+        return self.rounds > 0 or self.steps > 0 or self.sequential or self.start is not Start.groups
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "balance"):
+            value = getattr(self, name)
+            require(value >= 0, f"moe.refinement.{name} ({value}) must not be negative")
+        for name in ("batch", "learning_rate", "router_learning_rate"):
+            value = getattr(self, name)
+            require(value > 0, f"moe.refinement.{name} ({value}) must be positive")
+        require(
+            0.0 <= self.correction <= 1.0, f"moe.refinement.correction ({self.correction}) must lie between 0 and 1"
+        )
+        require(self.max_load >= 1.0, f"moe.refinement.max_load ({self.max_load}) must be at least 1")
+
+
 @dataclass(slots=True, kw_only=True)
 class MoEConfig:
     """The Mixture-of-Experts that is built."""
@@ -292,6 +361,7 @@ class MoEConfig:
     noise: float = 0.0
     """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
 
     def __post_init__(self) -> None:
         require(self.experts >= 1, f"moe.experts ({self.experts}) must be at least 1")
@@ -305,6 +375,15 @@ class MoEConfig:
             "moe.router_init=distilled has nothing to learn from identical experts; set moe.router_init=random, or moe=upcycle",
         )
         require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
+        refined = self.refinement.needs_tokens
+        require(
+            not refined or self.construction is Construction.dive,
+            f"moe.refinement goes with moe.construction=dive, not {self.construction.value}; set moe={self.construction.value}",
+        )
+        require(
+            not refined or self.router_init is RouterInit.distilled or self.experts == 1,
+            "moe.refinement needs routers that know their experts: set moe.router_init=distilled, or moe=plain",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- retrain
@@ -323,6 +402,14 @@ class Freezing(Enum):
     frozen = "frozen"
     full = "full"
     lora = "lora"
+
+
+class Gate(Enum):
+    """Weight of the selected experts in sparse training; at evaluation all are the renormalised one of the stock class."""
+
+    renormalised = "renormalised"
+    straight_through = "straight_through"
+    switch = "switch"
 
 
 class Schedule(Enum):
@@ -352,10 +439,40 @@ class FreezingConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class TeacherConfig:
+    """What a stage learns from the dense model beside the text."""
+
+    logits: float = 0.0
+    """Share of the loss that is the Kullback-Leibler divergence from the dense model's next-token distribution, in [0, 1];
+    the rest is cross-entropy."""
+    temperature: float = 1.0
+    """Of both distributions."""
+    top_k: int | None = None
+    """Compare the dense model's k likeliest tokens, and all others as one; null compares every token."""
+    hidden: float = 0.0
+    """Weight of the relative squared distance between both models' hidden states, averaged over layers."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the dense model is needed at all."""
+        return self.logits > 0 or self.hidden > 0
+
+
+@dataclass(slots=True, kw_only=True)
 class StageConfig:
     """One stage of retraining."""
 
     mode: Mode = Mode.sparse
+    gate: Gate = Gate.renormalised
+    """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
+    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage."""
+    balance: float = 0.0
+    """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
+    max_load: float = 1.5
+    """Load of an expert over the mean load, from which it is penalised."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     temperature: float = 1.0
     """Dense mode only: the gate is softmax(logits / temperature)."""
     train: FreezingConfig = field(default_factory=FreezingConfig)
@@ -444,6 +561,16 @@ class RetrainConfig:
             require(stage.batch > 0, f"{where}.batch ({stage.batch}) must be positive")
             require(stage.learning_rate > 0, f"{where}.learning_rate ({stage.learning_rate}) must be positive")
             require(stage.temperature > 0, f"{where}.temperature ({stage.temperature}) must be positive")
+            require(stage.balance >= 0, f"{where}.balance ({stage.balance}) must not be negative")
+            require(stage.max_load >= 1, f"{where}.max_load ({stage.max_load}) must be at least 1")
+            require(stage.z_loss >= 0, f"{where}.z_loss ({stage.z_loss}) must not be negative")
+            teacher = stage.teacher
+            require(0 <= teacher.logits <= 1, f"{where}.teacher.logits ({teacher.logits}) must lie between 0 and 1")
+            require(teacher.temperature > 0, f"{where}.teacher.temperature ({teacher.temperature}) must be positive")
+            require(teacher.hidden >= 0, f"{where}.teacher.hidden ({teacher.hidden}) must not be negative")
+            require(
+                teacher.top_k is None or teacher.top_k > 0, f"{where}.teacher.top_k ({teacher.top_k}) must be positive"
+            )
             require(0 <= stage.warmup < 1, f"{where}.warmup ({stage.warmup}) must lie in [0, 1)")
             require(0 <= stage.floor <= 1, f"{where}.floor ({stage.floor}) must lie in [0, 1]")
             require(

@@ -53,7 +53,8 @@ from dive.model.load import (
     locate_dense,
     resolve_device,
 )
-from dive.moe.reconstruct import ExpertLayer, assemble, build_layers
+from dive.moe.layer import ExpertLayer
+from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
 from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import keep_masks
@@ -138,7 +139,7 @@ def mine(
             domain: keep_masks(
                 inputs.dense(),
                 s,
-                metric=pruning.metric,
+                metric=pruning.mining_metric,
                 ratio=pruning.ratio,
                 width_multiple=pruning.width_multiple,
                 seed=seed + number,
@@ -152,7 +153,7 @@ def mine(
     width = pruning.width(inputs.source.channels)
     depends = {"statistics": statistics.key, "measured": hash_tokens(inputs.measured), "width": width}
     depends |= {
-        "metric": pruning.metric,
+        "metric": pruning.mining_metric,
         "with_bias": with_bias,
         "seed": seed if pruning.metric.value == "random" else None,
     }
@@ -193,28 +194,48 @@ def build_experts(
     tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
 
-    def compute(directory: Path) -> None:
+    refined = moe.refinement.needs_tokens
+    held_out = pruning.ridge is None and pruning.compensation is Compensation.least_squares
+
+    def layers() -> Iterator[ExpertLayer]:
+        dense = inputs.dense()
+        if refined:
+            return build_refined_layers(dense, list(tokens.values()), pruning, moe, batch=batch, seed=seed)
+        parts = dict(tokens)
+        if held_out:  # every fourth sequence chooses the ridge
+            parts = {name: matrix[torch.arange(len(matrix)) % 4 != 3] for name, matrix in tokens.items()}
+            parts |= {f"{name} held out": matrix[3::4] for name, matrix in tokens.items()}
         statistics = stream_statistics(
-            inputs.dense(),
-            tokens,
+            dense,
+            parts,
             batch=batch,
             second_moments=pruning.compensation is Compensation.least_squares,
             inputs=-(-moe.distillation.tokens // len(tokens)) if wants_inputs else 0,
             description=f"building {moe.experts} experts" if moe.experts > 1 else "pruning",
         )
-        for number, layer in enumerate(build_layers(inputs.dense(), statistics, pruning, moe, seed=seed)):
+        return build_layers(dense, statistics, pruning, moe, seed=seed)
+
+    def compute(directory: Path) -> None:
+        for number, layer in enumerate(layers()):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
             save_file(tensors, directory / f"layer_{number:03d}.safetensors")
 
     construction = plain(moe)
-    for settings in ("top_k", "noise", *(() if wants_inputs else ("distillation",))):
-        construction.pop(settings)  # of no influence on the experts
+    without = ["noise"]  # of no influence on the experts
+    if not refined:
+        without += ["top_k", "refinement"]
+    if not wants_inputs:
+        without += ["distillation"]
+    for settings in without:
+        construction.pop(settings)
     depends = inputs.identity() | {
         "groups": [list(g) for g in groups],
         "pruning": pruning,
         "moe": construction,
         "seed": seed,
     }
+    if group_samples is not None:
+        depends["samples"] = [len(matrix) for matrix in tokens.values()]
     return store.get("experts", depends, compute)
 
 
@@ -435,6 +456,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
                 name,
                 config,
                 reconstructed,
+                dense,
                 finished,
                 inputs.blocks,
                 depends={"experts": experts.key, "top_k": top_k, "corpus": inputs.corpus},

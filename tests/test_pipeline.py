@@ -130,10 +130,16 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
     [
         ["affinity=random", "moe.top_k=2"],
         ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"],
-        ["moe=random_split", "moe.experts=2", "pruning.compensation=none"],
+        ["moe=random_split", "moe.experts=2", "pruning.metric=wifv", "pruning.compensation=none"],
         ["moe=upcycle", "moe.experts=2", "moe.top_k=2"],
         ["moe.experts=1", "pruning.metric=wifn"],
-        ["pruning.metric=magnitude", "pruning.compensation=none", "moe.router_init=random"],
+        [
+            "moe=plain",
+            "moe.experts=2",
+            "pruning.metric=magnitude",
+            "pruning.compensation=none",
+            "moe.router_init=random",
+        ],
         ["retrain.stages.experts.train.attention=lora", "retrain.stages.experts.train.experts=full", "moe.noise=0.01"],
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -146,7 +152,14 @@ def test_other_ways_end_in_a_reloadable_model(workplace: Workplace, overrides: l
 
 
 def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:
-    results = workplace.run("bias", "pruning.compensation=bias", "retrain.stages.experts.tokens=512")
+    results = workplace.run(
+        "bias",
+        "moe=plain",
+        "moe.experts=2",
+        "pruning.metric=wifv",
+        "pruning.compensation=bias",
+        "retrain.stages.experts.tokens=512",
+    )
     directory = Path(results["export"])
     assert directory.name == "checkpoint_with_expert_bias"
     assert not (workplace.root / "bias/checkpoint").exists()

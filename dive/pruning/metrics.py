@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from dive.config import Metric, PruningConfig
+from dive.errors import UserError
 from dive.model.families import FFN, decoder_layers, ffn
+from dive.pruning.elimination import eliminate
 from dive.pruning.statistics import ChannelStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OBS_RIDGE = 1e-3
+"""Ridge of elimination where none is given: its order hardly depends on it."""
 
 
 def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, seed: int = 0) -> Tensor:
@@ -38,6 +44,8 @@ def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, s
         return statistics.variance[0].to(down.device)
     if metric is Metric.wifn:
         return down.abs().mean(dim=0) * statistics.mean_square[0].to(down.device).sqrt()
+    if metric is Metric.obs:
+        raise ValueError("obs removes channels one after another: see choose_channels")
     if metric is Metric.magnitude:
         gate, up = weights.gate.double(), weights.up.double()
         return (gate.square().sum(dim=1) + up.square().sum(dim=1) + down.square().sum(dim=0)).sqrt()
@@ -51,6 +59,33 @@ def keep_highest(scores: Tensor, width: int) -> Tensor:
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     mask[order[:width].cpu()] = True
     return mask
+
+
+def choose_channels(
+    pruning: PruningConfig,
+    weights: FFN,
+    statistics: ChannelStatistics,
+    *,
+    ridge: float,
+    cross: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Channels of one layer that stay, (F,) bool: the highest scores, or what elimination leaves.
+
+    Args:
+        statistics: of one layer (L = 1), with its second moment for ``metric=obs``.
+        ridge: ``metric=obs`` only.
+        cross: ``metric=obs`` only: see :func:`dive.pruning.elimination.eliminate`.
+        seed: ``metric=random`` only.
+    """
+    width = pruning.width(weights.down.shape[1])
+    if pruning.metric is not Metric.obs:
+        return keep_highest(importance(pruning.metric, weights, statistics, seed=seed), width)
+    if statistics.second_moment is None:
+        raise UserError("pruning.metric=obs needs second moments: collect_statistics(..., second_moments=True)")
+    return eliminate(
+        weights.down, statistics.second_moment[0], width, ridge=ridge, block=pruning.obs_block, cross=cross
+    )
 
 
 def keep_masks(
@@ -67,6 +102,7 @@ def keep_masks(
     Args:
         model: dense model.
         statistics: of all its layers.
+        metric: any; ``obs`` needs statistics with second moments.
         width_multiple: the kept width is rounded to this multiple, as by :func:`dive.reconstruct`.
         seed: ``metric="random"`` only.
 
@@ -75,9 +111,9 @@ def keep_masks(
     """
     metric = Metric(metric)
     pruning = PruningConfig(metric=metric, ratio=ratio, width_multiple=width_multiple)
-    masks = []
-    for number in range(len(decoder_layers(model))):
-        weights = ffn(model, number)
-        scores = importance(metric, weights, statistics.layer(number), seed=seed + number)
-        masks.append(keep_highest(scores, pruning.width(weights.down.shape[1])))
-    return torch.stack(masks)
+    return torch.stack(
+        [
+            choose_channels(pruning, ffn(model, number), statistics.layer(number), ridge=OBS_RIDGE, seed=seed + number)
+            for number in range(len(decoder_layers(model)))
+        ]
+    )
