@@ -363,6 +363,11 @@ class MoEConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
 
+    @property
+    def needs_groups(self) -> bool:
+        """Whether experts begin with groups of domains."""
+        return self.construction is Construction.dive and self.experts > 1 and self.refinement.start is Start.groups
+
     def __post_init__(self) -> None:
         require(self.experts >= 1, f"moe.experts ({self.experts}) must be at least 1")
         require(self.top_k >= 1, f"moe.top_k ({self.top_k}) must be at least 1")
@@ -747,7 +752,7 @@ class Config:
             not (self.pruning.compensation is Compensation.bias and self.moe.construction is not Construction.dive),
             "pruning.compensation=bias goes with moe.construction=dive alone; choose least_squares or none",
         )
-        if self.affinity.groups is not None and self.moe.construction is Construction.dive and self.moe.experts > 1:
+        if self.affinity.groups is not None and self.moe.needs_groups:
             require(
                 self.moe.experts == len(self.affinity.groups),
                 f"moe.experts ({self.moe.experts}) differs from the number of affinity.groups "

@@ -307,7 +307,7 @@ def check(config: Config, source: DenseSource) -> None:
             require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
 
     names = domain_names(config.calibration_domains)
-    if config.moe.construction is Construction.dive:
+    if config.moe.needs_groups:
         require(
             config.moe.experts <= len(names),
             f"moe.experts ({config.moe.experts}) exceeds the number of calibration domains ({len(names)}); lower moe.experts "
@@ -415,7 +415,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     record.stage("dense", measured_as("dense", model_key, model=dense, routing=False))
 
     groups, clustering = choose_groups(config, store, inputs)
-    record.results["groups"] = groups
+    record.results["groups"] = groups if config.moe.needs_groups or config.moe.experts == 1 else []
 
     built = partial(
         build_experts,
@@ -540,7 +540,7 @@ def sample_tokens(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """({domain: calibration tokens}, {domain: tokens to measure affinity on})."""
     domains = config.calibration_domains
-    mines = config.affinity.grouping is Grouping.mined and config.moe.construction is Construction.dive
+    mines = config.affinity.grouping is Grouping.mined and config.moe.needs_groups
     calibration, measured = {}, {}
     for name, documents in texts.items():
         calibration[name], measured[name] = calibration_tokens(
@@ -560,7 +560,7 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
     """The domains of each expert; and for mined ones the matrix, tree and quality of the clustering."""
     names = list(inputs.tokens)
     grouping, experts = config.affinity.grouping, config.moe.experts
-    if config.moe.construction is not Construction.dive or experts == 1:
+    if not config.moe.needs_groups:
         return [names], None
     if grouping is Grouping.random:
         return random_groups(names, experts=experts, seed=config.seed), None
