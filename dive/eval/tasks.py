@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 OWN_TASKS = Path(__file__).resolve().parent / "paper_tasks"
 """Tasks of the paper whose data the harness cannot load any more."""
 
+UNSAFE = "runs code that the model writes, or has pictures or sound, which is not done here; leave it out"
+
 Metrics = dict[str, float]
 """{metric: value}; of a metric behind a filter ``<metric>,<filter>``, of a standard error ``<metric>_stderr``."""
 
@@ -150,6 +152,8 @@ def load_tasks(config: EvalConfig, tokenizer: "PreTrainedTokenizerBase") -> Task
         manager = _manager(config, own)
     for name in config.tasks:
         settings = config.task_settings.get(name, TaskConfig())
+        if (manager.task_index[name].cfg or {}).get("unsafe_code"):  # loading it may fetch code already
+            raise UserError(f"eval.tasks: {name!r} {UNSAFE}")
         with _quiet(), _seeded(), _hub_left_alone():
             try:
                 loaded = manager.load([name])
@@ -234,9 +238,7 @@ def _checked(name: str, loaded: Any, settings: TaskConfig, config: EvalConfig, o
     metrics: set[str] = set()
     for member_name, member in loaded["tasks"].items():
         if getattr(member, "UNSAFE_CODE", False) or getattr(member, "MULTIMODAL", False):
-            raise UserError(
-                f"eval.tasks: {member_name!r} runs code that the model writes, or has pictures: not supported here"
-            )
+            raise UserError(f"eval.tasks: {member_name!r} {UNSAFE}")
         filters = ["" if ensemble.name == "none" else f",{ensemble.name}" for ensemble in member._filters]
         metrics |= {f"{metric}{behind}" for metric in member.higher_is_better() for behind in filters}
         fixed = member.config.num_fewshot
