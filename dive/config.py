@@ -610,6 +610,18 @@ class EvalSetConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """How one of ``eval.tasks`` is put to the model."""
+
+    shots: int | None = None
+    """Solved examples before each question; the task's own number (mostly none) if null."""
+    limit: int | None = None
+    """Questions, from the first (of a group such as mmlu: of each member); ``eval.task_limit`` if null."""
+    metric: str | None = None
+    """Shown in tables and averaged; the task's first if null. All are recorded."""
+
+
+@dataclass(slots=True, kw_only=True)
 class EvalConfig:
     """What is measured, and on how much text."""
 
@@ -622,6 +634,18 @@ class EvalConfig:
     allow_overlap: bool = False
     """Accept evaluation documents that stand in the training text as well."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+    """Tasks, groups or tags of lm-evaluation-harness, or of ``task_path``; results.json lists them in this order."""
+    task_settings: dict[str, TaskConfig] = field(default_factory=dict)
+    """By name of the task; what stands here of tasks that are not in ``tasks`` is left aside."""
+    task_path: str | None = None
+    """Directory of task YAMLs of your own, beside the harness's. What their ``!function`` names is run."""
+    task_limit: int | None = None
+    """Questions per task, from the first; all if null."""
+    add_bos_token: bool | None = None
+    """Whether prompts of tasks begin with the BOS token; as the tokenizer does by itself if null, the harness's default."""
+    ngram: int = 13
+    """Words of the n-grams by which evaluation text is looked for in the training text; 0 for not at all."""
 
     def __post_init__(self) -> None:
         require(bool(self.lengths), "eval.lengths is empty")
@@ -633,6 +657,14 @@ class EvalConfig:
             require(bool(entry.lengths), f"{where}.lengths is empty")
             require(entry.source is TextSource.hub or entry.path is not None, f"{where}.path is needed")
             require(entry.source is not TextSource.hub or entry.hub is not None, f"{where}.hub is needed")
+        require(self.ngram >= 0, f"eval.ngram ({self.ngram}) must not be negative")
+        require(self.task_limit is None or self.task_limit > 0, "eval.task_limit must be positive, or null for all")
+        twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+        require(not twice, f"eval.tasks names {twice} twice")
+        for name, settings in self.task_settings.items():
+            where = f"eval.task_settings.{name}"
+            require(settings.shots is None or settings.shots >= 0, f"{where}.shots must not be negative")
+            require(settings.limit is None or settings.limit > 0, f"{where}.limit must be positive, or null for all")
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer
@@ -771,3 +803,29 @@ class Config:
                 f"retrain.stages.{name}.batch ({stage.batch}) does not divide into {parts} parts "
                 "(accumulation × trainer.devices × trainer.num_nodes)",
             )
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of a finished model, dense or Mixture-of-Experts."""
+
+    checkpoint: str = MISSING
+    """Directory, hub id, or ``embedded`` for the model that comes with the package."""
+    revision: str | None = None
+    """Commit, branch or tag on the hub."""
+    dtype: Dtype = Dtype.auto
+    """Element type of the weights; ``auto`` takes the checkpoint's own."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
+    calibration_domains: CalibrationDomainsConfig | None = None
+    """Domains whose test texts are measured; null for none."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 42
+    store: str = "outputs/store"
+    """Directory of the artifacts that runs share."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.calibration_domains is not None or bool(self.eval.sets or self.eval.tasks),
+            "nothing to measure: set eval.tasks=[NAME], eval.sets, or calibration_domains=embedded",
+        )

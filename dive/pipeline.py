@@ -34,14 +34,17 @@ from dive.config import (
     Compensation,
     Config,
     Construction,
+    EvalConfig,
     Grouping,
     MoEConfig,
     PruningConfig,
     RouterInit,
     require,
 )
+from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
 from dive.eval.routing import mask_overlap, routing_share
+from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
 from dive.export import has_expert_bias, save, save_with_expert_bias
 from dive.logger.build import build_wandb
 from dive.model.families import count_parameters, moe_config
@@ -60,7 +63,7 @@ from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
-from dive.report.text import model_card, show, stage_table
+from dive.report.text import model_card, show, stage_table, task_tables
 from dive.retrain.corpus import Blocks, corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
 from dive.retrain.stage import RetrainedStage, retrain_stage, retrained_model
@@ -93,6 +96,9 @@ class Inputs:
     """Identifies the corpus: its text, order and tokens."""
     fingerprints: dict[str, dict[str, str]]
     """{domain: SHA-256 of its train and test documents}"""
+    tasks: TaskSuite = field(default_factory=TaskSuite)
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """How much of each evaluation set stands in the training text."""
 
     def identity(self) -> dict[str, Any]:
         """What calibration depends on: model, element type and the tokens themselves."""
@@ -267,19 +273,25 @@ def measure(
     *,
     batch: int,
     routing: bool,
+    tasks: TaskSuite,
 ) -> Artifact:
-    """Perplexities of one model, and its routing if it has routers."""
+    """Perplexities and tasks of one model, and its routing if it has routers."""
 
     def compute(directory: Path) -> None:
         ready = model()
         found: dict[str, Any] = {"perplexity": evaluate(ready, texts, batch=batch, description=name)}
+        if tasks.tasks:
+            found["tasks"] = tasks.measure(store, model_key, ready)
         if routing:
             first = next(iter(texts.domains.values()))
             found["routing"] = routing_share(ready, first, batch=batch).summary()
         write_json(directory / "evaluation.json", found)
 
+    model_key = dict(depends)
     windows = {key: hash_tokens({key: matrix}) for key, matrix in texts.all().items()}
     depends = {**depends, "windows": windows, "headline": list(texts.domains), "routing": routing}
+    if tasks.tasks:
+        depends["tasks"] = tasks.identity()
     return store.get("evaluation", depends, compute)
 
 
@@ -296,16 +308,12 @@ def check(config: Config, source: DenseSource) -> None:
     config.pruning.width(source.channels)
     for name, stage in config.retrain.stages.items():
         check_policy(stage.train, source.config, where=f"retrain.stages.{name}")
-    positions = int(source.config.max_position_embeddings)
     lengths = {
         "calibration_domains.length": [config.calibration_domains.length],
         "retrain.length": [config.retrain.length] if config.retrain.stages else [],
         "eval.lengths": config.eval.lengths,
-    } | {f"eval.sets.{name}.lengths": entry.lengths for name, entry in config.eval.sets.items()}
-    for where, values in lengths.items():
-        for length in values:
-            require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
-
+    }
+    check_lengths(lengths, config.eval, source)
     names = domain_names(config.calibration_domains)
     if config.moe.needs_groups:
         require(
@@ -313,8 +321,7 @@ def check(config: Config, source: DenseSource) -> None:
             f"moe.experts ({config.moe.experts}) exceeds the number of calibration domains ({len(names)}); lower moe.experts "
             "or add domains",
         )
-    taken = sorted(set(config.eval.sets) & set(names))
-    require(not taken, f"eval.sets: {taken} are names of calibration domains; rename the sets")
+    check_names(config.eval, names)
     if config.affinity.groups is not None and config.affinity.grouping is Grouping.given:
         unknown = sorted({d for group in config.affinity.groups for d in group} - set(names))
         require(not unknown, f"affinity.groups: {unknown} not among the calibration domains {names}")
@@ -323,6 +330,21 @@ def check(config: Config, source: DenseSource) -> None:
             bool(set(members) & set(names)),
             f"affinity.groups: none of {members} is a calibration domain here",
         )
+
+
+def check_lengths(lengths: Mapping[str, Sequence[int]], config: EvalConfig, source: DenseSource) -> None:
+    """Refuse sequences that are longer than the model's positions: ``lengths``, and those of ``eval.sets``."""
+    positions = int(source.config.max_position_embeddings)
+    sets = {f"eval.sets.{name}.lengths": entry.lengths for name, entry in config.sets.items()}
+    for where, values in {**lengths, **sets}.items():
+        for length in values:
+            require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
+
+
+def check_names(config: EvalConfig, domains: Sequence[str]) -> None:
+    """Refuse evaluation sets with names of domains: both would be one key of the results."""
+    taken = sorted(set(config.sets) & set(domains))
+    require(not taken, f"eval.sets: {taken} are names of calibration domains; rename the sets")
 
 
 @dataclass(slots=True)
@@ -359,11 +381,15 @@ class Run:
                 "perplexity": found["perplexity"],
             }
         )
+        if "tasks" in found:
+            self.results["stages"][-1] |= task_results(found["tasks"], self.results["evaluation"]["tasks"])
         if "routing" in found:
             self.results["routing"] = found["routing"]
         log.info("%s: perplexity %.2f", name, found["perplexity"]["mean"])
         for logger in self.loggers:
             summary = {f"eval/{name}/{key}": value for key, value in found["perplexity"].items()}
+            for task, metrics in found.get("tasks", {}).items():
+                summary |= {f"eval/{name}/{task}/{key}": value for key, value in metrics.items()}
             logger.experiment.summary.update(summary)
         self.write()
 
@@ -371,6 +397,16 @@ class Run:
         """Write ``results.json``."""
         if self.main_process:
             write_json(self.directory / "results.json", self.results)
+
+
+def task_results(tasks: Mapping[str, Metrics], described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage records of its tasks: all metrics, and the mean of one a task, the chosen or first one."""
+    values = {
+        task: headline(metrics, described.get(task, {}).get("metric")) for task, metrics in tasks.items() if metrics
+    }
+    for task, (metric, value) in values.items():
+        log.info("%s: %s %.4f", task, metric, value)
+    return {"tasks": dict(tasks), "tasks_mean": sum(value for _, value in values.values()) / max(len(values), 1)}
 
 
 def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -395,7 +431,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     check(config, source)
     device = resolve_device(config.model.device)
     store = Store(Path(config.store))
-    inputs = prepare(config, source, device)
+    inputs = prepare(config, source, device, store)
     texts, tokenizer, dense = inputs.texts, inputs.tokenizer, inputs.dense
     record = Run(directory, main_process, new_results(config, inputs, overrides, device))
     wandb = None
@@ -409,7 +445,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     def measured_as(name: str, depends: Mapping[str, Any], model: Dense, *, routing: bool) -> Artifact | None:
         if not main_process:
             return None  # the others wait in the next stage's training
-        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing)
+        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing, tasks=inputs.tasks)
 
     model_key = {"model": source.fingerprint, "dtype": source.dtype}
     record.stage("dense", measured_as("dense", model_key, model=dense, routing=False))
@@ -490,7 +526,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         record.write()
         if wandb is not None:
             wandb.experiment.finish()
-        show(stage_table(record.results))
+        show(stage_table(record.results), *task_tables(record.results))
         show(
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
@@ -502,13 +538,14 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
 # -------------------------------------------------------------------------------------------------------------- its parts
 
 
-def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs:
-    """Read the texts and cut them into tokens; the weights wait until they are needed.
+def prepare(config: Config, source: DenseSource, device: torch.device, store: Store) -> Inputs:
+    """Read tasks and texts and cut these into tokens; the weights wait until they are needed.
 
     Raises:
-        UserError: a text is missing, unreadable, too short, or on both sides of the split.
+        UserError: a task or text is missing, unreadable, too short, or on both sides of the split.
     """
     tokenizer = load_tokenizer(source)
+    tasks = load_tasks(config.eval, tokenizer)
     tokenize = partial(document_tokens, tokenizer)
     domains = load_domains(config.calibration_domains, seed=config.seed)
     train = {domain.name: domain.train for domain in domains}
@@ -532,6 +569,8 @@ def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs
         blocks=blocks,
         corpus=corpus,
         fingerprints={d.name: {"train": fingerprint(d.train), "test": fingerprint(d.test)} for d in domains},
+        tasks=tasks,
+        contamination=contamination(store, config.eval, domains, texts, tasks, corpus=local),
     )
 
 
@@ -638,23 +677,12 @@ def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recor
 
 def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
     """``results.json`` before the first stage: what was run, on what."""
-    packages = (
-        "dive-moe",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "lightning",
-        "datasets",
-        "safetensors",
-        "numpy",
-        "scipy",
-    )
     return {
         "run": {
             "command": ["python", "-m", "dive.train", *overrides],
             "seed": config.seed,
             "device": str(device),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+            "versions": package_versions(inputs.tasks),
             "fingerprints": {
                 "model": inputs.source.fingerprint,
                 "domains": inputs.fingerprints,
@@ -666,13 +694,35 @@ def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device
             },
             "config": plain(config),
         },
-        "evaluation": {"domains": list(inputs.tokens), "sets": list(inputs.texts.sets)},
+        "evaluation": {
+            "domains": list(inputs.tokens),
+            "sets": list(inputs.texts.sets),
+            "tasks": inputs.tasks.describe(),
+        },
+        "contamination": inputs.contamination,
         "groups": [],
         "parameters": {},
         "stages": [],
         "routing": {},
         "timings": {},
     }
+
+
+def package_versions(tasks: TaskSuite) -> dict[str, str]:
+    """{package: version} of everything that figures depend on."""
+    packages = (
+        "dive-moe",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "lightning",
+        "datasets",
+        "safetensors",
+        "numpy",
+        "scipy",
+        *(["lm-eval"] if tasks.tasks else []),
+    )
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:
