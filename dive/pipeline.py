@@ -33,7 +33,6 @@ from dive.config import (
     AffinityConfig,
     Compensation,
     Config,
-    Construction,
     EvalConfig,
     Grouping,
     MoEConfig,
