@@ -149,6 +149,7 @@ class Metric(Enum):
     wifv = "wifv"
     ifv = "ifv"
     wifn = "wifn"
+    taylor = "taylor"
     magnitude = "magnitude"
     random = "random"
 
@@ -251,6 +252,7 @@ class Construction(Enum):
 
     dive = "dive"
     random_split = "random_split"
+    coactivation = "coactivation"
     upcycle = "upcycle"
 
 
@@ -288,6 +290,12 @@ class MoEConfig:
     experts: int = 8
     top_k: int = 1
     construction: Construction = Construction.dive
+    shared: float = 0.0
+    """Share of every expert's width that goes to channels which all experts have, in [0, 1). ``dive``: those most important
+    to all text together; ``coactivation``: those most often active. The gates of the chosen experts sum to one, so a channel
+    that stands in each of them is always on."""
+    active_channels: int = 10
+    """``coactivation`` only: channels counted as active on a token (CMoE's K_a)."""
     router_init: RouterInit = RouterInit.distilled
     noise: float = 0.0
     """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
@@ -304,6 +312,12 @@ class MoEConfig:
             self.construction is not Construction.upcycle or self.router_init is RouterInit.random,
             "moe.router_init=distilled has nothing to learn from identical experts; set moe.router_init=random, or moe=upcycle",
         )
+        require(0.0 <= self.shared < 1.0, f"moe.shared ({self.shared}) must lie in [0, 1)")
+        require(
+            self.shared == 0.0 or self.construction in (Construction.dive, Construction.coactivation),
+            f"moe.shared ({self.shared}) goes with moe.construction=dive or coactivation; set moe.shared=0",
+        )
+        require(self.active_channels >= 1, f"moe.active_channels ({self.active_channels}) must be at least 1")
         require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
 
 

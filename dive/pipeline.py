@@ -35,6 +35,7 @@ from dive.config import (
     Config,
     Construction,
     Grouping,
+    Metric,
     MoEConfig,
     PruningConfig,
     RouterInit,
@@ -105,16 +106,20 @@ class Inputs:
 # ---------------------------------------------------------------------------------------------------------------- stages
 
 
-def calibrate(store: Store, inputs: Inputs, *, batch: int) -> Artifact:
-    """Channel statistics of every domain, in one pass over the dense model."""
+def calibrate(store: Store, inputs: Inputs, *, batch: int, taylor: bool) -> Artifact:
+    """Channel statistics of every domain, in one pass over the dense model; Taylor scores take a second one."""
 
     def compute(directory: Path) -> None:
-        statistics = collect_statistics(inputs.dense(), inputs.tokens, batch=batch, second_moments=False, inputs=0)
+        statistics = collect_statistics(
+            inputs.dense(), inputs.tokens, batch=batch, second_moments=False, inputs=0, taylor=taylor
+        )
         for domain, found in statistics.items():
             tensors = {"mean": found.mean, "squared_deviations": found.squared_deviations}
+            if found.taylor is not None:
+                tensors["taylor"] = found.taylor
             save_file(tensors, directory / f"{domain}.safetensors", metadata={"count": str(found.count)})
 
-    return store.get("statistics", inputs.identity(), compute)
+    return store.get("statistics", inputs.identity() | ({"taylor": True} if taylor else {}), compute)
 
 
 def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[str, ChannelStatistics]:
@@ -122,7 +127,9 @@ def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[st
     found = {}
     for domain, matrix in tokens.items():
         tensors = load_file(artifact.path / f"{domain}.safetensors")
-        found[domain] = ChannelStatistics(matrix.numel(), tensors["mean"], tensors["squared_deviations"])
+        found[domain] = ChannelStatistics(
+            matrix.numel(), tensors["mean"], tensors["squared_deviations"], taylor=tensors.get("taylor")
+        )
     return found
 
 
@@ -192,6 +199,8 @@ def build_experts(
     """Experts and routers of every layer, from a second pass over the calibration tokens, layer after layer."""
     tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
+    clusters = moe.construction is Construction.coactivation and moe.experts > 1
+    scales_by_top_k = clusters and pruning.compensation is Compensation.none
 
     def compute(directory: Path) -> None:
         statistics = stream_statistics(
@@ -200,6 +209,8 @@ def build_experts(
             batch=batch,
             second_moments=pruning.compensation is Compensation.least_squares,
             inputs=-(-moe.distillation.tokens // len(tokens)) if wants_inputs else 0,
+            taylor=pruning.metric is Metric.taylor,
+            active_channels=moe.active_channels if clusters else 0,
             description=f"building {moe.experts} experts" if moe.experts > 1 else "pruning",
         )
         for number, layer in enumerate(build_layers(inputs.dense(), statistics, pruning, moe, seed=seed)):
@@ -207,8 +218,14 @@ def build_experts(
             save_file(tensors, directory / f"layer_{number:03d}.safetensors")
 
     construction = plain(moe)
-    for settings in ("top_k", "noise", *(() if wants_inputs else ("distillation",))):
-        construction.pop(settings)  # of no influence on the experts
+    unused = {
+        "noise": True,
+        "top_k": not scales_by_top_k,
+        "distillation": not wants_inputs,
+        "active_channels": not clusters,
+    }
+    for settings in (name for name, without_influence in unused.items() if without_influence):
+        construction.pop(settings)
     depends = inputs.identity() | {
         "groups": [list(g) for g in groups],
         "pruning": pruning,
@@ -550,7 +567,8 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
         if absent or unused:
             log.warning("affinity.groups: not here %s; in no group %s", absent or "none", unused or "none")
         return groups, None
-    statistics = calibrate(store, inputs, batch=config.calibration_domains.batch)
+    taylor = config.pruning.metric is Metric.taylor
+    statistics = calibrate(store, inputs, batch=config.calibration_domains.batch, taylor=taylor)
     matrix = mine(store, inputs, statistics, config.pruning, batch=config.calibration_domains.batch, seed=config.seed)
     clustered = json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
     return clustered["groups"], clustered | json.loads((matrix.path / "matrix.json").read_text())

@@ -29,6 +29,7 @@ from dive.model.families import (
     moe_block,
     moe_config,
 )
+from dive.moe.coactivation import coactivation_masks
 from dive.moe.distill import expert_errors, fit_router
 from dive.moe.plug import plug_routers, use_stock_experts
 from dive.pruning import compensation as compensate
@@ -97,18 +98,37 @@ def build_layer(
         groups: statistics (L = 1) of each group; ``dive`` makes an expert of each, the other constructions
             ``moe.experts`` experts from their union.
         seed: of this layer.
+
+    Raises:
+        UserError: the statistics lack what the settings need.
     """
     channels = weights.down.shape[1]
     width = pruning.width(channels)
+    shared = min(round(moe.shared * width), width - 1)
     if moe.construction is Construction.dive:
         expert_statistics = list(groups)
-        masks = torch.stack(
-            [keep_highest(importance(pruning.metric, weights, s, seed=seed + i), width) for i, s in enumerate(groups)]
-        )
+        scores = [importance(pruning.metric, weights, s, seed=seed + i) for i, s in enumerate(groups)]
+        if shared and len(groups) > 1:
+            union = sum(groups[1:], groups[0])
+            always = keep_highest(importance(pruning.metric, weights, union, seed=seed), shared)
+            scores = [s.masked_fill(always.to(s.device), torch.inf) for s in scores]
+        masks = torch.stack([keep_highest(s, width) for s in scores])
     else:
         union = sum(groups[1:], groups[0])
         expert_statistics = [union] * moe.experts
-        if moe.construction is Construction.upcycle:
+        if moe.construction is Construction.coactivation:
+            if union.coactivation is None:
+                raise UserError(
+                    "moe.construction=coactivation needs co-activations: collect_statistics(..., active_channels=10)"
+                )
+            masks = coactivation_masks(
+                union.coactivation[0],
+                importance(pruning.metric, weights, union, seed=seed),
+                experts=moe.experts,
+                width=width,
+                shared=shared,
+            )
+        elif moe.construction is Construction.upcycle:
             mask = keep_highest(importance(pruning.metric, weights, union, seed=seed), width)
             masks = mask.expand(moe.experts, -1).clone()
         else:
@@ -118,7 +138,10 @@ def build_layer(
         masks=masks,
         gate_up=torch.stack([torch.cat([weights.gate[mask], weights.up[mask]]) for mask in masks]),
         down=torch.stack(
-            [_down(weights.down, s, mask, pruning, moe) for s, mask in zip(expert_statistics, masks, strict=True)]
+            [
+                _down(weights.down, s, mask, pruning, moe, common=masks.all(dim=0))
+                for s, mask in zip(expert_statistics, masks, strict=True)
+            ]
         ),
         router=torch.zeros(len(masks), weights.gate.shape[1], dtype=weights.gate.dtype),
         bias=torch.stack(
@@ -131,7 +154,9 @@ def build_layer(
     return layer
 
 
-def _down(down: Tensor, statistics: ChannelStatistics, mask: Tensor, pruning: PruningConfig, moe: MoEConfig) -> Tensor:
+def _down(
+    down: Tensor, statistics: ChannelStatistics, mask: Tensor, pruning: PruningConfig, moe: MoEConfig, *, common: Tensor
+) -> Tensor:
     if pruning.compensation is Compensation.least_squares:
         if statistics.second_moment is None:
             raise UserError(
@@ -142,6 +167,9 @@ def _down(down: Tensor, statistics: ChannelStatistics, mask: Tensor, pruning: Pr
     if pruning.compensation is Compensation.none and moe.construction is Construction.random_split:
         # A random W of F channels gives W / F of the output on average; LLaMA-MoE scales it back.
         return kept * (len(mask) / int(mask.sum()))
+    if pruning.compensation is Compensation.none and moe.construction is Construction.coactivation:
+        # CMoE adds the chosen experts up; the stock classes average them, which is right for the common channels alone.
+        return torch.where(common[mask].to(kept.device), kept, kept * moe.top_k)
     return kept
 
 

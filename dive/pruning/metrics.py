@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dive.config import Metric, PruningConfig
+from dive.errors import UserError
 from dive.model.families import FFN, decoder_layers, ffn
 from dive.pruning.statistics import ChannelStatistics
 
@@ -24,14 +25,23 @@ def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, s
     - ``wifv``: Var(X_j) · Σ_d W[d, j]² (FLAP, arXiv 2312.11983, eq. 5)
     - ``ifv``: Var(X_j)
     - ``wifn``: mean_d |W[d, j]| · sqrt(mean X_j²) (Wanda, arXiv 2306.11695, averaged over outputs)
+    - ``taylor``: Σ |x_j · ∂loss/∂x_j| and the like of gate and up (LLM-Pruner, arXiv 2305.11627, vector-wise); see
+      :func:`dive.pruning.taylor.taylor_scores`
     - ``magnitude``: norm of the channel's weights in gate, up and down together; needs no text
     - ``random``: uniform, seeded
 
     Args:
         statistics: of one layer (L = 1).
         seed: ``random`` only.
+
+    Raises:
+        UserError: the statistics lack what the metric needs.
     """
     down = weights.down.double()
+    if metric is Metric.taylor:
+        if statistics.taylor is None:
+            raise UserError("pruning.metric=taylor needs Taylor scores: collect_statistics(..., taylor=True)")
+        return statistics.taylor[0].to(down.device)
     if metric is Metric.wifv:
         return statistics.variance[0].to(down.device) * down.square().sum(dim=0)
     if metric is Metric.ifv:
