@@ -150,6 +150,7 @@ class Metric(Enum):
     ifv = "ifv"
     wifn = "wifn"
     obs = "obs"
+    taylor = "taylor"
     magnitude = "magnitude"
     random = "random"
 
@@ -194,8 +195,8 @@ class PruningConfig:
         require(self.width_multiple >= 1, f"pruning.width_multiple ({self.width_multiple}) must be at least 1")
 
     @property
-    def mining_metric(self) -> Metric:
-        """Score that prunes the model on single domains: ``obs`` would need F × F moments of each, ``wifv`` stands in."""
+    def score_metric(self) -> Metric:
+        """Score where one is needed channel by channel, or for single domains: ``obs`` has none, ``wifv`` stands in."""
         return Metric.wifv if self.metric is Metric.obs else self.metric
 
     def width(self, channels: int) -> int:
@@ -269,6 +270,7 @@ class Construction(Enum):
 
     dive = "dive"
     random_split = "random_split"
+    coactivation = "coactivation"
     upcycle = "upcycle"
 
 
@@ -357,6 +359,12 @@ class MoEConfig:
     experts: int = 8
     top_k: int = 1
     construction: Construction = Construction.dive
+    shared: float = 0.0
+    """Share of every expert's width that goes to channels which all experts have, in [0, 1). ``dive``: those most important
+    to all text together; ``coactivation``: those most often active. The gates of the chosen experts sum to one, so a channel
+    that stands in each of them is always on."""
+    active_channels: int = 10
+    """``coactivation`` only: channels counted as active on a token (CMoE's K_a)."""
     router_init: RouterInit = RouterInit.distilled
     noise: float = 0.0
     """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
@@ -379,8 +387,18 @@ class MoEConfig:
             self.construction is not Construction.upcycle or self.router_init is RouterInit.random,
             "moe.router_init=distilled has nothing to learn from identical experts; set moe.router_init=random, or moe=upcycle",
         )
+        require(0.0 <= self.shared < 1.0, f"moe.shared ({self.shared}) must lie in [0, 1)")
+        require(
+            self.shared == 0.0 or self.construction in (Construction.dive, Construction.coactivation),
+            f"moe.shared ({self.shared}) goes with moe.construction=dive or coactivation; set moe.shared=0",
+        )
+        require(self.active_channels >= 1, f"moe.active_channels ({self.active_channels}) must be at least 1")
         require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
         refined = self.refinement.needs_tokens
+        require(
+            not refined or self.shared == 0.0,
+            f"moe.shared ({self.shared}) and moe.refinement contradict each other; set moe=plain or moe.shared=0",
+        )
         require(
             not refined or self.construction is Construction.dive,
             f"moe.refinement goes with moe.construction=dive, not {self.construction.value}; set moe={self.construction.value}",
@@ -783,6 +801,11 @@ class Config:
         require(
             not (self.pruning.compensation is Compensation.bias and self.moe.construction is not Construction.dive),
             "pruning.compensation=bias goes with moe.construction=dive alone; choose least_squares or none",
+        )
+        require(
+            self.pruning.metric is not Metric.taylor or not self.moe.refinement.needs_tokens,
+            "pruning.metric=taylor takes gradients of the dense model, which moe.refinement does not pass through; "
+            "set moe=plain, or another pruning.metric",
         )
         if self.affinity.groups is not None and self.moe.needs_groups:
             require(

@@ -33,8 +33,10 @@ from dive.config import (
     AffinityConfig,
     Compensation,
     Config,
+    Construction,
     EvalConfig,
     Grouping,
+    Metric,
     MoEConfig,
     PruningConfig,
     RouterInit,
@@ -111,16 +113,20 @@ class Inputs:
 # ---------------------------------------------------------------------------------------------------------------- stages
 
 
-def calibrate(store: Store, inputs: Inputs, *, batch: int) -> Artifact:
-    """Channel statistics of every domain, in one pass over the dense model."""
+def calibrate(store: Store, inputs: Inputs, *, batch: int, taylor: bool) -> Artifact:
+    """Channel statistics of every domain, in one pass over the dense model; Taylor scores take a second one."""
 
     def compute(directory: Path) -> None:
-        statistics = collect_statistics(inputs.dense(), inputs.tokens, batch=batch, second_moments=False, inputs=0)
+        statistics = collect_statistics(
+            inputs.dense(), inputs.tokens, batch=batch, second_moments=False, inputs=0, taylor=taylor
+        )
         for domain, found in statistics.items():
             tensors = {"mean": found.mean, "squared_deviations": found.squared_deviations}
+            if found.taylor is not None:
+                tensors["taylor"] = found.taylor
             save_file(tensors, directory / f"{domain}.safetensors", metadata={"count": str(found.count)})
 
-    return store.get("statistics", inputs.identity(), compute)
+    return store.get("statistics", inputs.identity() | ({"taylor": True} if taylor else {}), compute)
 
 
 def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[str, ChannelStatistics]:
@@ -128,7 +134,9 @@ def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[st
     found = {}
     for domain, matrix in tokens.items():
         tensors = load_file(artifact.path / f"{domain}.safetensors")
-        found[domain] = ChannelStatistics(matrix.numel(), tensors["mean"], tensors["squared_deviations"])
+        found[domain] = ChannelStatistics(
+            matrix.numel(), tensors["mean"], tensors["squared_deviations"], taylor=tensors.get("taylor")
+        )
     return found
 
 
@@ -144,7 +152,7 @@ def mine(
             domain: keep_masks(
                 inputs.dense(),
                 s,
-                metric=pruning.mining_metric,
+                metric=pruning.score_metric,
                 ratio=pruning.ratio,
                 width_multiple=pruning.width_multiple,
                 seed=seed + number,
@@ -158,7 +166,7 @@ def mine(
     width = pruning.width(inputs.source.channels)
     depends = {"statistics": statistics.key, "measured": hash_tokens(inputs.measured), "width": width}
     depends |= {
-        "metric": pruning.mining_metric,
+        "metric": pruning.score_metric,
         "with_bias": with_bias,
         "seed": seed if pruning.metric.value == "random" else None,
     }
@@ -198,6 +206,8 @@ def build_experts(
     """Experts and routers of every layer, from a second pass over the calibration tokens, layer after layer."""
     tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
+    clusters = moe.construction is Construction.coactivation and moe.experts > 1
+    scales_by_top_k = clusters and pruning.compensation is Compensation.none
 
     refined = moe.refinement.needs_tokens
     held_out = pruning.ridge is None and pruning.compensation is Compensation.least_squares
@@ -216,6 +226,8 @@ def build_experts(
             batch=batch,
             second_moments=pruning.compensation is Compensation.least_squares,
             inputs=-(-moe.distillation.tokens // len(tokens)) if wants_inputs else 0,
+            taylor=pruning.metric is Metric.taylor,
+            active_channels=moe.active_channels if clusters else 0,
             description=f"building {moe.experts} experts" if moe.experts > 1 else "pruning",
         )
         return build_layers(dense, statistics, pruning, moe, seed=seed)
@@ -226,12 +238,14 @@ def build_experts(
             save_file(tensors, directory / f"layer_{number:03d}.safetensors")
 
     construction = plain(moe)
-    without = ["noise"]  # of no influence on the experts
-    if not refined:
-        without += ["top_k", "refinement"]
-    if not wants_inputs:
-        without += ["distillation"]
-    for settings in without:
+    unused = {
+        "noise": True,
+        "top_k": not (scales_by_top_k or refined),
+        "refinement": not refined,
+        "distillation": not wants_inputs,
+        "active_channels": not clusters,
+    }
+    for settings in (name for name, without_influence in unused.items() if without_influence):
         construction.pop(settings)
     depends = inputs.identity() | {
         "groups": [list(g) for g in groups],
@@ -610,7 +624,8 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
         if absent or unused:
             log.warning("affinity.groups: not here %s; in no group %s", absent or "none", unused or "none")
         return groups, None
-    statistics = calibrate(store, inputs, batch=config.calibration_domains.batch)
+    taylor = config.pruning.metric is Metric.taylor
+    statistics = calibrate(store, inputs, batch=config.calibration_domains.batch, taylor=taylor)
     matrix = mine(store, inputs, statistics, config.pruning, batch=config.calibration_domains.batch, seed=config.seed)
     clustered = json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
     return clustered["groups"], clustered | json.loads((matrix.path / "matrix.json").read_text())

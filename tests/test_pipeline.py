@@ -132,6 +132,11 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
         ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"],
         ["moe=random_split", "moe.experts=2", "pruning.metric=wifv", "pruning.compensation=none"],
         ["moe=upcycle", "moe.experts=2", "moe.top_k=2"],
+        ["moe=coactivation", "moe.experts=3"],
+        ["moe=coactivation", "moe.experts=2", "moe.top_k=2", "pruning=wanda_sp", "pruning.ratio=0.75"],
+        ["moe=plain", "moe.experts=1", "pruning=llm_pruner"],
+        ["moe=plain", "moe.experts=2", "pruning.metric=taylor", "moe.shared=0.25"],
+        ["moe=plain", "moe.experts=2", "moe.shared=0.5"],
         ["moe.experts=1", "pruning.metric=wifn"],
         [
             "moe=plain",

@@ -58,6 +58,7 @@ DOMAINS = [
 
 # What an option cannot know by itself.
 NEEDED = {
+    "pruning=llm_pruner": ["moe=plain"],
     "model=local": ["model.path=/data/model"],
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],

@@ -73,6 +73,7 @@ class Workplace:
             "moe.distillation.steps=20",
             "eval.lengths=[32]",
             "eval.windows=3",
+            "retrain=two_stages",
             "retrain.length=32",
             "retrain.checkpoint_every=2",
             "retrain.log_every=2",

@@ -138,6 +138,12 @@ def ffn_modules(model: "PreTrainedModel", layer: int) -> tuple[nn.Module, nn.Mod
     return mlp, mlp.down_proj
 
 
+def ffn_projections(model: "PreTrainedModel", layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(``gate_proj``, ``up_proj``, ``down_proj``) of one layer of the dense model, for hooks."""
+    mlp: Any = decoder_layers(model)[layer].mlp
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
 def moe_block(model: "PreTrainedModel", layer: int) -> Any:
     """The sparse block of one layer of a twin: it has ``gate`` (router) and ``experts`` (fused 3-D weights)."""
     return decoder_layers(model)[layer].mlp

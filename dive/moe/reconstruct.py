@@ -4,6 +4,7 @@ Shapes: L layers, E experts, D hidden width, F FFN channels of the dense model, 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,13 +30,14 @@ from dive.model.families import (
     moe_config,
 )
 from dive.model.layers import Track
+from dive.moe.coactivation import coactivation_masks
 from dive.moe.distill import expert_errors, fit_router
 from dive.moe.layer import ExpertLayer, convert, expert_function
 from dive.moe.plug import plug_routers, use_stock_experts
 from dive.moe.refine import CHUNK, layer_output, refine_layer
 from dive.progress import track
 from dive.pruning import compensation as compensate
-from dive.pruning.metrics import OBS_RIDGE, choose_channels
+from dive.pruning.metrics import OBS_RIDGE, choose_channels, importance
 from dive.pruning.statistics import ChannelStatistics
 
 if TYPE_CHECKING:
@@ -90,20 +92,9 @@ def build_layer(
     else:
         statistics = [sum(groups[1:], groups[0])] * moe.experts
         others = None if held_out is None else [sum(held_out[1:], held_out[0])] * moe.experts
-    if moe.construction is Construction.random_split:
-        channels = weights.down.shape[1]
-        masks = split_masks(channels, pruning.width(channels), moe.experts, seed=seed)
-    else:
-        ridge = OBS_RIDGE if pruning.ridge is None else pruning.ridge
-        same = moe.construction is Construction.upcycle
-        chosen = [
-            choose_channels(pruning, weights, s, ridge=ridge, seed=seed + i)
-            for i, s in enumerate(statistics[:1] if same else statistics)
-        ]
-        masks = torch.stack(chosen * moe.experts if same else chosen)
-
+    masks = _channels(weights, statistics, pruning, moe, seed=seed)
     refits = [
-        _down(weights.down, s, mask, pruning, moe, None if others is None else others[i])
+        _down(weights.down, s, mask, pruning, moe, None if others is None else others[i], common=masks.all(dim=0))
         for i, (s, mask) in enumerate(zip(statistics, masks, strict=True))
     ]
     layer = ExpertLayer(
@@ -121,6 +112,36 @@ def build_layer(
     return layer
 
 
+def _channels(
+    weights: FFN, statistics: Sequence[ChannelStatistics], pruning: PruningConfig, moe: MoEConfig, *, seed: int
+) -> Tensor:
+    """Channels of each expert, (E, F) bool; of statistics that all experts share where the construction is not ``dive``."""
+    channels = weights.down.shape[1]
+    width = pruning.width(channels)
+    shared = min(round(moe.shared * width), width - 1)
+    if moe.construction is Construction.random_split:
+        return split_masks(channels, width, moe.experts, seed=seed)
+    if moe.construction is Construction.coactivation:
+        union = statistics[0]
+        if union.coactivation is None:
+            raise UserError(
+                "moe.construction=coactivation needs co-activations: collect_statistics(..., active_channels=10)"
+            )
+        scores = importance(pruning.score_metric, weights, union, seed=seed)
+        return coactivation_masks(union.coactivation[0], scores, experts=moe.experts, width=width, shared=shared)
+    choose = partial(choose_channels, weights=weights, ridge=OBS_RIDGE if pruning.ridge is None else pruning.ridge)
+    if moe.construction is Construction.upcycle:
+        mask = choose(pruning, statistics=statistics[0], width=width, seed=seed)
+        return mask.expand(moe.experts, -1).clone()
+    always = None
+    if shared and len(statistics) > 1:
+        union = sum(statistics[1:], statistics[0])
+        always = choose(pruning, statistics=union, width=shared, seed=seed)
+    return torch.stack(
+        [choose(pruning, statistics=s, width=width, seed=seed + i, always=always) for i, s in enumerate(statistics)]
+    )
+
+
 def _down(
     down: Tensor,
     statistics: ChannelStatistics,
@@ -128,6 +149,8 @@ def _down(
     pruning: PruningConfig,
     moe: MoEConfig,
     held_out: ChannelStatistics | None,
+    *,
+    common: Tensor,
 ) -> Tensor:
     if pruning.compensation is Compensation.least_squares:
         if statistics.second_moment is None:
@@ -145,6 +168,9 @@ def _down(
     if pruning.compensation is Compensation.none and moe.construction is Construction.random_split:
         # A random W of F channels gives W / F of the output on average; LLaMA-MoE scales it back.
         return kept * (len(mask) / int(mask.sum()))
+    if pruning.compensation is Compensation.none and moe.construction is Construction.coactivation:
+        # CMoE adds the chosen experts up; the stock classes average them, which is right for the common channels alone.
+        return torch.where(common[mask].to(kept.device), kept, kept * moe.top_k)
     return kept
 
 

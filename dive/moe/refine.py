@@ -128,7 +128,13 @@ def derive_experts(
         moment = _moment(statistics)
         ridge = pruning.ridge
         chosen = choose_channels(
-            pruning, weights, statistics, ridge=OBS_RIDGE if ridge is None else ridge, cross=cross, seed=seed + expert
+            pruning,
+            weights,
+            statistics,
+            width=width,
+            ridge=OBS_RIDGE if ridge is None else ridge,
+            cross=cross,
+            seed=seed + expert,
         )
         if ridge is None:
             other, other_cross = token_statistics(weights, inputs, targets, held)

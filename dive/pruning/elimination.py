@@ -8,7 +8,14 @@ from torch import Tensor
 
 
 def eliminate(
-    down: Tensor, second_moment: Tensor, width: int, *, ridge: float, block: int = 16, cross: Tensor | None = None
+    down: Tensor,
+    second_moment: Tensor,
+    width: int,
+    *,
+    ridge: float,
+    block: int = 16,
+    cross: Tensor | None = None,
+    always: Tensor | None = None,
 ) -> Tensor:
     """Channels that stay, (F,) bool, by Optimal Brain Surgeon (Hassibi and Stork 1992) on the layer's output.
 
@@ -23,6 +30,7 @@ def eliminate(
         ridge: λ as a share of mean(diag G), see :func:`dive.pruning.compensation.least_squares`.
         block: channels removed between two updates; 1 is the exact greedy order.
         cross: Σ y xᵀ, (D, F), where the target y is another than W x.
+        always: (F,) bool, channels that stay, ``width`` of them at most.
     """
     gram = second_moment.to(down.device).double().clone()
     mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -46,6 +54,8 @@ def eliminate(
     while remaining > width:
         scores = weights.square().sum(dim=0) / inverse.diagonal().clamp_min(tiny)
         scores[~kept] = torch.inf
+        if always is not None:
+            scores[always.to(scores.device)] = torch.inf
         count = min(block, remaining - width)
         gone = torch.argsort(scores, stable=True)[:count]
         rows = inverse[gone]

@@ -30,14 +30,23 @@ def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, s
     - ``wifv``: Var(X_j) · Σ_d W[d, j]² (FLAP, arXiv 2312.11983, eq. 5)
     - ``ifv``: Var(X_j)
     - ``wifn``: mean_d |W[d, j]| · sqrt(mean X_j²) (Wanda, arXiv 2306.11695, averaged over outputs)
+    - ``taylor``: Σ |x_j · ∂loss/∂x_j| and the like of gate and up (LLM-Pruner, arXiv 2305.11627, vector-wise); see
+      :func:`dive.pruning.taylor.taylor_scores`
     - ``magnitude``: norm of the channel's weights in gate, up and down together; needs no text
     - ``random``: uniform, seeded
 
     Args:
         statistics: of one layer (L = 1).
         seed: ``random`` only.
+
+    Raises:
+        UserError: the statistics lack what the metric needs.
     """
     down = weights.down.double()
+    if metric is Metric.taylor:
+        if statistics.taylor is None:
+            raise UserError("pruning.metric=taylor needs Taylor scores: collect_statistics(..., taylor=True)")
+        return statistics.taylor[0].to(down.device)
     if metric is Metric.wifv:
         return statistics.variance[0].to(down.device) * down.square().sum(dim=0)
     if metric is Metric.ifv:
@@ -66,25 +75,40 @@ def choose_channels(
     weights: FFN,
     statistics: ChannelStatistics,
     *,
+    width: int,
     ridge: float,
     cross: Tensor | None = None,
+    always: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Channels of one layer that stay, (F,) bool: the highest scores, or what elimination leaves.
 
     Args:
         statistics: of one layer (L = 1), with its second moment for ``metric=obs``.
+        width: how many stay.
         ridge: ``metric=obs`` only.
         cross: ``metric=obs`` only: see :func:`dive.pruning.elimination.eliminate`.
+        always: (F,) bool, channels that stay whatever their score.
         seed: ``metric=random`` only.
+
+    Raises:
+        UserError: the statistics lack what the metric needs.
     """
-    width = pruning.width(weights.down.shape[1])
     if pruning.metric is not Metric.obs:
-        return keep_highest(importance(pruning.metric, weights, statistics, seed=seed), width)
+        scores = importance(pruning.metric, weights, statistics, seed=seed)
+        if always is not None:
+            scores = scores.masked_fill(always.to(scores.device), torch.inf)
+        return keep_highest(scores, width)
     if statistics.second_moment is None:
         raise UserError("pruning.metric=obs needs second moments: collect_statistics(..., second_moments=True)")
     return eliminate(
-        weights.down, statistics.second_moment[0], width, ridge=ridge, block=pruning.obs_block, cross=cross
+        weights.down,
+        statistics.second_moment[0],
+        width,
+        ridge=ridge,
+        block=pruning.obs_block,
+        cross=cross,
+        always=always,
     )
 
 
@@ -111,9 +135,10 @@ def keep_masks(
     """
     metric = Metric(metric)
     pruning = PruningConfig(metric=metric, ratio=ratio, width_multiple=width_multiple)
-    return torch.stack(
-        [
-            choose_channels(pruning, ffn(model, number), statistics.layer(number), ridge=OBS_RIDGE, seed=seed + number)
-            for number in range(len(decoder_layers(model)))
-        ]
-    )
+    masks = []
+    for number in range(len(decoder_layers(model))):
+        weights = ffn(model, number)
+        width = pruning.width(weights.down.shape[1])
+        found = statistics.layer(number)
+        masks.append(choose_channels(pruning, weights, found, width=width, ridge=OBS_RIDGE, seed=seed + number))
+    return torch.stack(masks)

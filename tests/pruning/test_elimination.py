@@ -93,6 +93,8 @@ def test_it_is_a_metric_that_needs_second_moments(problem: tuple[Tensor, Tensor]
     pruning = PruningConfig(metric=Metric.obs, ratio=0.5, width_multiple=1, obs_block=1)
     found = batch_statistics(activations, second_moment=True, inputs=None)
     expected = eliminate(down, (activations.float().T @ activations.float()), 4, ridge=1e-3, block=1)
-    assert torch.equal(choose_channels(pruning, weights, found, ridge=1e-3), expected)
+    assert torch.equal(choose_channels(pruning, weights, found, width=4, ridge=1e-3), expected)
     with pytest.raises(UserError, match="second_moments"):
-        choose_channels(pruning, weights, batch_statistics(activations, second_moment=False, inputs=None), ridge=1e-3)
+        choose_channels(
+            pruning, weights, batch_statistics(activations, second_moment=False, inputs=None), width=4, ridge=1e-3
+        )
