@@ -190,7 +190,7 @@ class PruningConfig:
         require(
             self.metric is not Metric.obs or self.compensation is Compensation.least_squares,
             f"pruning.metric=obs removes channels while it refits the others: pruning.compensation={self.compensation.value} "
-            "contradicts it; set pruning.compensation=least_squares",
+            "contradicts it; set pruning.metric=wifv as well, or pruning.compensation=least_squares",
         )
         require(self.width_multiple >= 1, f"pruning.width_multiple ({self.width_multiple}) must be at least 1")
 
@@ -801,6 +801,11 @@ class Config:
         require(
             not (self.pruning.compensation is Compensation.bias and self.moe.construction is not Construction.dive),
             "pruning.compensation=bias goes with moe.construction=dive alone; choose least_squares or none",
+        )
+        require(
+            self.pruning.compensation is Compensation.least_squares or not self.moe.refinement.needs_tokens,
+            f"moe.refinement refits by least squares: pruning.compensation={self.pruning.compensation.value} contradicts it; "
+            "set moe=plain",
         )
         require(
             self.pruning.metric is not Metric.taylor or not self.moe.refinement.needs_tokens,

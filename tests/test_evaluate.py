@@ -79,7 +79,7 @@ def test_an_export_has_the_figures_of_its_runs_last_stage(
 
 
 def test_the_dense_model_and_one_with_expert_biases(workplace: Workplace, tmp_path: Path) -> None:
-    run = workplace.run("biased", "pruning.compensation=bias")
+    run = workplace.run("biased", "moe=plain", "moe.experts=2", "pruning.metric=wifv", "pruning.compensation=bias")
     directory = workplace.root / "biased/checkpoint_with_expert_bias"
     for checkpoint, stage in ((workplace.root / "dense", "dense"), (directory, "experts")):
         results = evaluate(workplace, checkpoint, tmp_path / stage, *domains(workplace))

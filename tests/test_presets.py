@@ -58,7 +58,9 @@ DOMAINS = [
 
 # What an option cannot know by itself.
 NEEDED = {
+    "pruning=flap": ["moe=plain"],
     "pruning=llm_pruner": ["moe=plain"],
+    "pruning=wanda_sp": ["moe=plain"],
     "model=local": ["model.path=/data/model"],
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
