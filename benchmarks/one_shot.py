@@ -41,7 +41,7 @@ METHODS = {
 def sample(model_path: str, out: Path, *, tokens: dict[str, int], length: int, seed: int) -> None:
     """Write ``<out>/sampled/{train,test}.jsonl``: documents sampled at temperature 1 from the boundary token on."""
     model, tokenizer = load_dense(model_path)
-    start = torch.tensor(document_tokens(tokenizer, ""), dtype=torch.int64)
+    start = torch.tensor(document_tokens(tokenizer, "")[:1], dtype=torch.int64)
     ends = [t for t in {tokenizer.eos_token_id, tokenizer.bos_token_id} if t is not None]
     torch.manual_seed(seed)
     folder = out / "sampled"
@@ -49,10 +49,18 @@ def sample(model_path: str, out: Path, *, tokens: dict[str, int], length: int, s
     for split, wanted in tokens.items():
         rows: list[str] = []
         while len(rows) * length < wanted:
+            prompts = start.repeat(256, 1)
             found = model.generate(
-                start.repeat(64, 1), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length,
-                eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0,
-            )  # fmt: skip
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+                eos_token_id=ends or None,
+                pad_token_id=tokenizer.eos_token_id or 0,
+            )
             rows += [text for text in tokenizer.batch_decode(found, skip_special_tokens=True) if text.strip()]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
 
@@ -68,7 +76,7 @@ def main() -> None:
     settings = parser.parse_args()
     text = settings.out / f"text-{settings.seed}"
     if not (text / "sampled" / "test.jsonl").is_file():
-        sample(settings.model, text, tokens={"train": 2 * settings.samples * 256, "test": 16384}, length=256,
+        sample(settings.model, text, tokens={"train": 2 * settings.samples * 256, "test": 16384}, length=255,
                seed=settings.seed)  # fmt: skip
     register_schema("config", Config)
     rows: list[tuple[str, float]] = []

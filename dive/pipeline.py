@@ -476,7 +476,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         seed=config.seed,
     )
     pruned = built([list(inputs.tokens)], moe=MoEConfig(experts=1, top_k=1))
-    experts = pruned if config.moe.experts == 1 else built(groups, moe=config.moe)
+    one_shot = config.moe.experts == 1 and not config.moe.refinement.needs_tokens
+    experts = pruned if one_shot else built(groups, moe=config.moe)
 
     def assembled(layers: Artifact, top_k: int) -> "PreTrainedModel":
         return assemble(dense(), read_experts(layers), top_k=top_k)

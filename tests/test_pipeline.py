@@ -147,7 +147,6 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
         ],
         ["moe=plain", "moe.experts=3", "pruning.ridge=null", "pruning.metric=wifv"],
         ["moe.experts=6", "moe.refinement.start=kmeans", "moe.top_k=2"],  # more experts than domains
-        ["moe.experts=1", "moe.refinement.rounds=0"],
         [
             "retrain.stages.experts.gate=switch",
             "retrain.stages.experts.teacher.logits=1",
@@ -261,6 +260,14 @@ def test_named_sets_are_measured_beside_the_domains(workplace: Workplace, tmp_pa
     train = workplace.root / "domains/cats/train.jsonl"
     with pytest.raises(UserError, match=r"eval\.sets\.leak: 60 of 60 evaluation documents"):
         workplace.run("leak", f"+eval.sets={{leak:{{path:{train},lengths:[16]}}}}")
+
+
+def test_a_single_expert_is_refined_as_well(workplace: Workplace) -> None:
+    results = workplace.run("one", "moe.experts=1", "moe.refinement.rounds=0", "retrain=none")
+    stages = {stage["name"]: stage["perplexity"]["mean"] for stage in results["stages"]}
+    assert stages["reconstructed"] != stages["pruned"]
+    plain = workplace.run("one plain", "moe=plain", "moe.experts=1", "moe.top_k=1", "retrain=none")
+    assert plain["stages"][-1]["perplexity"]["mean"] == stages["pruned"]
 
 
 def test_learning_from_the_dense_model_comes_closer_to_it(workplace: Workplace) -> None:
