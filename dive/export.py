@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dive.artifacts import write_json
 from dive.errors import UserError
 from dive.model.families import decoder_layers, moe_block, moe_class
 from dive.moe.plug import plug_routers, unplug
@@ -65,10 +66,37 @@ def save(
     with _replacing(target) as working:
         model.save_pretrained(working)
         tokenizer.save_pretrained(working)
+        add_earlier_names(working)
         if card is not None:
             (working / "README.md").write_text(card, encoding="utf-8")
         verify(model, working)
     return target
+
+
+def add_earlier_names(directory: Path) -> None:
+    """Write what transformers 5 renamed under its former name as well, so that releases before it read the same model.
+
+    Without ``rope_theta`` they fall back to another base in silence, without ``num_experts`` Qwen3-MoE to 128 of them, and
+    they know no class ``TokenizersBackend``; engines and llama.cpp's converter pin such releases. How the tokenizer was
+    loaded here is left out: it says nothing about it.
+    """
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config["num_local_experts"]
+    write_json(file, config)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(file, settings)
 
 
 @torch.no_grad()
