@@ -18,6 +18,7 @@ from torch import nn
 from dive.artifacts import write_json
 from dive.errors import UserError
 from dive.model.families import decoder_layers, moe_block, moe_class
+from dive.model.load import load_tokenizer, load_weights, locate_dense, resolve_device
 from dive.moe.plug import plug_routers, unplug
 
 if TYPE_CHECKING:
@@ -206,6 +207,40 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     plug_routers(model)
     assert isinstance(model, moe_class(config))
     return model.requires_grad_(False).eval()
+
+
+def load_checkpoint(
+    path: str, *, where: str = "checkpoint", dtype: str = "auto", device: str = "auto"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A finished model and its tokenizer: what :func:`save` or :func:`save_with_expert_bias` wrote, or any dense one.
+
+    Args:
+        path: a directory, a hub id, or ``embedded``.
+        where: override to name in errors.
+        dtype: of the weights, or ``auto`` for the checkpoint's own.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    chosen = resolve_device(device)
+    if _is_biased(Path(path)):
+        model = load_with_expert_bias(path)
+        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+        return model.to(chosen), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    source = locate_dense(path, dtype=dtype, where=where, any_family=True)
+    tokenizer = load_tokenizer(source)
+    return load_weights(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=chosen), tokenizer
+
+
+def _is_biased(directory: Path) -> bool:
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("model_type") == BIASED_MODEL_TYPE
 
 
 @contextmanager
