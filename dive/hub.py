@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dive.errors import UserError
 
@@ -94,6 +94,8 @@ def upload(
     if not hub_answers():
         raise UserError(f"repo={repo}: {constants.ENDPOINT} does not answer; dry_run=true lists what would be uploaded")
     api = HfApi()
+    # OSError, and HTTPError of the client that this release of huggingface_hub uses (httpx or httpx2)
+    no_connection = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.repo_info(repo).private:
@@ -114,6 +116,6 @@ def upload(
         reason = (error.server_message or str(error)).strip().splitlines()[0]
         hint = " `hf auth login` with a token that may write there." if status in (401, 403) else ""
         raise UserError(f"repo={repo}: the hub refuses ({status}: {reason}).{hint}") from error
-    except HfHubHTTPError.__bases__ as error:  # OSError, and HTTPError of the client that this huggingface_hub uses
+    except no_connection as error:
         raise UserError(f"repo={repo}: the upload failed ({type(error).__name__}: {error})") from error
     return str(commit.commit_url)
