@@ -85,9 +85,13 @@ def keep_masks(
     """
     metric = Metric(metric)
     pruning = PruningConfig(metric=metric, ratio=ratio, width_multiple=width_multiple)
-    masks = []
-    for number in range(len(decoder_layers(model))):
-        weights = ffn(model, number)
-        scores = importance(metric, weights, statistics.layer(number), seed=seed + number)
-        masks.append(keep_highest(scores, pruning.width(weights.down.shape[1])))
-    return torch.stack(masks)
+    scores = importance_of_layers(model, statistics, metric, seed=seed)
+    return torch.stack([keep_highest(layer, pruning.width(len(layer))) for layer in scores])
+
+
+def importance_of_layers(
+    model: "PreTrainedModel", statistics: ChannelStatistics, metric: Metric, *, seed: int = 0
+) -> Tensor:
+    """:func:`importance` of every layer's channels, (L, F) float64."""
+    layers = range(len(decoder_layers(model)))
+    return torch.stack([importance(metric, ffn(model, n), statistics.layer(n), seed=seed + n) for n in layers])
