@@ -81,67 +81,80 @@ class Method:
     """What makes the method; model, data, size, seed and tokens are added to it. Tokens of stages count as shares here."""
 
 
-EXPERTS_ONLY = "~retrain.stages.router"
-"""Retrain in one stage: a single expert has no router to warm up, and a fitted or identical one nothing to gain."""
+TEXT_ALONE = ("retrain.stages.experts.teacher.logits=0", "retrain.stages.experts.teacher.hidden=0")
+"""Next-token cross-entropy alone, as every method but ours was published."""
 
 
-def single(*overrides: str) -> Callable[[Setting], list[str]]:
+def single(*overrides: str, retrain: Sequence[str] = TEXT_ALONE) -> Callable[[Setting], list[str]]:
     """One pruned expert of the whole active width."""
     return lambda size: [
+        "moe=plain",
         *overrides,
         "moe.experts=1",
         "moe.top_k=1",
         f"pruning.ratio={size.single_ratio:g}",
-        EXPERTS_ONLY,
+        *retrain,
     ]
 
 
 def mixture(*overrides: str) -> Callable[[Setting], list[str]]:
-    """Experts of the setting's size."""
-    return lambda size: [*overrides, f"moe.top_k={size.top_k}", f"pruning.ratio={size.ratio:g}"]
+    """Experts of the setting's size, retrained on the text alone."""
+    return lambda size: [*overrides, f"moe.top_k={size.top_k}", f"pruning.ratio={size.ratio:g}", *TEXT_ALONE]
 
 
 def paper(size: Setting) -> list[str]:
     """The recipe of ``experiment=paper_1_8`` and ``paper_2_8`` but for optimiser, text and tokens; their shares are its own."""
     temperature = 0.05 if size.top_k == 1 else 0.5
     return [
-        *("pruning=flap", f"pruning.ratio={size.ratio:g}", f"moe.top_k={size.top_k}"),
-        *("moe.router_init=random", "moe.noise=0.0005", "retrain.stages.router.mode=dense"),
+        *("moe=plain", "pruning=flap", f"pruning.ratio={size.ratio:g}", f"moe.top_k={size.top_k}"),
+        *("moe.router_init=random", "moe.noise=0.0005", "retrain=two_stages"),
         *(f"retrain.stages.router.temperature={temperature}", "retrain.stages.router.tokens=1"),
-        "retrain.stages.experts.tokens=10",
+        *("retrain.stages.experts.tokens=10", "retrain.stages.experts.batch=8", "retrain.stages.router.batch=8"),
+        *("retrain.stages.experts.train.experts=full", "retrain.stages.experts.learning_rate=1.5e-3"),
     ]
 
 
 def ours(size: Setting) -> list[str]:
-    """The best recipe there is: ``experiment=dive_plus`` where conf/ has it, else the defaults."""
-    best = ["experiment=dive_plus"] if (CONF / "experiment" / "dive_plus.yaml").is_file() else []
-    return [*best, *mixture()(size)]
+    """The best recipe there is."""
+    return ["experiment=dive_plus", f"moe.top_k={size.top_k}", f"pruning.ratio={size.ratio:g}"]
+
+
+def grouped(*overrides: str) -> Callable[[Setting], list[str]]:
+    """Ours with other groups to begin with."""
+    return lambda size: [*ours(size), *overrides]
 
 
 REFITTED = "pruning.compensation=least_squares"
 METHODS = {
     "flap": Method("FLAP, one expert", single("pruning=flap")),
     "flap_ls": Method("FLAP with least squares, one expert", single("pruning=flap", REFITTED)),
+    "flap_ls_taught": Method(
+        "the same, taught by the dense model as ours is", single("pruning=flap", REFITTED, retrain=())
+    ),
     "wanda_sp": Method("Wanda-sp, one expert", single("pruning=wanda_sp")),
     "llm_pruner": Method("LLM-Pruner (Taylor), one expert", single("pruning=llm_pruner")),
     "random_split": Method(
         "random split (LLaMA-MoE)",
-        mixture("moe=random_split", "pruning.compensation=none", EXPERTS_ONLY),
+        mixture("moe=random_split", "pruning=flap", "pruning.compensation=none"),
     ),
     "random_split_ls": Method(
         "random split, refitted, fitted routers",
-        mixture("moe=random_split", REFITTED, "moe.router_init=distilled", EXPERTS_ONLY),
+        mixture("moe=random_split", "pruning=flap", REFITTED, "moe.router_init=distilled"),
     ),
     "coactivation": Method(
         "co-activation split, shared channels (CMoE), fitted routers",
-        mixture("moe=coactivation", "pruning.compensation=none", EXPERTS_ONLY),
+        mixture("moe=coactivation", "pruning=flap", "pruning.compensation=none"),
     ),
     "coactivation_ls": Method(
-        "co-activation split, refitted, fitted routers", mixture("moe=coactivation", REFITTED, EXPERTS_ONLY)
+        "co-activation split, refitted, fitted routers", mixture("moe=coactivation", "pruning=flap", REFITTED)
     ),
-    "upcycle": Method("sparse upcycling, refitted", mixture("moe=upcycle", REFITTED, EXPERTS_ONLY)),
+    "upcycle": Method("sparse upcycling, refitted", mixture("moe=upcycle", "pruning=flap", REFITTED)),
     "paper": Method("DIVE, the paper's recipe", paper),
     "dive": Method("DIVE, ours", ours),
+    "dive_plain": Method("ours without refinement", grouped("moe=plain")),
+    "dive_random": Method("ours from random groups", grouped("affinity=random")),
+    "dive_kmeans": Method("ours from k-means on tokens", grouped("moe.refinement.start=kmeans")),
+    "dive_plain_random": Method("random groups without refinement", grouped("moe=plain", "affinity=random")),
 }
 
 
@@ -184,7 +197,7 @@ def composed(overrides: Sequence[str]) -> Config:
         raise UserError(describe(error)) from error
 
 
-def stage_overrides(config: Config, *, tokens: int, learning_rate: float | None, full: bool) -> list[str]:
+def stage_overrides(config: Config, *, tokens: int, learning_rate: float | None, train: str) -> list[str]:
     """Divide the budget over the stages in the shares of their configured tokens, in whole steps; the last takes the rest.
 
     Raises:
@@ -205,8 +218,7 @@ def stage_overrides(config: Config, *, tokens: int, learning_rate: float | None,
         if stage.train.experts is not Freezing.frozen:
             if learning_rate is not None:
                 found.append(f"retrain.stages.{name}.learning_rate={learning_rate:g}")
-            if full:
-                found.append(f"retrain.stages.{name}.train.experts=full")
+            found.append(f"retrain.stages.{name}.train.experts={train}")
     return found
 
 
@@ -292,7 +304,7 @@ class Bench:
                 composed(overrides),
                 tokens=cell.tokens,
                 learning_rate=cell.learning_rate,
-                full=arguments.train == "full",
+                train=arguments.train,
             )
             # `retrain=none` has no stages that an override could speak of.
             named = [o for o in overrides if cell.tokens or "retrain." not in o] + stages
@@ -629,7 +641,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="one for all, or several to choose from on training text",
     )
-    add("--train", choices=("lora", "full"), default="lora", help="how experts are retrained, in every method")
+    add("--train", choices=("lora", "full"), default="full", help="how experts are retrained, in every method")
     add("--samples", type=int, help="calibration sequences a domain")
     add("--windows", type=int, default=12, help="evaluation windows a domain")
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="for every run; may be given again")

@@ -20,7 +20,7 @@ from dive.model.families import decoder_layers, moe_block, moe_class
 from dive.moe.plug import plug_routers, unplug
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,25 @@ def save_with_expert_bias(
     return target
 
 
+def expert_bias_config(directory: Path) -> "PretrainedConfig":
+    """The stock configuration of a directory of :func:`save_with_expert_bias`.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: config.json cannot be read") from error
+    if settings.get("model_type") != BIASED_MODEL_TYPE:
+        raise UserError(f"{directory} is not a directory of save_with_expert_bias; load it with transformers")
+    settings["model_type"] = settings.pop("stock_model_type")
+    config: PretrainedConfig = AutoConfig.for_model(**settings)
+    return config
+
+
 def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     """Load what :func:`save_with_expert_bias` wrote.
 
@@ -155,19 +174,11 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
         UserError: the directory holds something else.
     """
     from safetensors.torch import load_file, load_model
-    from transformers import AutoConfig
 
     from dive.model.families import empty_moe
 
     path = Path(directory)
-    try:
-        settings = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: config.json cannot be read") from error
-    if settings.get("model_type") != BIASED_MODEL_TYPE:
-        raise UserError(f"{path} is not a directory of save_with_expert_bias; load it with transformers")
-    settings["model_type"] = settings.pop("stock_model_type")
-    config = AutoConfig.for_model(**settings)
+    config = expert_bias_config(path)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     model = empty_moe(config, dtype)
     shapes = load_file(path / "model.safetensors")

@@ -42,6 +42,7 @@ from dive.config import (
     Compensation,
     Config,
     Construction,
+    EvalConfig,
     Grouping,
     Measure,
     Metric,
@@ -50,8 +51,10 @@ from dive.config import (
     RouterInit,
     require,
 )
+from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
 from dive.eval.routing import mask_overlap, routing_share
+from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
 from dive.export import has_expert_bias, save, save_with_expert_bias
 from dive.logger.build import build_wandb
 from dive.model.families import count_parameters, moe_config
@@ -63,13 +66,14 @@ from dive.model.load import (
     locate_dense,
     resolve_device,
 )
-from dive.moe.reconstruct import ExpertLayer, assemble, build_layers
+from dive.moe.layer import ExpertLayer
+from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
 from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import importance_of_layers, keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
-from dive.report.text import model_card, show, stage_table
+from dive.report.text import model_card, show, stage_table, task_tables
 from dive.retrain.corpus import Blocks, corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
 from dive.retrain.stage import RetrainedStage, retrain_stage, retrained_model
@@ -102,6 +106,9 @@ class Inputs:
     """Identifies the corpus: its text, order and tokens."""
     fingerprints: dict[str, dict[str, str]]
     """{domain: SHA-256 of its train and test documents}"""
+    tasks: TaskSuite = field(default_factory=TaskSuite)
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """How much of each evaluation set stands in the training text."""
 
     def identity(self) -> dict[str, Any]:
         """What calibration depends on: model, element type and the tokens themselves."""
@@ -172,7 +179,7 @@ def matrix_inputs(inputs: Inputs, statistics: Artifact, pruning: PruningConfig, 
         "statistics": statistics.key,
         "measured": hash_tokens(inputs.measured),
         "width": pruning.width(inputs.source.channels),
-        "metric": pruning.metric,
+        "metric": pruning.score_metric,
         "with_bias": pruning.compensation is not Compensation.none,
         "seed": seed if pruning.metric.value == "random" else None,
     }
@@ -186,7 +193,7 @@ def domain_masks(
         domain: keep_masks(
             inputs.dense(),
             s,
-            metric=pruning.metric,
+            metric=pruning.score_metric,
             ratio=pruning.ratio,
             width_multiple=pruning.width_multiple,
             seed=seed + number,
@@ -203,7 +210,7 @@ def compare(
     def compute(directory: Path) -> None:
         found = read_statistics(statistics, inputs.tokens)
         if measure is Measure.importance:
-            scores = [importance_of_layers(inputs.dense(), s, pruning.metric, seed=seed) for s in found.values()]
+            scores = [importance_of_layers(inputs.dense(), s, pruning.score_metric, seed=seed) for s in found.values()]
             matrix = importance_similarity(torch.stack(scores))
         else:
             matrix = overlap_similarity(torch.stack(list(domain_masks(inputs, found, pruning, seed=seed).values())))
@@ -253,10 +260,20 @@ def build_experts(
     clusters = moe.construction is Construction.coactivation and moe.experts > 1
     scales_by_top_k = clusters and pruning.compensation is Compensation.none
 
-    def compute(directory: Path) -> None:
+    refined = moe.refinement.needs_tokens
+    held_out = pruning.ridge is None and pruning.compensation is Compensation.least_squares
+
+    def layers() -> Iterator[ExpertLayer]:
+        dense = inputs.dense()
+        if refined:
+            return build_refined_layers(dense, list(tokens.values()), pruning, moe, batch=batch, seed=seed)
+        parts = dict(tokens)
+        if held_out:  # every fourth sequence chooses the ridge
+            parts = {name: matrix[torch.arange(len(matrix)) % 4 != 3] for name, matrix in tokens.items()}
+            parts |= {f"{name} held out": matrix[3::4] for name, matrix in tokens.items()}
         statistics = stream_statistics(
-            inputs.dense(),
-            tokens,
+            dense,
+            parts,
             batch=batch,
             second_moments=pruning.compensation is Compensation.least_squares,
             inputs=-(-moe.distillation.tokens // len(tokens)) if wants_inputs else 0,
@@ -264,14 +281,18 @@ def build_experts(
             active_channels=moe.active_channels if clusters else 0,
             description=f"building {moe.experts} experts" if moe.experts > 1 else "pruning",
         )
-        for number, layer in enumerate(build_layers(inputs.dense(), statistics, pruning, moe, seed=seed)):
+        return build_layers(dense, statistics, pruning, moe, seed=seed)
+
+    def compute(directory: Path) -> None:
+        for number, layer in enumerate(layers()):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
             save_file(tensors, directory / f"layer_{number:03d}.safetensors")
 
     construction = plain(moe)
     unused = {
         "noise": True,
-        "top_k": not scales_by_top_k,
+        "top_k": not (scales_by_top_k or refined),
+        "refinement": not refined,
         "distillation": not wants_inputs,
         "active_channels": not clusters,
     }
@@ -283,6 +304,8 @@ def build_experts(
         "moe": construction,
         "seed": seed,
     }
+    if group_samples is not None:
+        depends["samples"] = [len(matrix) for matrix in tokens.values()]
     return store.get("experts", depends, compute)
 
 
@@ -314,19 +337,25 @@ def measure(
     *,
     batch: int,
     routing: bool,
+    tasks: TaskSuite,
 ) -> Artifact:
-    """Perplexities of one model, and its routing if it has routers."""
+    """Perplexities and tasks of one model, and its routing if it has routers."""
 
     def compute(directory: Path) -> None:
         ready = model()
         found: dict[str, Any] = {"perplexity": evaluate(ready, texts, batch=batch, description=name)}
+        if tasks.tasks:
+            found["tasks"] = tasks.measure(store, model_key, ready)
         if routing:
             first = next(iter(texts.domains.values()))
             found["routing"] = routing_share(ready, first, batch=batch).summary()
         write_json(directory / "evaluation.json", found)
 
+    model_key = dict(depends)
     windows = {key: hash_tokens({key: matrix}) for key, matrix in texts.all().items()}
     depends = {**depends, "windows": windows, "headline": list(texts.domains), "routing": routing}
+    if tasks.tasks:
+        depends["tasks"] = tasks.identity()
     return store.get("evaluation", depends, compute)
 
 
@@ -343,25 +372,20 @@ def check(config: Config, source: DenseSource) -> None:
     config.pruning.width(source.channels)
     for name, stage in config.retrain.stages.items():
         check_policy(stage.train, source.config, where=f"retrain.stages.{name}")
-    positions = int(source.config.max_position_embeddings)
     lengths = {
         "calibration_domains.length": [config.calibration_domains.length],
         "retrain.length": [config.retrain.length] if config.retrain.stages else [],
         "eval.lengths": config.eval.lengths,
-    } | {f"eval.sets.{name}.lengths": entry.lengths for name, entry in config.eval.sets.items()}
-    for where, values in lengths.items():
-        for length in values:
-            require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
-
+    }
+    check_lengths(lengths, config.eval, source)
     names = domain_names(config.calibration_domains)
-    if config.moe.construction is Construction.dive:
+    if config.moe.needs_groups:
         require(
             config.moe.experts <= len(names),
             f"moe.experts ({config.moe.experts}) exceeds the number of calibration domains ({len(names)}); lower moe.experts "
             "or add domains",
         )
-    taken = sorted(set(config.eval.sets) & set(names))
-    require(not taken, f"eval.sets: {taken} are names of calibration domains; rename the sets")
+    check_names(config.eval, names)
     if config.affinity.groups is not None and config.affinity.grouping is Grouping.given:
         unknown = sorted({d for group in config.affinity.groups for d in group} - set(names))
         require(not unknown, f"affinity.groups: {unknown} not among the calibration domains {names}")
@@ -370,6 +394,21 @@ def check(config: Config, source: DenseSource) -> None:
             bool(set(members) & set(names)),
             f"affinity.groups: none of {members} is a calibration domain here",
         )
+
+
+def check_lengths(lengths: Mapping[str, Sequence[int]], config: EvalConfig, source: DenseSource) -> None:
+    """Refuse sequences that are longer than the model's positions: ``lengths``, and those of ``eval.sets``."""
+    positions = int(source.config.max_position_embeddings)
+    sets = {f"eval.sets.{name}.lengths": entry.lengths for name, entry in config.sets.items()}
+    for where, values in {**lengths, **sets}.items():
+        for length in values:
+            require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
+
+
+def check_names(config: EvalConfig, domains: Sequence[str]) -> None:
+    """Refuse evaluation sets with names of domains: both would be one key of the results."""
+    taken = sorted(set(config.sets) & set(domains))
+    require(not taken, f"eval.sets: {taken} are names of calibration domains; rename the sets")
 
 
 @dataclass(slots=True)
@@ -406,11 +445,15 @@ class Run:
                 "perplexity": found["perplexity"],
             }
         )
+        if "tasks" in found:
+            self.results["stages"][-1] |= task_results(found["tasks"], self.results["evaluation"]["tasks"])
         if "routing" in found:
             self.results["routing"] = found["routing"]
         log.info("%s: perplexity %.2f", name, found["perplexity"]["mean"])
         for logger in self.loggers:
             summary = {f"eval/{name}/{key}": value for key, value in found["perplexity"].items()}
+            for task, metrics in found.get("tasks", {}).items():
+                summary |= {f"eval/{name}/{task}/{key}": value for key, value in metrics.items()}
             logger.experiment.summary.update(summary)
         self.write()
 
@@ -418,6 +461,16 @@ class Run:
         """Write ``results.json``."""
         if self.main_process:
             write_json(self.directory / "results.json", self.results)
+
+
+def task_results(tasks: Mapping[str, Metrics], described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage records of its tasks: all metrics, and the mean of one a task, the chosen or first one."""
+    values = {
+        task: headline(metrics, described.get(task, {}).get("metric")) for task, metrics in tasks.items() if metrics
+    }
+    for task, (metric, value) in values.items():
+        log.info("%s: %s %.4f", task, metric, value)
+    return {"tasks": dict(tasks), "tasks_mean": sum(value for _, value in values.values()) / max(len(values), 1)}
 
 
 def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -442,7 +495,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     check(config, source)
     device = resolve_device(config.model.device)
     store = Store(Path(config.store))
-    inputs = prepare(config, source, device)
+    inputs = prepare(config, source, device, store)
     texts, tokenizer, dense = inputs.texts, inputs.tokenizer, inputs.dense
     record = Run(directory, main_process, new_results(config, inputs, overrides, device))
     wandb = None
@@ -456,13 +509,13 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     def measured_as(name: str, depends: Mapping[str, Any], model: Dense, *, routing: bool) -> Artifact | None:
         if not main_process:
             return None  # the others wait in the next stage's training
-        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing)
+        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing, tasks=inputs.tasks)
 
     model_key = {"model": source.fingerprint, "dtype": source.dtype}
     record.stage("dense", measured_as("dense", model_key, model=dense, routing=False))
 
     groups, clustering = choose_groups(config, store, inputs)
-    record.results["groups"] = groups
+    record.results["groups"] = groups if config.moe.needs_groups or config.moe.experts == 1 else []
 
     built = partial(
         build_experts,
@@ -503,6 +556,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
                 name,
                 config,
                 reconstructed,
+                dense,
                 finished,
                 inputs.blocks,
                 depends={"experts": experts.key, "top_k": top_k, "corpus": inputs.corpus},
@@ -536,7 +590,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         record.write()
         if wandb is not None:
             wandb.experiment.finish()
-        show(stage_table(record.results))
+        show(stage_table(record.results), *task_tables(record.results))
         show(
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
@@ -548,13 +602,14 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
 # -------------------------------------------------------------------------------------------------------------- its parts
 
 
-def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs:
-    """Read the texts and cut them into tokens; the weights wait until they are needed.
+def prepare(config: Config, source: DenseSource, device: torch.device, store: Store) -> Inputs:
+    """Read tasks and texts and cut these into tokens; the weights wait until they are needed.
 
     Raises:
-        UserError: a text is missing, unreadable, too short, or on both sides of the split.
+        UserError: a task or text is missing, unreadable, too short, or on both sides of the split.
     """
     tokenizer = load_tokenizer(source)
+    tasks = load_tasks(config.eval, tokenizer)
     tokenize = partial(document_tokens, tokenizer)
     domains = load_domains(config.calibration_domains, seed=config.seed)
     train = {domain.name: domain.train for domain in domains}
@@ -578,6 +633,8 @@ def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs
         blocks=blocks,
         corpus=corpus,
         fingerprints={d.name: {"train": fingerprint(d.train), "test": fingerprint(d.test)} for d in domains},
+        tasks=tasks,
+        contamination=contamination(store, config.eval, domains, texts, tasks, corpus=local),
     )
 
 
@@ -586,7 +643,7 @@ def sample_tokens(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """({domain: calibration tokens}, {domain: tokens to measure affinity on})."""
     domains = config.calibration_domains
-    mines = config.affinity.grouping is Grouping.mined and config.moe.construction is Construction.dive
+    mines = config.affinity.grouping is Grouping.mined and config.moe.needs_groups
     calibration, measured = {}, {}
     for name, documents in texts.items():
         calibration[name], measured[name] = calibration_tokens(
@@ -610,7 +667,7 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
     """
     names = list(inputs.tokens)
     grouping, experts = config.affinity.grouping, config.moe.experts
-    if config.moe.construction is not Construction.dive or experts == 1:
+    if not config.moe.needs_groups:
         return [names], None
     if grouping is Grouping.random:
         return random_groups(names, experts=experts, seed=config.seed), None
@@ -717,23 +774,12 @@ def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recor
 
 def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
     """``results.json`` before the first stage: what was run, on what."""
-    packages = (
-        "dive-moe",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "lightning",
-        "datasets",
-        "safetensors",
-        "numpy",
-        "scipy",
-    )
     return {
         "run": {
             "command": ["python", "-m", "dive.train", *overrides],
             "seed": config.seed,
             "device": str(device),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+            "versions": package_versions(inputs.tasks),
             "fingerprints": {
                 "model": inputs.source.fingerprint,
                 "domains": inputs.fingerprints,
@@ -745,13 +791,35 @@ def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device
             },
             "config": plain(config),
         },
-        "evaluation": {"domains": list(inputs.tokens), "sets": list(inputs.texts.sets)},
+        "evaluation": {
+            "domains": list(inputs.tokens),
+            "sets": list(inputs.texts.sets),
+            "tasks": inputs.tasks.describe(),
+        },
+        "contamination": inputs.contamination,
         "groups": [],
         "parameters": {},
         "stages": [],
         "routing": {},
         "timings": {},
     }
+
+
+def package_versions(tasks: TaskSuite) -> dict[str, str]:
+    """{package: version} of everything that figures depend on."""
+    packages = (
+        "dive-moe",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "lightning",
+        "datasets",
+        "safetensors",
+        "numpy",
+        "scipy",
+        *(["lm-eval"] if tasks.tasks else []),
+    )
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:

@@ -131,14 +131,30 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
     [
         ["affinity=random", "moe.top_k=2"],
         ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"],
-        ["moe=random_split", "moe.experts=2", "pruning.compensation=none"],
+        ["moe=random_split", "moe.experts=2", "pruning.metric=wifv", "pruning.compensation=none"],
         ["moe=upcycle", "moe.experts=2", "moe.top_k=2"],
         ["moe=coactivation", "moe.experts=3"],
         ["moe=coactivation", "moe.experts=2", "moe.top_k=2", "pruning=wanda_sp", "pruning.ratio=0.75"],
-        ["moe.experts=1", "pruning=llm_pruner"],
-        ["pruning.metric=taylor", "moe.shared=0.25"],
+        ["moe=plain", "moe.experts=1", "pruning=llm_pruner"],
+        ["moe=plain", "moe.experts=2", "pruning.metric=taylor", "moe.shared=0.25"],
+        ["moe=plain", "moe.experts=2", "moe.shared=0.5"],
         ["moe.experts=1", "pruning.metric=wifn"],
-        ["pruning.metric=magnitude", "pruning.compensation=none", "moe.router_init=random"],
+        [
+            "moe=plain",
+            "moe.experts=2",
+            "pruning.metric=magnitude",
+            "pruning.compensation=none",
+            "moe.router_init=random",
+        ],
+        ["moe=plain", "moe.experts=3", "pruning.ridge=null", "pruning.metric=wifv"],
+        ["moe.experts=6", "moe.refinement.start=kmeans", "moe.top_k=2"],  # more experts than domains
+        ["moe.experts=1", "moe.refinement.rounds=0"],
+        [
+            "retrain.stages.experts.gate=switch",
+            "retrain.stages.experts.teacher.logits=1",
+            "retrain.stages.experts.teacher.hidden=0.1",
+            "retrain.stages.experts.z_loss=0.001",
+        ],
         ["retrain.stages.experts.train.attention=lora", "retrain.stages.experts.train.experts=full", "moe.noise=0.01"],
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -169,7 +185,14 @@ def test_groups_from_statistics_need_no_evaluation_and_say_how_far_they_agree(
 
 
 def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:
-    results = workplace.run("bias", "pruning.compensation=bias", "retrain.stages.experts.tokens=512")
+    results = workplace.run(
+        "bias",
+        "moe=plain",
+        "moe.experts=2",
+        "pruning.metric=wifv",
+        "pruning.compensation=bias",
+        "retrain.stages.experts.tokens=512",
+    )
     directory = Path(results["export"])
     assert directory.name == "checkpoint_with_expert_bias"
     assert not (workplace.root / "bias/checkpoint").exists()
@@ -257,6 +280,18 @@ def test_named_sets_are_measured_beside_the_domains(workplace: Workplace, tmp_pa
     train = workplace.root / "domains/cats/train.jsonl"
     with pytest.raises(UserError, match=r"eval\.sets\.leak: 60 of 60 evaluation documents"):
         workplace.run("leak", f"+eval.sets={{leak:{{path:{train},lengths:[16]}}}}")
+
+
+def test_learning_from_the_dense_model_comes_closer_to_it(workplace: Workplace) -> None:
+    """On the training text itself, the loss from the teacher falls below where it began."""
+    settings = ["retrain.stages.experts.tokens=12288", "retrain.stages.experts.learning_rate=5e-3"]
+    found = {}
+    for weight in ("0", "1"):
+        results = workplace.run(f"teacher{weight}", *settings, f"retrain.stages.experts.teacher.logits={weight}")
+        found[weight] = results["stages"][-1]["perplexity"]["mean"]
+    dense = results["stages"][0]["perplexity"]["mean"]
+    # The random dense model knows nothing of the text: whoever learns from it alone stays near it.
+    assert abs(found["1"] - dense) < 0.5 * abs(found["0"] - dense)
 
 
 def test_a_diverging_stage_says_so(workplace: Workplace) -> None:

@@ -17,7 +17,9 @@ from dive.config import (
     Construction,
     CorpusSource,
     Dtype,
+    EvaluateConfig,
     Freezing,
+    Gate,
     Grouping,
     Measure,
     Metric,
@@ -58,11 +60,14 @@ DOMAINS = [
 
 # What an option cannot know by itself.
 NEEDED = {
+    "pruning=flap": ["moe=plain"],
+    "pruning=llm_pruner": ["moe=plain"],
+    "pruning=wanda_sp": ["moe=plain"],
     "model=local": ["model.path=/data/model"],
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
 }
-OTHER_SCHEMAS = {"config", "pretrain"}
+OTHER_SCHEMAS = {"config", "evaluate", "pretrain"}
 
 
 def options() -> list[str]:
@@ -115,6 +120,11 @@ def test_the_defaults_compose() -> None:
     typed()
 
 
+def test_the_best_recipe_is_the_default() -> None:
+    assert typed("experiment=dive_plus") == typed()
+    assert typed().moe.refinement.needs_tokens
+
+
 @pytest.mark.parametrize("option", NEEDED)
 def test_what_an_option_cannot_know_is_asked_for(option: str) -> None:
     key = NEEDED[option][0].split("=")[0]
@@ -156,6 +166,11 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
     assert config.moe.construction is Construction.dive
     assert config.moe.router_init is RouterInit.random
     assert config.moe.noise == 0.0005
+    assert not config.moe.refinement.needs_tokens
+    for stage in config.retrain.stages.values():  # cross-entropy alone, the gate of the stock class
+        assert not stage.teacher.wanted
+        assert stage.gate is Gate.renormalised
+        assert stage.balance == stage.z_loss == 0.0
 
     assert config.retrain.length == 1024
     lora = config.retrain.lora
@@ -281,7 +296,7 @@ def test_groups_by_importance_are_mined_from_statistics() -> None:
 
 
 def test_the_published_baselines() -> None:
-    presets = {name: typed(f"pruning={name}").pruning for name in ("flap", "wanda_sp", "llm_pruner")}
+    presets = {name: typed(f"pruning={name}", "moe=plain").pruning for name in ("flap", "wanda_sp", "llm_pruner")}
     assert {name: (p.metric, p.compensation) for name, p in presets.items()} == {
         "flap": (Metric.wifv, Compensation.bias),
         "wanda_sp": (Metric.wifn, Compensation.none),
@@ -330,6 +345,64 @@ def test_the_paper_evaluation() -> None:
     }
     assert config.sets["wikitext2_raw"].separator == "\n\n"
     assert all(entry.hub is not None and entry.hub.test == "test" for entry in config.sets.values())
+
+
+def test_the_papers_tasks_and_their_examples() -> None:
+    config = typed("eval=paper").eval
+    shots = {name: config.task_settings[name].shots for name in config.tasks}
+    assert shots == {
+        "sciq": 0,
+        "piqa": 0,
+        "winogrande": 0,
+        "arc_easy": 0,
+        "arc_challenge": 25,
+        "mathqa": 0,
+        "hellaswag": 10,
+        "logiqa_parquet": 0,
+        "boolq": 0,
+        "openbookqa": 0,
+        "mmlu": 5,
+    }
+    some = typed("eval=paper", "eval.tasks=[sciq,mmlu]", "eval.task_settings.mmlu.limit=9").eval
+    assert some.tasks == ["sciq", "mmlu"]
+    assert (some.task_settings["mmlu"].shots, some.task_settings["mmlu"].limit) == (5, 9)
+    mine = typed("eval.tasks=[mine]", "+eval.task_settings={mine:{shots:2}}").eval
+    assert mine.task_settings["mine"].shots == 2
+
+
+@pytest.mark.slow  # reads the index of 14 000 tasks
+def test_the_papers_tasks_are_known() -> None:
+    lm_eval = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is an optional extra")
+    from dive.eval.tasks import OWN_TASKS
+
+    config = typed("eval=paper").eval
+    index = lm_eval.TaskManager(include_path=OWN_TASKS).task_index
+    assert set(config.tasks) <= set(index)
+    assert set(config.tasks) == set(config.task_settings)
+
+
+@pytest.mark.parametrize("option", [o for o in options() if o.startswith(("eval=", "calibration_domains="))])
+def test_dive_evaluate_takes_the_same_options(option: str) -> None:
+    register_schema("evaluate", EvaluateConfig)
+    config = to_typed(compose("evaluate", ["checkpoint=DIR", option, *NEEDED.get(option, [])]), EvaluateConfig)
+    assert config.checkpoint == "DIR"
+    with pytest.raises(UserError, match="checkpoint is needed"):
+        to_typed(compose("evaluate", [option, *NEEDED.get(option, [])]), EvaluateConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.tasks=[a,a]", r"eval\.tasks names \['a'\] twice"),
+        ("eval.task_limit=0", r"eval\.task_limit must be positive"),
+        ("+eval.task_settings={a:{shots:-1}}", r"eval\.task_settings\.a\.shots must not be negative"),
+        ("+eval.task_settings={a:{limit:0}}", r"eval\.task_settings\.a\.limit must be positive"),
+        ("eval.ngram=-1", r"eval\.ngram \(-1\)"),
+    ],
+)
+def test_settings_of_tasks_that_make_no_sense(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        typed(override)
 
 
 @pytest.mark.parametrize("option", [option for option in options() if option.startswith("model=")])

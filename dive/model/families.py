@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SUPPORTED = ("llama", "mistral", "qwen3")
 """``model_type`` of the dense models that can be turned into a Mixture-of-Experts."""
+TWINS = ("mixtral", "qwen3_moe")
+"""``model_type`` of what they become."""
 
 
 def check_supported(config: "PretrainedConfig", path: str) -> None:

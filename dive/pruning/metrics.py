@@ -11,10 +11,15 @@ from torch import Tensor
 from dive.config import Metric, PruningConfig
 from dive.errors import UserError
 from dive.model.families import FFN, decoder_layers, ffn
+from dive.pruning.elimination import eliminate
 from dive.pruning.statistics import ChannelStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OBS_RIDGE = 1e-3
+"""Ridge of elimination where none is given: its order hardly depends on it."""
 
 
 def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, seed: int = 0) -> Tensor:
@@ -48,6 +53,8 @@ def importance(metric: Metric, weights: FFN, statistics: ChannelStatistics, *, s
         return statistics.variance[0].to(down.device)
     if metric is Metric.wifn:
         return down.abs().mean(dim=0) * statistics.mean_square[0].to(down.device).sqrt()
+    if metric is Metric.obs:
+        raise ValueError("obs removes channels one after another: see choose_channels")
     if metric is Metric.magnitude:
         gate, up = weights.gate.double(), weights.up.double()
         return (gate.square().sum(dim=1) + up.square().sum(dim=1) + down.square().sum(dim=0)).sqrt()
@@ -61,6 +68,48 @@ def keep_highest(scores: Tensor, width: int) -> Tensor:
     mask = torch.zeros(scores.shape, dtype=torch.bool)
     mask[order[:width].cpu()] = True
     return mask
+
+
+def choose_channels(
+    pruning: PruningConfig,
+    weights: FFN,
+    statistics: ChannelStatistics,
+    *,
+    width: int,
+    ridge: float,
+    cross: Tensor | None = None,
+    always: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Channels of one layer that stay, (F,) bool: the highest scores, or what elimination leaves.
+
+    Args:
+        statistics: of one layer (L = 1), with its second moment for ``metric=obs``.
+        width: how many stay.
+        ridge: ``metric=obs`` only.
+        cross: ``metric=obs`` only: see :func:`dive.pruning.elimination.eliminate`.
+        always: (F,) bool, channels that stay whatever their score.
+        seed: ``metric=random`` only.
+
+    Raises:
+        UserError: the statistics lack what the metric needs.
+    """
+    if pruning.metric is not Metric.obs:
+        scores = importance(pruning.metric, weights, statistics, seed=seed)
+        if always is not None:
+            scores = scores.masked_fill(always.to(scores.device), torch.inf)
+        return keep_highest(scores, width)
+    if statistics.second_moment is None:
+        raise UserError("pruning.metric=obs needs second moments: collect_statistics(..., second_moments=True)")
+    return eliminate(
+        weights.down,
+        statistics.second_moment[0],
+        width,
+        ridge=ridge,
+        block=pruning.obs_block,
+        cross=cross,
+        always=always,
+    )
 
 
 def keep_masks(
@@ -77,6 +126,7 @@ def keep_masks(
     Args:
         model: dense model.
         statistics: of all its layers.
+        metric: any; ``obs`` needs statistics with second moments.
         width_multiple: the kept width is rounded to this multiple, as by :func:`dive.reconstruct`.
         seed: ``metric="random"`` only.
 
@@ -85,8 +135,13 @@ def keep_masks(
     """
     metric = Metric(metric)
     pruning = PruningConfig(metric=metric, ratio=ratio, width_multiple=width_multiple)
-    scores = importance_of_layers(model, statistics, metric, seed=seed)
-    return torch.stack([keep_highest(layer, pruning.width(len(layer))) for layer in scores])
+    masks = []
+    for number in range(len(decoder_layers(model))):
+        weights = ffn(model, number)
+        width = pruning.width(weights.down.shape[1])
+        found = statistics.layer(number)
+        masks.append(choose_channels(pruning, weights, found, width=width, ridge=OBS_RIDGE, seed=seed + number))
+    return torch.stack(masks)
 
 
 def importance_of_layers(

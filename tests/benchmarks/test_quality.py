@@ -55,20 +55,20 @@ def test_other_settings_are_refused(setting: str) -> None:
 @pytest.mark.parametrize("budget", [100_000, 500_000, 2_000_000])
 def test_every_method_trains_on_the_same_tokens_with_the_same_optimiser(method: str, budget: int) -> None:
     overrides = METHODS[method].overrides(Setting.parse("ratio0.75-top1"))
-    stages = stage_overrides(composed(overrides), tokens=budget, learning_rate=None, full=False)
+    stages = stage_overrides(composed(overrides), tokens=budget, learning_rate=None, train="full")
     config = composed([*overrides, *stages])
-    step = 16 * 256
-    assert sum(stage.tokens for stage in config.retrain.stages.values()) == budget // step * step
     last = list(config.retrain.stages.values())[-1]
-    assert (last.batch, last.learning_rate, last.schedule.value, last.warmup, last.floor) == (
-        16,
-        3e-3,
-        "cosine",
-        0.1,
-        0.1,
-    )
-    assert last.train.experts.value == "lora"
-    assert list(config.retrain.stages) == (["router", "experts"] if method in ("paper", "dive") else ["experts"])
+    step = last.batch * config.retrain.length
+    assert sum(stage.tokens for stage in config.retrain.stages.values()) == budget // step * step
+    assert {stage.batch for stage in config.retrain.stages.values()} == {8}
+    assert (last.learning_rate, last.schedule.value, last.warmup, last.floor) == (1.5e-3, "cosine", 0.1, 0.1)
+    assert last.train.experts.value == "full"
+    assert list(config.retrain.stages) == (["router", "experts"] if method == "paper" else ["experts"])
+
+
+def test_only_ours_and_the_method_that_says_so_learn_from_the_dense_model() -> None:
+    taught = {m for m in METHODS if of(m, "ratio0.75-top1").retrain.stages["experts"].teacher.logits}
+    assert taught == {m for m in METHODS if m.startswith("dive") or m.endswith("_taught")}
 
 
 def test_the_paper_has_its_own_shares_and_temperature() -> None:
@@ -77,16 +77,18 @@ def test_the_paper_has_its_own_shares_and_temperature() -> None:
         assert config.retrain.stages["router"].temperature == temperature
         assert config.pruning.compensation is Compensation.bias
         # 0.5 B and 5 B tokens in the paper: an eleventh of 110 steps is 10.
-        found = stage_overrides(config, tokens=110 * 4096, learning_rate=0.01, full=True)
+        found = stage_overrides(config, tokens=110 * 2048, learning_rate=0.01, train="lora")
         assert found == [
-            f"retrain.stages.router.tokens={10 * 4096}",
-            f"retrain.stages.experts.tokens={100 * 4096}",
+            f"retrain.stages.router.tokens={10 * 2048}",
+            f"retrain.stages.experts.tokens={100 * 2048}",
             "retrain.stages.experts.learning_rate=0.01",
-            "retrain.stages.experts.train.experts=full",
+            "retrain.stages.experts.train.experts=lora",
         ]
-    assert stage_overrides(of("paper", "ratio0.75-top1"), tokens=0, learning_rate=0.01, full=True) == ["retrain=none"]
-    with pytest.raises(UserError, match=r"--tokens 5000: stage experts is left with less than a step"):
-        stage_overrides(of("paper", "ratio0.75-top1"), tokens=5000, learning_rate=None, full=False)
+    assert stage_overrides(of("paper", "ratio0.75-top1"), tokens=0, learning_rate=0.01, train="full") == [
+        "retrain=none"
+    ]
+    with pytest.raises(UserError, match=r"--tokens 3000: stage experts is left with less than a step"):
+        stage_overrides(of("paper", "ratio0.75-top1"), tokens=3000, learning_rate=None, train="full")
 
 
 def test_domains_are_held_out_in_rotation() -> None:
@@ -188,7 +190,7 @@ def test_the_table_has_a_method_a_line_and_tokens_as_columns() -> None:
 
 @pytest.fixture
 def command(workplace: Workplace, tmp_path: Path) -> list[str]:
-    own = ("model", "calibration_domains", "logger", "pruning", "retrain.stages")
+    own = ("model", "calibration_domains", "logger", "pruning", "retrain.stages", "retrain=")
     settings = [s for s in workplace.settings if not s.startswith(own) or s.startswith("calibration_domains.l")]
     return [
         *("--model", str(workplace.root / "dense"), "--domains", str(workplace.root / "domains")),
@@ -204,7 +206,6 @@ def command(workplace: Workplace, tmp_path: Path) -> list[str]:
         ),
         *("--held-out", "1", "--windows", "3", "--samples", "6", "--out", str(tmp_path / "bench")),
         *(part for setting in [*settings, "retrain.stages.experts.batch=4"] for part in ("--override", setting)),
-        *("--override", "retrain.stages.router.batch=4"),
     ]
 
 
@@ -258,7 +259,7 @@ def test_a_whole_bench_and_what_it_does_not_run_again(
 
 
 def test_a_learning_rate_is_chosen_for_each_method(command: list[str], tmp_path: Path) -> None:
-    command = [*command, "--methods", "dive", "--tokens", "1024", "--seeds", "1", "--learning-rates", "1e-9,1e-2"]
+    command = [*command, "--methods", "flap_ls", "--tokens", "1024", "--seeds", "1", "--learning-rates", "1e-9,1e-2"]
     assert main(command) == 0
     cells = [json.loads(file.read_text()) for file in (tmp_path / "bench" / "cells").iterdir()]
     assert sorted((c["cell"]["dev"], c["cell"]["learning_rate"]) for c in cells) == [
