@@ -25,6 +25,9 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """Directory of the YAML files: inside the package in a wheel, beside it in the repository."""
 
+# ${ratio_of_active:0.25,${moe.top_k}} in YAML: the pruning.ratio at which top_k experts have a quarter of the channels together.
+OmegaConf.register_new_resolver("ratio_of_active", lambda share, top_k: 1.0 - share / top_k, replace=True)
+
 
 def register_schema(name: str, schema: type[Any]) -> None:
     """Let ``<name>.yaml`` start its defaults list with ``<name>_schema``, which types everything after it."""

@@ -227,6 +227,14 @@ class Grouping(Enum):
     given = "given"
 
 
+class Measure(Enum):
+    """What tells how alike two domains are."""
+
+    perplexity = "perplexity"
+    importance = "importance"
+    mask_overlap = "mask_overlap"
+
+
 class Linkage(Enum):
     """Rule of the hierarchical clustering (``scipy.cluster.hierarchy``)."""
 
@@ -240,6 +248,10 @@ class AffinityConfig:
     """How the calibration domains become groups."""
 
     grouping: Grouping = Grouping.mined
+    measure: Measure = Measure.perplexity
+    """``mined`` only. ``perplexity``: of each pruned model on every domain, as in the paper; domains² evaluations.
+    ``importance``: rank correlation of the channels' importance; ``mask_overlap``: channels kept in common. Both come from the
+    calibration statistics alone."""
     linkage: Linkage = Linkage.complete
     """``mined`` only. The paper does not name its own; average linkage tends to one large group and many single domains,
     complete linkage to groups of like size, as the published ones are."""

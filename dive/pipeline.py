@@ -24,8 +24,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dive.affinity.grouping import affinity, cluster_domains, random_groups
+from dive.affinity.grouping import (
+    adjusted_rand_index,
+    affinity,
+    cluster_distances,
+    distances,
+    random_groups,
+    similarity_distances,
+)
 from dive.affinity.matrix import cross_domain_perplexity
+from dive.affinity.similarity import importance_similarity, overlap_similarity
 from dive.artifacts import Artifact, Store, plain, write_json
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import domain_names, fingerprint, load_domains
@@ -36,6 +44,7 @@ from dive.config import (
     Construction,
     EvalConfig,
     Grouping,
+    Measure,
     Metric,
     MoEConfig,
     PruningConfig,
@@ -61,7 +70,7 @@ from dive.moe.layer import ExpertLayer
 from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
 from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
-from dive.pruning.metrics import keep_masks
+from dive.pruning.metrics import importance_of_layers, keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
 from dive.report.text import model_card, show, stage_table, task_tables
@@ -141,44 +150,86 @@ def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[st
 
 
 def mine(
-    store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningConfig, *, batch: int, seed: int
-) -> Artifact:
-    """Perplexity of the model pruned on each domain, measured on every domain."""
+    store: Store,
+    inputs: Inputs,
+    statistics: Artifact,
+    pruning: PruningConfig,
+    *,
+    batch: int,
+    seed: int,
+    only_if_there: bool = False,
+) -> Artifact | None:
+    """Perplexity of the model pruned on each domain, measured on every domain; none if ``only_if_there`` and it is not."""
     with_bias = pruning.compensation is not Compensation.none
 
     def compute(directory: Path) -> None:
         found = read_statistics(statistics, inputs.tokens)
-        masks = {
-            domain: keep_masks(
-                inputs.dense(),
-                s,
-                metric=pruning.score_metric,
-                ratio=pruning.ratio,
-                width_multiple=pruning.width_multiple,
-                seed=seed + number,
-            )
-            for number, (domain, s) in enumerate(found.items())
-        }
+        masks = domain_masks(inputs, found, pruning, seed=seed)
         means = {domain: s.mean for domain, s in found.items()} if with_bias else None
         matrix = cross_domain_perplexity(inputs.dense(), inputs.measured, masks, means=means, batch=batch)
         write_json(directory / "matrix.json", {"domains": list(masks), "perplexity": matrix.tolist()})
 
-    width = pruning.width(inputs.source.channels)
-    depends = {"statistics": statistics.key, "measured": hash_tokens(inputs.measured), "width": width}
-    depends |= {
+    depends = matrix_inputs(inputs, statistics, pruning, seed=seed)
+    return store.find("matrix", depends) if only_if_there else store.get("matrix", depends, compute)
+
+
+def matrix_inputs(inputs: Inputs, statistics: Artifact, pruning: PruningConfig, *, seed: int) -> dict[str, Any]:
+    """What :func:`mine` depends on."""
+    return {
+        "statistics": statistics.key,
+        "measured": hash_tokens(inputs.measured),
+        "width": pruning.width(inputs.source.channels),
         "metric": pruning.score_metric,
-        "with_bias": with_bias,
+        "with_bias": pruning.compensation is not Compensation.none,
         "seed": seed if pruning.metric.value == "random" else None,
     }
-    return store.get("matrix", depends, compute)
+
+
+def domain_masks(
+    inputs: Inputs, statistics: Mapping[str, ChannelStatistics], pruning: PruningConfig, *, seed: int
+) -> dict[str, Tensor]:
+    """{domain: (L, F) bool}, the channels kept for each domain."""
+    return {
+        domain: keep_masks(
+            inputs.dense(),
+            s,
+            metric=pruning.score_metric,
+            ratio=pruning.ratio,
+            width_multiple=pruning.width_multiple,
+            seed=seed + number,
+        )
+        for number, (domain, s) in enumerate(statistics.items())
+    }
+
+
+def compare(
+    store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningConfig, measure: Measure, *, seed: int
+) -> Artifact:
+    """Similarity of every two domains by a measure that needs their statistics alone."""
+
+    def compute(directory: Path) -> None:
+        found = read_statistics(statistics, inputs.tokens)
+        if measure is Measure.importance:
+            scores = [importance_of_layers(inputs.dense(), s, pruning.score_metric, seed=seed) for s in found.values()]
+            matrix = importance_similarity(torch.stack(scores))
+        else:
+            matrix = overlap_similarity(torch.stack(list(domain_masks(inputs, found, pruning, seed=seed).values())))
+        write_json(directory / "matrix.json", {"domains": list(found), "similarity": matrix.tolist()})
+
+    depends = matrix_inputs(inputs, statistics, pruning, seed=seed) | {"measure": measure}
+    for unused in ("measured", "with_bias"):
+        depends.pop(unused)
+    return store.get("similarity", depends, compute)
 
 
 def group(store: Store, matrix: Artifact, config: AffinityConfig, *, experts: int) -> Artifact:
-    """Groups of domains by hierarchical clustering of the mined matrix."""
+    """Groups of domains by hierarchical clustering of the matrix of :func:`mine` or :func:`compare`."""
 
     def compute(directory: Path) -> None:
         mined = json.loads((matrix.path / "matrix.json").read_text())
-        found = cluster_domains(mined["perplexity"], mined["domains"], experts=experts, method=config.linkage)
+        by_perplexity = "perplexity" in mined
+        distance = distances(mined["perplexity"]) if by_perplexity else similarity_distances(mined["similarity"])
+        found = cluster_distances(distance, mined["domains"], experts=experts, method=config.linkage)
         write_json(
             directory / "groups.json",
             {
@@ -610,7 +661,11 @@ def sample_tokens(
 
 
 def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[list[str]], dict[str, Any] | None]:
-    """The domains of each expert; and for mined ones the matrix, tree and quality of the clustering."""
+    """The domains of each expert; and for mined ones the matrix, tree and quality of the clustering.
+
+    ``agreement`` is the adjusted Rand index between these groups and those by the other measures. The cheap ones are always
+    computed, cross-domain perplexity only if it is the measure.
+    """
     names = list(inputs.tokens)
     grouping, experts = config.affinity.grouping, config.moe.experts
     if not config.moe.needs_groups:
@@ -627,9 +682,36 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
         return groups, None
     taylor = config.pruning.metric is Metric.taylor
     statistics = calibrate(store, inputs, batch=config.calibration_domains.batch, taylor=taylor)
-    matrix = mine(store, inputs, statistics, config.pruning, batch=config.calibration_domains.batch, seed=config.seed)
-    clustered = json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
-    return clustered["groups"], clustered | json.loads((matrix.path / "matrix.json").read_text())
+    chosen = config.affinity.measure
+    matrices = {
+        measure: mine(
+            store,
+            inputs,
+            statistics,
+            config.pruning,
+            batch=config.calibration_domains.batch,
+            seed=config.seed,
+            only_if_there=chosen is not measure,
+        )
+        if measure is Measure.perplexity
+        else compare(store, inputs, statistics, config.pruning, measure, seed=config.seed)
+        for measure in Measure
+    }
+    clustered = {
+        measure: json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
+        for measure, matrix in matrices.items()
+        if matrix is not None
+    }
+    found = clustered[chosen]
+    agreement = {
+        measure.value: adjusted_rand_index(found["groups"], other["groups"])
+        for measure, other in clustered.items()
+        if measure is not chosen
+    }
+    matrix = matrices[chosen]
+    assert matrix is not None
+    measured = json.loads((matrix.path / "matrix.json").read_text())
+    return found["groups"], found | measured | {"measure": chosen.value, "agreement": agreement}
 
 
 def expert_overlap(experts: Artifact) -> list[list[float]]:
@@ -664,9 +746,10 @@ def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[Retrai
     """Write the plots."""
     folder = record.directory / "plots"
     if clustering is not None and len(clustering["domains"]) > 1:
-        record.results["affinity"] = {k: clustering[k] for k in ("domains", "perplexity", "cophenetic", "silhouette")}
+        record.results["affinity"] = {k: v for k, v in clustering.items() if k not in ("groups", "tree")}
+        by_perplexity = "perplexity" in clustering
         plots.affinity_heatmap(
-            affinity(clustering["perplexity"]),
+            affinity(clustering["perplexity"]) if by_perplexity else np.array(clustering["similarity"]),
             np.array(clustering["tree"]),
             clustering["domains"],
             record.results["groups"],

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -162,6 +163,24 @@ def test_other_ways_end_in_a_reloadable_model(workplace: Workplace, overrides: l
     short = ["retrain.stages.router.tokens=512", "retrain.stages.experts.tokens=512"]
     results = workplace.run(name, *short, *overrides)
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])) is MixtralForCausalLM
+
+
+def test_groups_from_statistics_need_no_evaluation_and_say_how_far_they_agree(
+    finished: Path, workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = json.loads((finished / "results.json").read_text())
+    assert first["affinity"]["measure"] == "perplexity"
+    assert set(first["affinity"]["agreement"]) == {"importance", "mask_overlap"}
+    short = ["~retrain.stages.router", "retrain.stages.experts.tokens=512"]
+    with caplog.at_level(logging.INFO, logger="dive"):
+        cheap = workplace.run("importance", "affinity=importance", *short, f"store={tmp_path}")
+        again = workplace.run("overlap", "affinity.measure=mask_overlap", *short)
+    assert not [r for r in caplog.records if r.getMessage().startswith("matrix")]
+    assert set(cheap["affinity"]["agreement"]) == {"mask_overlap"}
+    assert np.array(cheap["affinity"]["similarity"]).shape == (4, 4)
+    assert (workplace.root / "importance/plots/affinity.png").stat().st_size > 0
+    # In the first run's store the perplexities are there, so the agreement is known both ways.
+    assert again["affinity"]["agreement"]["perplexity"] == pytest.approx(first["affinity"]["agreement"]["mask_overlap"])
 
 
 def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from dive.config import (
     Freezing,
     Gate,
     Grouping,
+    Measure,
     Metric,
     Mode,
     RouterInit,
@@ -94,6 +96,18 @@ def typed(*overrides: str) -> Config:
 
 def experiments() -> list[str]:
     return [option for option in options() if option.startswith("experiment=")]
+
+
+def swept(experiment: str) -> dict[str, list[str]]:
+    """{override: values} that a preset runs one after another; none if it is one run."""
+    hydra = compose("config", [experiment], return_hydra_config=True).hydra
+    params = hydra.sweeper.params or {}
+    assert (hydra.mode is not None and hydra.mode.name == "MULTIRUN") is bool(params)
+    return {key: str(values).split(",") for key, values in params.items()}
+
+
+PAPER = ["experiment=paper_1_8", "experiment=paper_2_8"]
+ANALYSES = [f"experiment={name}" for name in ("calibration_size", "grouping", "how_many_experts", "ratio_and_top_k")]
 
 
 @pytest.mark.parametrize("option", options())
@@ -226,8 +240,8 @@ def commands_in(path: Path) -> list[list[str]]:
     return [shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith("python -m dive.train")]
 
 
-@pytest.mark.parametrize("experiment", ["experiment=paper_1_8", "experiment=paper_2_8"])
-def test_the_commands_in_an_experiments_comments_compose(experiment: str) -> None:
+@pytest.mark.parametrize("experiment", PAPER)
+def test_the_commands_in_the_papers_comments_compose(experiment: str) -> None:
     commands = commands_in(CONF / f"{experiment.replace('=', '/')}.yaml")
     paper, small = (typed(*overrides) for overrides in commands)
 
@@ -235,6 +249,61 @@ def test_the_commands_in_an_experiments_comments_compose(experiment: str) -> Non
     assert sum(stage.tokens for stage in paper.retrain.stages.values()) == pytest.approx(15.5e9, rel=0.01)
     assert small.retrain.corpus.source is CorpusSource.domains
     assert sum(stage.tokens for stage in small.retrain.stages.values()) == 65536 + 131072
+
+
+# ---------------------------------------------------------------------------------------------------- analyses
+
+
+@pytest.mark.parametrize("experiment", ANALYSES)
+def test_every_run_of_an_analysis_composes(experiment: str) -> None:
+    params = swept(experiment)
+    combinations = [
+        [f"{key}={value}" for key, value in zip(params, values, strict=True)] for values in product(*params.values())
+    ]
+    runs = [typed(experiment, *overrides) for overrides in combinations]
+    assert len(runs) >= 3
+    assert all(one != other for one, other in pairwise(runs))
+
+
+@pytest.mark.parametrize("experiment", ANALYSES)
+def test_the_commands_in_an_analysis_compose_and_name_it(experiment: str) -> None:
+    commands = commands_in(CONF / f"{experiment.replace('=', '/')}.yaml")
+    assert len(commands) == 2
+    for overrides in commands:
+        assert experiment in overrides
+        chosen = [o.partition(",")[0] if o.partition("=")[0] in (*swept(experiment), "seed") else o for o in overrides]
+        typed(*chosen)
+
+
+def test_only_the_analyses_are_sweeps() -> None:
+    assert [experiment for experiment in experiments() if swept(experiment)] == ANALYSES
+
+
+def test_the_active_size_stays_while_top_k_grows() -> None:
+    shares = {}
+    for top_k in swept("experiment=ratio_and_top_k")["moe.top_k"]:
+        config = typed("experiment=ratio_and_top_k", f"moe.top_k={top_k}")
+        shares[config.moe.top_k] = config.moe.top_k * config.pruning.width(768)
+    assert shares == {1: 192, 2: 192, 4: 192}
+
+
+def test_groups_by_importance_are_mined_from_statistics() -> None:
+    affinity = typed("affinity=importance").affinity
+    assert (affinity.grouping, affinity.measure) == (Grouping.mined, Measure.importance)
+
+
+# ---------------------------------------------------------------------------------------------------- baselines
+
+
+def test_the_published_baselines() -> None:
+    presets = {name: typed(f"pruning={name}", "moe=plain").pruning for name in ("flap", "wanda_sp", "llm_pruner")}
+    assert {name: (p.metric, p.compensation) for name, p in presets.items()} == {
+        "flap": (Metric.wifv, Compensation.bias),
+        "wanda_sp": (Metric.wifn, Compensation.none),
+        "llm_pruner": (Metric.taylor, Compensation.none),
+    }
+    split = typed("moe=coactivation").moe
+    assert (split.construction, split.shared, split.active_channels) == (Construction.coactivation, 0.25, 10)
 
 
 def test_the_paper_domains() -> None:

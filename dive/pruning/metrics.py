@@ -142,3 +142,11 @@ def keep_masks(
         found = statistics.layer(number)
         masks.append(choose_channels(pruning, weights, found, width=width, ridge=OBS_RIDGE, seed=seed + number))
     return torch.stack(masks)
+
+
+def importance_of_layers(
+    model: "PreTrainedModel", statistics: ChannelStatistics, metric: Metric, *, seed: int = 0
+) -> Tensor:
+    """:func:`importance` of every layer's channels, (L, F) float64."""
+    layers = range(len(decoder_layers(model)))
+    return torch.stack([importance(metric, ffn(model, n), statistics.layer(n), seed=seed + n) for n in layers])
