@@ -44,6 +44,7 @@ from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
 from dive.eval.routing import mask_overlap, routing_share
 from dive.export import has_expert_bias, save, save_with_expert_bias
 from dive.logger.build import build_wandb
+from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import count_parameters, moe_config
 from dive.model.load import (
     DenseSource,
@@ -54,6 +55,10 @@ from dive.model.load import (
     resolve_device,
 )
 from dive.moe.reconstruct import ExpertLayer, assemble, build_layers
+from dive.plan.actual import Meter
+from dive.plan.capacity import here, refuse
+from dive.plan.stages import Plan, plan
+from dive.plan.table import headline
 from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import keep_masks
@@ -373,7 +378,11 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     source = locate_dense(config.model.path, config.model.revision, dtype=config.model.dtype.value)
     check(config, source)
     device = resolve_device(config.model.device)
-    store = Store(Path(config.store))
+    planned = plan_here(config, source, device, directory)
+    meter = Meter(planned)
+    store = Store(Path(config.store), finished=meter.record)
+    if main_process:
+        show(*headline(planned))
     inputs = prepare(config, source, device)
     texts, tokenizer, dense = inputs.texts, inputs.tokenizer, inputs.dense
     record = Run(directory, main_process, new_results(config, inputs, overrides, device))
@@ -463,7 +472,10 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     if main_process:
         draw(record, clustering, finished)
         final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+        exporting = time.monotonic()
         record.results["export"] = export(final, tokenizer, record, config)
+        meter.exported(Path(record.results["export"]), time.monotonic() - exporting)
+        record.results["plan"] = {"planned": planned.summary(), "actual": meter.summary()}
         record.results["timings"]["total"] = time.monotonic() - start
         record.write()
         if wandb is not None:
@@ -473,11 +485,26 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",
+            f"planned  {meter.line()}",
         )
     return record.results
 
 
 # -------------------------------------------------------------------------------------------------------------- its parts
+
+
+def plan_here(config: Config, source: DenseSource, device: torch.device, directory: Path) -> Plan:
+    """What the run will cost on this machine.
+
+    Raises:
+        UserError: ``model.architecture`` is another model's, or there is no room.
+    """
+    architecture = read_architecture(source.config.to_dict())
+    check_architecture(config.model, architecture)
+    planned = plan(config, architecture, device="cpu" if device.type == "cpu" else None)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    refuse(planned, here(Path(config.store), directory, device=memory))
+    return planned
 
 
 def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs:
