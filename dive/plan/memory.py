@@ -104,7 +104,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = domains.batch * domains.length
     sums = (groups + 2) * construction.moment_bytes(s) if job.refits else 0  # two more while one is added
-    sampled = moe.distillation.tokens if job.distils and experts > 1 else 0
+    sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
     errors = min(2048, sampled) * job.weight * (3 * s.channels + 4 * s.hidden)
@@ -114,6 +114,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
         "dense model": float(job.weight * s.dense),
         "second moments": float(sums),
         "sampled inputs": float(sampled * s.hidden * job.weight * 2),
+        "last batch": float(tokens * (s.hidden + s.channels) * job.weight),
         "activations, solve or fit": max(
             dense_layer(job, tokens) + tokens * _extra(job), 2.0 * layer + solve, 2.0 * layer + errors + fit
         ),
