@@ -664,7 +664,7 @@ class PlanConfig:
     """One of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
     table: PlanTable = PlanTable.stages
-    """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs, layer by layer."""
+    """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs."""
     enforce: bool = True
     """Refuse a run that the plan says this machine has no room for."""
     windows: int = 300

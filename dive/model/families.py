@@ -17,6 +17,7 @@ from dive.model.architecture import check_family
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+
 def check_supported(config: "PretrainedConfig", path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` has no Mixture-of-Experts twin among the stock classes."""
     check_family(config.model_type, path)

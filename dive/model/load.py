@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True, slots=True)
 class DenseSource:
     """A dense model that was found, its configuration read, its weights not yet loaded."""

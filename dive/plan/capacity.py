@@ -77,8 +77,8 @@ def _same_disk(one: Path, other: Path) -> bool:
 def shortages(plan: Plan, capacity: Capacity) -> list[str]:
     """One line for each thing there is too little of, which names the override that mends it.
 
-    Of the disk what already lies in the store counts as found again, kind by kind: the same command must be able to go on where the
-    first one filled the disk.
+    Of the disk what already lies in the store counts as found again, kind by kind: the same command must be able to go on
+    where the first one filled the disk.
     """
     found = []
     config = plan.job.config
@@ -89,8 +89,8 @@ def shortages(plan: Plan, capacity: Capacity) -> list[str]:
             items = worst.memory.host if place == "host" else worst.memory.device
             largest = max(items, key=lambda name: items[name])
             found.append(
-                f"{worst.name} needs {needed / 1e9:.1f} GB of {place} memory ({largest}: {items[largest] / 1e9:.1f} GB), there is "
-                f"{room / 1e9:.1f} GB; {_remedy(plan, worst, largest)}"
+                f"{worst.name} needs {needed / 1e9:.1f} GB of {place} memory ({largest}: {items[largest] / 1e9:.1f} GB), "
+                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, largest)}"
             )
     kept: dict[str, float] = {}
     for stage in plan.stages:
@@ -102,12 +102,13 @@ def shortages(plan: Plan, capacity: Capacity) -> list[str]:
         needed += export
     elif export > capacity.outputs:
         found.append(
-            f"the export takes {export / 1e9:.1f} GB of disk, {capacity.outputs / 1e9:.1f} GB are free; set hydra.run.dir to a larger disk"
+            f"the export takes {export / 1e9:.1f} GB of disk, {capacity.outputs / 1e9:.1f} GB are free; set hydra.run.dir=DIR on "
+            "a larger disk"
         )
     if capacity.store is not None and needed > capacity.store:
         found.append(
-            f"store={config.store}: the run writes {needed / 1e9:.1f} GB, {capacity.store / 1e9:.1f} GB are free; set store=DIR on a "
-            "larger disk, raise pruning.ratio or lower moe.experts"
+            f"store={config.store}: the run writes {needed / 1e9:.1f} GB, {capacity.store / 1e9:.1f} GB are free; set store=DIR "
+            "on a larger disk, raise pruning.ratio or lower moe.experts"
         )
     return found
 

@@ -129,17 +129,15 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     stages.append(_building(job, "pruning", experts=1, groups=1, sequences=job.sequences))
     if s.experts > 1:
         sequences = sum(job.group_sequences(job.groups))
-        stages.append(
-            _building(job, "building experts", experts=s.experts, groups=job.groups, sequences=sequences)
-        )
+        stages.append(_building(job, "building experts", experts=s.experts, groups=job.groups, sequences=sequences))
     before: list[StageConfig] = []
-    for name, stage in config.retrain.stages.items():
-        stages.append(_retraining(job, name, stage, before))
-        before.append(stage)
+    for name, retrained in config.retrain.stages.items():
+        stages.append(_retraining(job, name, retrained, before))
+        before.append(retrained)
     stages += [_evaluation(job), _export(job)]
     for stage in stages:
         stage.seconds = seconds(stage, job.device, config.plan.disk)
-    every = trained(s, [stage.train for stage in config.retrain.stages.values()])
+    every = trained(s, [retrained.train for retrained in before])
     return Plan(
         job,
         {
@@ -156,7 +154,12 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
 
 def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
     """Time of a stage: arithmetic at the stated utilisation, weights read, transfers and files, one after another."""
-    peaks = {"bfloat16": device.bfloat16, "float16": device.bfloat16, "float32": device.float32, "float64": device.float64}
+    peaks = {
+        "bfloat16": device.bfloat16,
+        "float16": device.bfloat16,
+        "float32": device.float32,
+        "float64": device.float64,
+    }
     arithmetic = sum(count / (peaks[kind] * device.utilisation) for kind, count in stage.flops.items())
     moving = stage.moved / device.bandwidth + (stage.linked / device.link if device.memory is not None else 0.0)
     return (arithmetic + moving) / stage.processes + stage.written / disk

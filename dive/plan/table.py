@@ -108,8 +108,8 @@ def memory_table(plan: Plan) -> Table:
     return table
 
 
-def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str]]]:
-    """(title, rows of what, FLOPs, device bytes, host bytes) of building one layer's experts, and of all layers."""
+def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, str]]]:
+    """(title, rows of step, operations of one layer and of all, device memory, host memory) of building the experts."""
     job = plan.job
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = sum(job.group_sequences(job.groups)) * domains.length
@@ -146,9 +146,7 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str]]]
         )
         for what, number, on_device, on_host in costs
     ]
-    title = (
-        f"{job.config.model.name}: building {s.experts} experts of {s.width} of {s.channels} channels from {tokens:,} tokens"
-    )
+    title = f"{job.config.model.name}: building {s.experts} experts of {s.width} of {s.channels} channels from {tokens:,} tokens"
     return title, rows
 
 
@@ -182,7 +180,9 @@ def notes(plan: Plan) -> list[str]:
         + (f", {size(device.memory)} of memory" if device.memory is not None else "")
     ]
     if job.config.eval.windows is None:
-        found.append(f"eval.windows=null: {job.config.plan.windows} windows of each text taken for granted (plan.windows)")
+        found.append(
+            f"eval.windows=null: {job.config.plan.windows} windows of each text taken for granted (plan.windows)"
+        )
     if not job.on_gpu and "float16" in job.dtype + job.training_dtype:
         found.append(f"{job.dtype} on a CPU is slow: model.dtype=float32, or trainer=gpu plan.device=h100")
     return found

@@ -37,7 +37,9 @@ def test_too_little_memory_names_what_fills_it_and_the_override() -> None:
 
 
 def test_weights_in_float32_on_a_small_host() -> None:
-    found = shortages(planned("model=llama2-7b", "model.dtype=float32", "retrain=none", "eval.batch=1"), Capacity(host=2e10))
+    found = shortages(
+        planned("model=llama2-7b", "model.dtype=float32", "retrain=none", "eval.batch=1"), Capacity(host=2e10)
+    )
     assert "model.dtype=bfloat16" in found[0]
 
 

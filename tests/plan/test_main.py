@@ -19,7 +19,9 @@ DOCS = (PACKAGE.parent / "docs" / "cost.md").read_text(encoding="utf-8")
 
 
 def command(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def test_the_plan_of_a_hub_model_needs_no_network_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -55,7 +57,9 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 def test_a_run_that_does_not_fit_is_refused_before_texts_are_read(tmp_path: Path) -> None:
     done = command("-m", "dive.train", "eval.batch=1000000", "eval.windows=1000000", "logger=csv", cwd=tmp_path)
     assert done.returncode == 1
-    assert re.match(r"error: evaluation needs [0-9.]+ GB of host memory \(logits: .*\), there is .*lower eval.batch", done.stderr)
+    assert re.match(
+        r"error: evaluation needs [0-9.]+ GB of host memory \(logits: .*\), there is .*lower eval.batch", done.stderr
+    )
     assert not (tmp_path / "outputs" / "store").exists()
 
 
