@@ -64,16 +64,15 @@ def key_of(kind: str, inputs: Mapping[str, Any]) -> str:
 class Store:
     """Artifacts under one directory, shared by runs and by the processes of a run."""
 
-    def __init__(self, root: Path, finished: Callable[[str, Artifact], None] | None = None) -> None:
-        """
-        Args:
-            finished: called with the kind of each artifact that :meth:`get` returns, and the artifact.
+    finished: Callable[[str, Artifact], None] | None = None
+    """Called with the kind of each artifact that :meth:`get` returns, and the artifact."""
 
+    def __init__(self, root: Path) -> None:
+        """
         Raises:
             UserError: the directory cannot be written.
         """
         self.root = root
-        self.finished = finished
         try:
             root.mkdir(parents=True, exist_ok=True)
             probe = root / f".probe-{os.getpid()}"

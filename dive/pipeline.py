@@ -378,9 +378,10 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     source = locate_dense(config.model.path, config.model.revision, dtype=config.model.dtype.value)
     check(config, source)
     device = resolve_device(config.model.device)
+    store = Store(Path(config.store))
     planned = plan_here(config, source, device, directory)
     meter = Meter(planned)
-    store = Store(Path(config.store), finished=meter.record)
+    store.finished = meter.record
     if main_process:
         show(*headline(planned))
     inputs = prepare(config, source, device)

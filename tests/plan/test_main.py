@@ -60,13 +60,13 @@ def test_a_run_that_does_not_fit_is_refused_before_texts_are_read(tmp_path: Path
     assert re.match(
         r"error: evaluation needs [0-9.]+ GB of host memory \(logits: .*\), there is .*lower eval.batch", done.stderr
     )
-    assert not (tmp_path / "outputs" / "store").exists()
+    assert not list((tmp_path / "outputs" / "store").iterdir())
 
 
 def tables() -> list[tuple[str, list[list[str]]]]:
     """(command, rows) of every table of the document."""
     found = []
-    for block in re.finditer(r"```bash\n(.*?)```\n+\|.*?\n\|[ -|:]*\n((?:\|.*\n)+)", DOCS, flags=re.DOTALL):
+    for block in re.finditer(r"```bash\n([^`]*)```\n+\|.*\n\|[ :|-]*\n((?:\|.*\n)+)", DOCS):
         rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block[2].splitlines()]
         found.append((block[1].replace("\\\n", " ").strip(), rows))
     return found
