@@ -45,7 +45,7 @@ class Meter:
         """For ``results.json``; ``host_bytes`` of a stage is this process's peak from its start to the end of the stage."""
         stages = list(self.stages.values())
         return {
-            "host_bytes": peak_host(),
+            "host_bytes": max([peak_host(), *(stage["host_bytes"] for stage in stages)]),
             "device_bytes": max((stage["device_bytes"] for stage in stages), default=0),
             "disk_bytes": sum(stage["disk_bytes"] for stage in stages),
             "seconds": sum(stage["seconds"] for stage in stages),
