@@ -72,8 +72,15 @@ def describe(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
+SILENT = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Overrides of a command that leaves no directory behind."""
+
+
+def run(task: Callable[[C], object], config_name: str, schema: type[C], *, writes: bool = True) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line's overrides and call ``task`` with the result.
+
+    Args:
+        writes: give the run a directory of its own under ``outputs/``.
 
     Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
     """
@@ -91,6 +98,8 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
 
     ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
     wants_traceback = ours == "0"
+    if not writes:
+        sys.argv += SILENT
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the line below is one line
     try:
         main()

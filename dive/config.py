@@ -31,6 +31,30 @@ class Dtype(Enum):
 
 
 @dataclass(slots=True, kw_only=True)
+class ArchitectureConfig:
+    """The figures of a dense model's config.json that its cost follows from, under the names they have there.
+
+    The presets of hub models hold them, so that a run can be planned before anything is downloaded; they are compared with the
+    model's own once it is at hand.
+    """
+
+    model_type: str = MISSING
+    hidden_size: int = MISSING
+    """D"""
+    intermediate_size: int = MISSING
+    """F, channels of each FFN."""
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    max_position_embeddings: int = MISSING
+    tie_word_embeddings: bool = False
+    dtype: str = "bfloat16"
+    """Element type of the checkpoint, which ``model.dtype=auto`` takes."""
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """The dense model to start from."""
 
@@ -44,6 +68,8 @@ class ModelConfig:
     """Element type of the weights; bfloat16 for a GPU. ``auto`` takes the checkpoint's own."""
     device: str = "auto"
     """Where calibration, mining and evaluation run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
+    architecture: ArchitectureConfig | None = None
+    """For planning without the model at hand; null reads its config.json."""
 
 
 # ------------------------------------------------------------------------------------------------- calibration_domains
@@ -788,6 +814,65 @@ class LoggerConfig:
     wandb: WandbConfig | None = None
 
 
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+class PlanTable(Enum):
+    """What ``python -m dive.plan`` prints."""
+
+    stages = "stages"
+    memory = "memory"
+    construction = "construction"
+
+
+@dataclass(slots=True, kw_only=True)
+class DeviceConfig:
+    """A device to estimate time and memory on."""
+
+    bfloat16: float = MISSING
+    """Peak of matrix products in bfloat16 or float16, FLOP/s, without sparsity."""
+    float32: float = MISSING
+    """The same in float32 (torch's default: without TF32)."""
+    float64: float = MISSING
+    """The same in float64, in which least squares is solved."""
+    utilisation: float = MISSING
+    """Share of these peaks that whole stages reach."""
+    bandwidth: float = MISSING
+    """Of its memory, bytes/s."""
+    link: float = MISSING
+    """Between it and the host's memory, bytes/s."""
+    memory: float | None = None
+    """Bytes; null for a CPU, which computes in the host's memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("bfloat16", "float32", "float64", "bandwidth", "link"):
+            require(getattr(self, name) > 0, f"plan.devices.*.{name} ({getattr(self, name)}) must be positive")
+        require(0 < self.utilisation <= 1, f"plan.devices.*.utilisation ({self.utilisation}) must lie in (0, 1]")
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanConfig:
+    """What a run is planned for."""
+
+    device: str = "auto"
+    """One of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
+    devices: dict[str, DeviceConfig] = field(default_factory=dict)
+    table: PlanTable = PlanTable.stages
+    """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs."""
+    enforce: bool = True
+    """Refuse a run that the plan says this machine has no room for."""
+    windows: int = 300
+    """Windows taken for granted of each evaluation text where ``eval.windows`` is null."""
+    disk: float = 1e9
+    """Of the disk, bytes/s."""
+
+    def __post_init__(self) -> None:
+        require(self.windows > 0, f"plan.windows ({self.windows}) must be positive")
+        require(self.disk > 0, f"plan.disk ({self.disk}) must be positive")
+        choices = ["auto", *self.devices]
+        require(self.device in choices, f"plan.device ({self.device}) is none of {', '.join(choices)}")
+
+
 # ---------------------------------------------------------------------------------------------------------- experiment
 
 
@@ -804,6 +889,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = 42
     store: str = "outputs/store"
     """Directory of the artifacts that runs share."""

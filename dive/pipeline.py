@@ -57,6 +57,7 @@ from dive.eval.routing import mask_overlap, routing_share
 from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
 from dive.export import has_expert_bias, save, save_with_expert_bias
 from dive.logger.build import build_wandb
+from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import count_parameters, moe_config
 from dive.model.load import (
     DenseSource,
@@ -68,6 +69,10 @@ from dive.model.load import (
 )
 from dive.moe.layer import ExpertLayer
 from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
+from dive.plan.actual import Meter
+from dive.plan.capacity import here, refuse
+from dive.plan.stages import Plan, plan
+from dive.plan.table import headline as plan_headline
 from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import importance_of_layers, keep_masks
@@ -495,6 +500,11 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     check(config, source)
     device = resolve_device(config.model.device)
     store = Store(Path(config.store))
+    planned = plan_here(config, source, device, directory)
+    meter = Meter(planned)
+    store.finished = meter.record
+    if main_process:
+        show(*plan_headline(planned))
     inputs = prepare(config, source, device, store)
     texts, tokenizer, dense = inputs.texts, inputs.tokenizer, inputs.dense
     record = Run(directory, main_process, new_results(config, inputs, overrides, device))
@@ -586,7 +596,10 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     if main_process:
         draw(record, clustering, finished)
         final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+        exporting = time.monotonic()
         record.results["export"] = export(final, tokenizer, record, config)
+        meter.exported(Path(record.results["export"]), time.monotonic() - exporting)
+        record.results["plan"] = {"planned": planned.summary(), "actual": meter.summary()}
         record.results["timings"]["total"] = time.monotonic() - start
         record.write()
         if wandb is not None:
@@ -596,11 +609,26 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",
+            f"planned  {meter.line()}",
         )
     return record.results
 
 
 # -------------------------------------------------------------------------------------------------------------- its parts
+
+
+def plan_here(config: Config, source: DenseSource, device: torch.device, directory: Path) -> Plan:
+    """What the run will cost on this machine.
+
+    Raises:
+        UserError: ``model.architecture`` is another model's, or there is no room.
+    """
+    architecture = read_architecture(source.config.to_dict())
+    check_architecture(config.model, architecture)
+    planned = plan(config, architecture, device="cpu" if device.type == "cpu" else None)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    refuse(planned, here(Path(config.store), directory, device=memory))
+    return planned
 
 
 def prepare(config: Config, source: DenseSource, device: torch.device, store: Store) -> Inputs:

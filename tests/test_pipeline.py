@@ -61,6 +61,23 @@ def test_parameters_are_those_of_the_export(finished: Path) -> None:
     assert counted["trained"] == 128 + 160 + 2 * 2 * 3 * 8 * (32 + 24)
 
 
+def test_what_was_planned_stands_beside_what_it_took(finished: Path) -> None:
+    found = json.loads((finished / "results.json").read_text())
+    planned, actual = found["plan"]["planned"], found["plan"]["actual"]
+    assert [s["name"] for s in planned["stages"]] == [
+        *("calibration", "mining", "pruning", "building experts", "router", "experts", "evaluation", "export")
+    ]
+    assert {s["name"] for s in actual["stages"]} == {s["name"] for s in planned["stages"]}
+    for name in ("total", "active", "trained"):
+        assert planned["parameters"][name] == found["parameters"][name]
+    tokens = {s["name"]: s["tokens"] for s in planned["stages"]}
+    assert all(tokens[s["name"]] == s["tokens"] for s in found["stages"] if s["tokens"])
+    # headers and the tokenizer's files weigh a little in a model of 20 thousand parameters, and nothing in a real one
+    experts = [next(s for s in side["stages"] if s["name"] == "building experts") for side in (planned, actual)]
+    assert experts[0]["disk_bytes"] == pytest.approx(experts[1]["disk_bytes"], rel=0.1)
+    assert actual["host_bytes"] > 1e8
+
+
 def test_every_file_is_there(finished: Path) -> None:
     for name in ("config.yaml", "results.json", "checkpoint/README.md", "plots/affinity.png", "plots/routing.png"):
         assert (finished / name).stat().st_size > 0

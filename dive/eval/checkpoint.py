@@ -16,7 +16,8 @@ from dive.eval.contamination import contamination
 from dive.eval.evaluate import evaluation_texts
 from dive.eval.tasks import load_tasks
 from dive.export import BIASED_MODEL_TYPE, expert_bias_config, load_with_expert_bias
-from dive.model.families import SUPPORTED, TWINS, count_parameters
+from dive.model.architecture import SUPPORTED
+from dive.model.families import TWINS, count_parameters
 from dive.model.load import (
     DenseSource,
     document_tokens,

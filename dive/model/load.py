@@ -11,15 +11,13 @@ import torch
 
 from dive.connection import hub_answers
 from dive.errors import UserError
+from dive.model.architecture import EMBEDDED
 from dive.model.families import check_supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-EMBEDDED = Path(__file__).resolve().parent / "tiny"
-"""Directory of the model that comes with the package."""
 
 
 @dataclass(frozen=True, slots=True)
