@@ -7,6 +7,7 @@ Each stage is a function of its slice of the configuration and of what came befo
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -41,6 +42,7 @@ from dive.config import (
     require,
 )
 from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
+from dive.eval.generation import Beginnings, continue_greedily
 from dive.eval.routing import mask_overlap, routing_share
 from dive.export import has_expert_bias, save, save_with_expert_bias
 from dive.logger.build import build_wandb
@@ -59,6 +61,7 @@ from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
+from dive.report.run import write_report
 from dive.report.text import model_card, show, stage_table
 from dive.retrain.corpus import Blocks, corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
@@ -262,6 +265,37 @@ def measure(
     return store.get("evaluation", depends, compute)
 
 
+def write_on(
+    store: Store,
+    inputs: Inputs,
+    beginnings: Beginnings,
+    models: Mapping[str, tuple[Mapping[str, Any], Callable[[], "PreTrainedModel"]]],
+) -> list[dict[str, str]]:
+    """The same beginnings continued by each model, {name: (what it depends on, how to get it)}, as text."""
+    tokenizer, tokens = inputs.tokenizer, beginnings.references.shape[1]
+    prompts = hash_tokens({"prompts": beginnings.prompts})
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    rows = [
+        {"domain": domain, "prompt": text(prompt.tolist()), "reference": text(reference.tolist())}
+        for domain, prompt, reference in zip(
+            beginnings.domains, beginnings.prompts, beginnings.references, strict=True
+        )
+    ]
+    for name, (depends, model) in models.items():
+
+        def compute(directory: Path, model: Callable[[], "PreTrainedModel"] = model) -> None:
+            ids = continue_greedily(model(), beginnings.prompts, tokens=tokens, end=tokenizer.eos_token_id)
+            write_json(directory / "continuations.json", ids)
+
+        artifact = store.get("continuations", {**depends, "prompts": prompts, "tokens": tokens}, compute)
+        for row, ids in zip(rows, json.loads((artifact.path / "continuations.json").read_text()), strict=True):
+            row[name] = text(ids)
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------------------- the run
 
 
@@ -463,13 +497,21 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     if main_process:
         draw(record, clustering, finished)
         final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+        final_key = {"stage": finished[-1].artifact.key} if finished else {"experts": experts.key, "top_k": top_k}
+        beginnings = choose_beginnings(config, texts, groups)
+        if beginnings is not None:
+            models = {"dense": (model_key, dense), "moe": (final_key, lambda: final)}
+            record.results["generations"] = write_on(store, inputs, beginnings, models)
         record.results["export"] = export(final, tokenizer, record, config)
         record.results["timings"]["total"] = time.monotonic() - start
         record.write()
+        report = write_report(directory)
         if wandb is not None:
+            wandb.experiment.save(str(report), base_path=str(directory), policy="now")
             wandb.experiment.finish()
         show(stage_table(record.results))
         show(
+            f"report   {report}",
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",
@@ -573,7 +615,8 @@ def parameters(config: Config, source: DenseSource) -> dict[str, int]:
     total, active = count_parameters(
         moe_config(source.config, width=width, experts=config.moe.experts, top_k=config.moe.top_k)
     )
-    return {"dense": dense, "total": total, "active": active, "trained": 0}
+    pruned, _ = count_parameters(moe_config(source.config, width=width, experts=1, top_k=1))
+    return {"dense": dense, "pruned": pruned, "total": total, "active": active, "trained": 0}
 
 
 def len_of_union(stages: Sequence[RetrainedStage]) -> int:
@@ -584,11 +627,24 @@ def len_of_union(stages: Sequence[RetrainedStage]) -> int:
     return sum(sizes.values())
 
 
+KEPT_OF_CLUSTERING = ("domains", "perplexity", "tree", "cophenetic", "silhouette")
+
+
+def choose_beginnings(
+    config: Config, texts: EvaluationTexts, groups: Sequence[Sequence[str]]
+) -> Beginnings | None:
+    """Beginnings of test texts: of the first domain of each group, then of the second, and so on."""
+    dealt = [domain for row in itertools.zip_longest(*groups) for domain in row if domain is not None]
+    domains = list(dict.fromkeys(dealt))[: config.eval.generations]
+    first = next(iter(texts.domains.values()))
+    return Beginnings.of(first, domains, tokens=config.eval.generated_tokens) if domains else None
+
+
 def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[RetrainedStage]) -> None:
     """Write the plots."""
     folder = record.directory / "plots"
     if clustering is not None and len(clustering["domains"]) > 1:
-        record.results["affinity"] = {k: clustering[k] for k in ("domains", "perplexity", "cophenetic", "silhouette")}
+        record.results["affinity"] = {k: clustering[k] for k in KEPT_OF_CLUSTERING}
         plots.affinity_heatmap(
             affinity(clustering["perplexity"]),
             np.array(clustering["tree"]),
