@@ -338,6 +338,10 @@ def check(config: Config, source: DenseSource) -> None:
         )
 
 
+KEPT_OF_CLUSTERING = ("domains", "perplexity", "tree", "cophenetic", "silhouette", "seconds")
+"""What the results say of the mined affinity."""
+
+
 @dataclass(slots=True)
 class Run:
     """Results as they come, on disk after every stage."""
@@ -429,6 +433,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
 
     groups, clustering = choose_groups(config, store, inputs)
     record.results["groups"] = groups
+    if clustering is not None:
+        record.results["affinity"] = {key: clustering[key] for key in KEPT_OF_CLUSTERING}
 
     built = partial(
         build_experts,
@@ -595,7 +601,8 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
     statistics = calibrate(store, inputs, batch=config.calibration_domains.batch)
     matrix = mine(store, inputs, statistics, config.pruning, batch=config.calibration_domains.batch, seed=config.seed)
     clustered = json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
-    return clustered["groups"], clustered | json.loads((matrix.path / "matrix.json").read_text())
+    mined = {"seconds": statistics.seconds + matrix.seconds}
+    return clustered["groups"], clustered | mined | json.loads((matrix.path / "matrix.json").read_text())
 
 
 def expert_overlap(experts: Artifact) -> list[list[float]]:
@@ -627,9 +634,6 @@ def len_of_union(stages: Sequence[RetrainedStage]) -> int:
     return sum(sizes.values())
 
 
-KEPT_OF_CLUSTERING = ("domains", "perplexity", "tree", "cophenetic", "silhouette")
-
-
 def choose_beginnings(
     config: Config, texts: EvaluationTexts, groups: Sequence[Sequence[str]]
 ) -> Beginnings | None:
@@ -644,7 +648,6 @@ def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[Retrai
     """Write the plots."""
     folder = record.directory / "plots"
     if clustering is not None and len(clustering["domains"]) > 1:
-        record.results["affinity"] = {k: clustering[k] for k in KEPT_OF_CLUSTERING}
         plots.affinity_heatmap(
             affinity(clustering["perplexity"]),
             np.array(clustering["tree"]),

@@ -20,6 +20,8 @@ from dive.report.text import count
 HTML = Path(__file__).parent / "html"
 LIBRARIES = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "charts.js")
 """D3 and Observable Plot (ISC licence, texts beside them), and what both pages share."""
+NO_BREAK = "\u00a0"
+"""A space that ends no line."""
 
 
 def write_page(file: Path, template: str, *, script: str, data: Mapping[str, Any], **context: Any) -> Path:
@@ -32,7 +34,8 @@ def write_page(file: Path, template: str, *, script: str, data: Mapping[str, Any
     """
     environment = Environment(loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"count": count, "number": number, "duration": duration, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"count": lambda value: unbroken(count(value)), "duration": lambda s: unbroken(duration(s))}
     scripts = [(HTML / name).read_text(encoding="utf-8") for name in (*LIBRARIES, script)]
     page = environment.get_template(template).render(
         **context,
@@ -62,12 +65,17 @@ def number(value: float | None) -> str:
     """Four significant digits, or a dash."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def percent(value: float | None) -> str:
     """0.256 as 26 %, or a dash."""
-    return "–" if value is None else f"{value * 100:.0f} %"
+    return "–" if value is None else f"{value * 100:.0f}{NO_BREAK}%"
+
+
+def unbroken(text: str) -> str:
+    """The same, kept on one line."""
+    return text.replace(" ", NO_BREAK)
 
 
 def duration(seconds: float | None) -> str:

@@ -41,6 +41,7 @@ def write_report(directory: Path) -> Path:
         script="report.js",
         data=figures(results, curves),
         results=results,
+        name=model_name(results["run"]["config"]),
         config=results["run"]["config"],
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else None,
         command=shlex.join(results["run"]["command"]),
@@ -52,6 +53,7 @@ def write_report(directory: Path) -> Path:
         tasks=task_rows(results),
         planned=planned_rows(results),
         calibration_tokens=sum(n * length for n, length in results["run"]["samples"]["calibration"].values()),
+        seconds=computing_seconds(results),
         has_curves=bool(curves),
     )
 
@@ -94,6 +96,17 @@ def stage_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for stage in results["stages"]
     ]
+
+
+def computing_seconds(results: Mapping[str, Any]) -> float:
+    """What making every stage took, whenever that was, and mining."""
+    return sum(stage["seconds"] for stage in results["stages"][1:]) + results.get("affinity", {}).get("seconds", 0.0)
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """Of the dense model: its short name, or its directory's."""
+    name, path = str(config["model"]["name"]), str(config["model"]["path"])
+    return Path(path).name or name if name == "local" else name
 
 
 def stage_label(name: str) -> str:

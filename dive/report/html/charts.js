@@ -4,16 +4,15 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-const PALETTE = ["#4269d0", "#c98a00", "#e0523f", "#2b9a8f", "#3ca951", "#d6649b", "#8f6bd8", "#5f8fc4", "#9c6b4e", "#7d8594"];
-const colour = (number, of = 10) =>
-  of <= PALETTE.length ? PALETTE[number % PALETTE.length] : d3.interpolateSinebow((number % of) / of);
+/* Ten colours that page.css gives for light and for dark; more are spread over the circle. */
+const colour = (number, of = 10) => (of <= 10 ? `var(--c${number % 10})` : d3.interpolateSinebow((number % of) / of));
 const heat = d3.interpolateViridis;
 const inkOn = (t) => (t < 0.6 ? "#ffffff" : "#10151d"); // readable on viridis
 
 const show = (value) =>
   value == null ? "–" : Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 1e-3) ? d3.format(".3~s")(value).replace("G", "B") : d3.format(",.4~r")(value);
 const short = (value) => (value >= 1000 ? d3.format(".2~s")(value).replace("G", "B") : d3.format(",.3~r")(value));
-const percent = (value) => d3.format(".0%")(value).replace("%", " %");
+const percent = (value) => d3.format(".0%")(value).replace("%", "\u00a0%");
 const amount = (value) => d3.format("~s")(value).replace("G", "B");
 
 function element(tag, properties = {}, ...children) {
@@ -44,12 +43,17 @@ function figure(name, draw) {
       console.error(`figure ${name}:`, error);
     }
   };
-  new ResizeObserver(() => {
+  const fit = () => {
     const now = Math.floor(place.clientWidth);
-    if (now && now !== width) {
-      width = now;
-      requestAnimationFrame(redraw);
-    }
+    if (!now || now === width) return;
+    width = now;
+    redraw();
+  };
+  fit();
+  let waiting; // outside the observer's own round, which must not change sizes
+  new ResizeObserver(() => {
+    clearTimeout(waiting);
+    waiting = setTimeout(fit, 60);
   }).observe(place);
   return { redraw, controls: place.querySelector(".controls") };
 }
@@ -136,7 +140,7 @@ function lines({ series, width, xLabel, yLabel, yLog = false, zero = false, mark
     marginRight: 16,
     marginBottom: 42,
     style: { fontSize: "11px", background: "transparent" },
-    x: { label: xLabel, tickFormat: amount, ticks: Math.max(3, Math.floor(width / 110)) },
+    x: { label: xLabel, zero: true, tickFormat: amount, ticks: Math.max(3, Math.floor(width / 110)) },
     y: { label: yLabel, grid: true, zero, type: yLog ? "log" : "linear", tickFormat: (v) => short(v), ticks: 6, ...(yDomain ? { domain: yDomain } : {}) },
     marks: [
       ...marks,

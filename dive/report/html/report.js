@@ -17,7 +17,7 @@ if (data.routing) {
   const drawn = figure("routing", (width) => [
     heatScale("share of the domain's tokens", "0 %", percent(most)),
     matrix({
-      label: "routing share by domain and expert", rows: domains, columns: d3.range(experts).map(String), width, cell: 34, rowHeight: 21,
+      label: "routing share by domain and expert", rows: domains, columns: d3.range(experts).map(String), width, cell: 26, rowHeight: 21,
       value: (i, j) => share(domains[i], j), shade: (v) => v / most, text: (v) => d3.format(".0f")(v * 100),
       ring: built ? (i, j) => groupOf.get(domains[i]) === j : null,
       rowInk: (d) => groupInk(domains[d]), columnInk: (d) => (built ? colour(d, experts) : "currentColor"),
@@ -34,7 +34,8 @@ if (data.routing) {
 /* ---- perplexity by domain and stage */
 
 if (data.domains.length) {
-  const inks = ["currentColor", "#e0523f", ...data.stages.slice(2).map((_, i) => d3.interpolateBlues(0.45 + 0.4 * (i + 1) / Math.max(1, data.stages.length - 2)))];
+  const inks = data.stages.map((stage, i) => ["currentColor", colour(2), colour(1), colour(3), colour(0), colour(6), colour(5)][i] ?? colour(i));
+  const last = data.stages.length - 1;
   const points = data.domains.flatMap((row) => row.perplexity.map((v, s) => ({ domain: row.domain, v, s })).filter((p) => p.v != null));
   figure("domains", (width) => {
     const left = widest(data.domains.map((d) => d.domain)) + 14;
@@ -49,7 +50,7 @@ if (data.domains.length) {
         ariaLabel: "perplexity by domain and stage",
         marks: [
           Plot.ruleY(data.domains, { y: "domain", x1: (d) => d3.min(d.perplexity), x2: (d) => d3.max(d.perplexity), strokeOpacity: 0.35 }),
-          Plot.dot(points, { x: "v", y: "domain", r: 4.5, fill: { value: (d) => inks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
+          Plot.dot(points, { x: "v", y: "domain", r: (d) => (d.s === last ? 5.5 : 4), fill: { value: (d) => inks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
           Plot.tip(points, Plot.pointer({ x: "v", y: "domain", title: (d) => `${d.domain}\n${data.stages[d.s].label}\nperplexity ${show(d.v)}`, fontSize: 12 })),
         ],
       }),
@@ -65,7 +66,7 @@ if (data.affinity) {
   const low = d3.min(affinity.flat());
   const rowHeight = 20;
   figure("affinity", (width) => {
-    const room = tree ? Math.min(170, Math.max(84, width * 0.16)) : 0;
+    const room = tree ? Math.min(180, Math.max(96, width * 0.17)) : 0;
     const heatmap = matrix({
       label: "affinity between domains", rows: names.map(groupName), columns: names, width: width - room, cell: 20, rowHeight,
       value: (i, j) => affinity[order[i]][order[j]], shade: (v) => (v - low) / (1 - low || 1), text: (v) => d3.format(".2f")(v), fontSize: 9,
@@ -79,7 +80,7 @@ if (data.affinity) {
     const far = d3.max(tree, (link) => d3.max(link.distance));
     const branches = tree.flatMap((link, number) => link.at.map((at, k) => ({ at, distance: link.distance[k], number, ink: link.group === "" ? "currentColor" : colour(Number(link.group), data.groups.length) })));
     const dendrogram = Plot.plot({
-      width: room, height, marginTop, marginBottom: 8, marginLeft: 8, marginRight: 2, style: { fontSize: "10px", background: "transparent" },
+      width: room, height, marginTop, marginBottom: 8, marginLeft: 8, marginRight: 14, style: { fontSize: "10px", background: "transparent" },
       x: { domain: [far * 1.04, 0], label: null, axis: "top", ticks: 2, tickFormat: "~g" },
       y: { domain: [0, 10 * names.length], range: [marginTop, height - 8], axis: null },
       ariaLabel: "tree of the domains",
@@ -116,7 +117,7 @@ if (data.overlap && data.overlap.length > 1) {
   figure("overlap", (width) => [
     heatScale("Jaccard index", show(low), show(high)),
     matrix({
-      label: "overlap between experts", rows: names, columns: names, width: Math.min(width, 620), cell: 34, rowHeight: 28, xLabel: "expert", yLabel: "expert",
+      label: "overlap between experts", rows: names, columns: names, width: Math.min(width, 620), cell: 29, rowHeight: 28, xLabel: "expert", yLabel: "expert",
       value: (i, j) => (i === j ? null : data.overlap[i][j]), shade: (v) => (high > low ? (v - low) / (high - low) : 0.5), text: (v) => d3.format(".2f")(v),
       rowInk: (d) => (data.groups.length === names.length ? colour(d, names.length) : "currentColor"), columnInk: (d) => (data.groups.length === names.length ? colour(d, names.length) : "currentColor"),
       title: (i, j, v) => (v == null ? `expert ${i} with itself: 1` : `experts ${i} and ${j}\n${show(v)}${data.groups.length === names.length ? `\n${i}: ${data.groups[i].join(", ")}\n${j}: ${data.groups[j].join(", ")}` : ""}`),
