@@ -280,9 +280,7 @@ def write_on(
 
     rows = [
         {"domain": domain, "prompt": text(prompt.tolist()), "reference": text(reference.tolist())}
-        for domain, prompt, reference in zip(
-            beginnings.domains, beginnings.prompts, beginnings.references, strict=True
-        )
+        for domain, prompt, reference in zip(beginnings.domains, beginnings.prompts, beginnings.references, strict=True)
     ]
     for name, (depends, model) in models.items():
 
@@ -634,9 +632,7 @@ def len_of_union(stages: Sequence[RetrainedStage]) -> int:
     return sum(sizes.values())
 
 
-def choose_beginnings(
-    config: Config, texts: EvaluationTexts, groups: Sequence[Sequence[str]]
-) -> Beginnings | None:
+def choose_beginnings(config: Config, texts: EvaluationTexts, groups: Sequence[Sequence[str]]) -> Beginnings | None:
     """Beginnings of test texts: of the first domain of each group, then of the second, and so on."""
     dealt = [domain for row in itertools.zip_longest(*groups) for domain in row if domain is not None]
     domains = list(dict.fromkeys(dealt))[: config.eval.generations]

@@ -3,6 +3,7 @@
 Shapes: N texts, P tokens of a beginning, G tokens of a continuation.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,8 @@ class Beginnings:
     """(N, G) int64, the tokens that follow."""
 
     @classmethod
-    def of(cls, windows: dict[str, Tensor], domains: list[str], *, tokens: int) -> "Beginnings":
-        """The beginning of the first window (T,) of each domain; at most half of it is left to be continued."""
+    def of(cls, windows: Mapping[str, Tensor], domains: list[str], *, tokens: int) -> "Beginnings":
+        """The first of each domain's windows (N, T): its beginning, and at most half of it to be continued."""
         length = next(iter(windows.values())).shape[1]
         tokens = min(tokens, length // 2)
         prompt = min(LONGEST_PROMPT, length - tokens)

@@ -66,12 +66,13 @@ def read_results(directory: Path) -> dict[str, Any]:
     """
     file = directory / "results.json"
     try:
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        results["run"], results["stages"]  # noqa: B018 - what every run writes first
+        results = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; name the directory of a run or of a sweep") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{file}: not the results of a run") from error
+    if not isinstance(results, dict) or not {"run", "stages"} <= results.keys():
+        raise UserError(f"{file}: not the results of a run")
     return results
 
 
@@ -100,7 +101,8 @@ def stage_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def computing_seconds(results: Mapping[str, Any]) -> float:
     """What making every stage took, whenever that was, and mining."""
-    return sum(stage["seconds"] for stage in results["stages"][1:]) + results.get("affinity", {}).get("seconds", 0.0)
+    mining = float(results.get("affinity", {}).get("seconds", 0.0))
+    return mining + sum(float(stage["seconds"]) for stage in results["stages"][1:])
 
 
 def model_name(config: Mapping[str, Any]) -> str:
@@ -155,7 +157,9 @@ def own_share(results: Mapping[str, Any]) -> float | None:
     experts = len(next(iter(share.values()), []))
     if experts < 2 or len(results["groups"]) != experts:
         return None
-    own = [share[domain][number] for number, group in enumerate(results["groups"]) for domain in group if domain in share]
+    own = [
+        share[domain][number] for number, group in enumerate(results["groups"]) for domain in group if domain in share
+    ]
     return float(np.mean(own)) if own else None
 
 
@@ -273,7 +277,9 @@ def read_curves(directory: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
             continue
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.DictReader(stream))
-        columns = {name.removeprefix(f"{stage}/"): [to_number(row[name]) for row in rows] for name in rows[0]} if rows else {}
+        columns = (
+            {name.removeprefix(f"{stage}/"): [to_number(row[name]) for row in rows] for name in rows[0]} if rows else {}
+        )
         tokens = columns.get("tokens")
         if tokens is None or None in tokens:
             continue
