@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from dive.cli import CONF, PACKAGE, register_schema, to_typed
+from dive.config import Config
 from dive.errors import UserError
 from dive.report.callback import SweepReport
 from dive.report.sweep import comparable, differing, find_jobs, pareto, read_job, write_sweep
@@ -160,12 +166,15 @@ def test_a_job_that_fails_leaves_its_reason(tmp_path: Path) -> None:
 
 
 def multirun(workplace: Workplace, directory: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    """A sweep whose pages are in ``<directory>/sweep``; what it sweeps over is fixed nowhere else."""
     short = (
         "retrain.stages.experts.tokens=512",
         f"store={directory / 'store'}",
         f"hydra.sweep.dir={directory / 'sweep'}",
     )
-    line = [sys.executable, "-m", "dive.train", "-m", *workplace.settings, *short, *overrides]
+    swept = {override.split("=")[0] for override in overrides}
+    settings = [setting for setting in workplace.settings if setting.split("=")[0] not in swept]
+    line = [sys.executable, "-m", "dive.train", "-m", *settings, *short, *overrides]
     return subprocess.run(line, cwd=directory, env=environment(), capture_output=True, text=True, timeout=400)
 
 
@@ -206,3 +215,27 @@ def test_a_search_by_optuna(workplace: Workplace, tmp_path: Path) -> None:
     assert found["best_value"] == pytest.approx(float(best["perplexity"]))
     assert found["best_params"]["pruning.ratio"] == pytest.approx(float(best["pruning.ratio"]))
     assert "sweep.html" in done.stdout
+
+
+def documented() -> list[str]:
+    """Sweeps in the documentation's shell blocks, continued lines joined, comments left out."""
+    text = (PACKAGE.parent / "docs/report.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].partition("dive.train -m ")[2] for line in lines if "dive.train -m " in line]
+
+
+@pytest.mark.parametrize("overrides", documented())
+def test_a_documented_sweep_composes(overrides: str) -> None:
+    parsed = OverridesParser.create().parse_overrides(shlex.split(overrides))
+    first = [
+        f"{p.key_or_group}={p.value().start if p.is_interval_sweep() else next(iter(p.sweep_iterator()))}"
+        for p in parsed
+        if not p.key_or_group.startswith("hydra")  # the plugins' own, of packages that need not be here
+    ]
+    register_schema("config", Config)
+    with initialize_config_dir(str(CONF), version_base=None):
+        to_typed(compose("config", first), Config)
+
+
+def test_the_documentation_has_sweeps() -> None:
+    assert len(documented()) == 4
