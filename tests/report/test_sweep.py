@@ -227,11 +227,16 @@ def documented() -> list[str]:
 @pytest.mark.parametrize("overrides", documented())
 def test_a_documented_sweep_composes(overrides: str) -> None:
     parsed = OverridesParser.create().parse_overrides(shlex.split(overrides))
-    first = [
-        f"{p.key_or_group}={p.value().start if p.is_interval_sweep() else next(iter(p.sweep_iterator()))}"
-        for p in parsed
-        if not p.key_or_group.startswith("hydra")  # the plugins' own, of packages that need not be here
-    ]
+    first = []
+    for override in parsed:
+        if override.key_or_group.startswith("hydra"):
+            continue  # the plugins' own, of packages that need not be here
+        value = override.value()
+        if override.is_interval_sweep():
+            value = value.start
+        elif override.is_sweep_override():
+            value = next(iter(override.sweep_iterator()))
+        first.append(f"{override.key_or_group}={value}")
     register_schema("config", Config)
     with initialize_config_dir(str(CONF), version_base=None):
         to_typed(compose("config", first), Config)
