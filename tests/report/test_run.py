@@ -255,3 +255,9 @@ def test_vendored_libraries_have_their_licences_and_end_no_script() -> None:
 def test_all_words_have_a_row(finished: Path) -> None:
     text = Elements((finished / "report.html").read_text()).text
     assert all(domain in text for domain in WORDS)
+
+
+def test_wandb_keeps_a_copy(workplace: Workplace) -> None:
+    workplace.run("with wandb", "logger=[csv,wandb]", "retrain.stages.experts.tokens=512")
+    (copy,) = (workplace.root / "with wandb/wandb").glob("offline-run-*/files/report.html")
+    assert copy.read_bytes() == (workplace.root / "with wandb/report.html").read_bytes()
