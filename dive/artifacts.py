@@ -64,6 +64,9 @@ def key_of(kind: str, inputs: Mapping[str, Any]) -> str:
 class Store:
     """Artifacts under one directory, shared by runs and by the processes of a run."""
 
+    finished: Callable[[str, Artifact], None] | None = None
+    """Called with the kind of each artifact that :meth:`get` returns, and the artifact."""
+
     def __init__(self, root: Path) -> None:
         """
         Raises:
@@ -86,11 +89,11 @@ class Store:
         key = key_of(kind, inputs)
         with self._lock(kind, key):
             found = self.find(kind, inputs)
-            if found is not None:
-                log.info("%s %s: reused", kind, key[:8])
-                return found
-            log.info("%s %s: computing", kind, key[:8])
-            return self.put(kind, inputs, compute)
+            log.info("%s %s: %s", kind, key[:8], "computing" if found is None else "reused")
+            artifact = found or self.put(kind, inputs, compute)
+        if self.finished is not None:
+            self.finished(kind, artifact)
+        return artifact
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artifact | None:
         """The artifact of these inputs, if it is there and whole."""

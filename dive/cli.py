@@ -25,6 +25,9 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """Directory of the YAML files: inside the package in a wheel, beside it in the repository."""
 
+# ${ratio_of_active:0.25,${moe.top_k}} in YAML: the pruning.ratio at which top_k experts have a quarter of the channels together.
+OmegaConf.register_new_resolver("ratio_of_active", lambda share, top_k: 1.0 - share / top_k, replace=True)
+
 
 def register_schema(name: str, schema: type[Any]) -> None:
     """Let ``<name>.yaml`` start its defaults list with ``<name>_schema``, which types everything after it."""
@@ -69,10 +72,17 @@ def describe(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
+SILENT = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Overrides of a command that leaves no directory behind."""
+
+
+def run(task: Callable[[C], object], config_name: str, schema: type[C], *, writes: bool = True) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line's overrides and call ``task`` with the result.
 
     What the task returns is the objective that an optimising sweeper gets.
+
+    Args:
+        writes: give the run a directory of its own under ``outputs/``.
 
     Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
     """
@@ -91,6 +101,8 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
 
     ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
     wants_traceback = ours == "0"
+    if not writes:
+        sys.argv += SILENT
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the line below is one line
     try:
         main()

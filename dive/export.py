@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dive.artifacts import write_json
 from dive.errors import UserError
 from dive.model.families import decoder_layers, moe_block, moe_class
+from dive.model.load import load_tokenizer, load_weights, locate_dense, resolve_device
 from dive.moe.plug import plug_routers, unplug
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +67,37 @@ def save(
     with _replacing(target) as working:
         model.save_pretrained(working)
         tokenizer.save_pretrained(working)
+        add_earlier_names(working)
         if card is not None:
             (working / "README.md").write_text(card, encoding="utf-8")
         verify(model, working)
     return target
+
+
+def add_earlier_names(directory: Path) -> None:
+    """Write what transformers 5 renamed under its former name as well, so that releases before it read the same model.
+
+    Without ``rope_theta`` they fall back to another base in silence, without ``num_experts`` Qwen3-MoE to 128 of them, and
+    they know no class ``TokenizersBackend``; engines and llama.cpp's converter pin such releases. How the tokenizer was
+    loaded here is left out: it says nothing about it.
+    """
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config["num_local_experts"]
+    write_json(file, config)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(file, settings)
 
 
 @torch.no_grad()
@@ -148,6 +177,25 @@ def save_with_expert_bias(
     return target
 
 
+def expert_bias_config(directory: Path) -> "PretrainedConfig":
+    """The stock configuration of a directory of :func:`save_with_expert_bias`.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: config.json cannot be read") from error
+    if settings.get("model_type") != BIASED_MODEL_TYPE:
+        raise UserError(f"{directory} is not a directory of save_with_expert_bias; load it with transformers")
+    settings["model_type"] = settings.pop("stock_model_type")
+    config: PretrainedConfig = AutoConfig.for_model(**settings)
+    return config
+
+
 def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     """Load what :func:`save_with_expert_bias` wrote.
 
@@ -155,19 +203,11 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
         UserError: the directory holds something else.
     """
     from safetensors.torch import load_file, load_model
-    from transformers import AutoConfig
 
     from dive.model.families import empty_moe
 
     path = Path(directory)
-    try:
-        settings = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: config.json cannot be read") from error
-    if settings.get("model_type") != BIASED_MODEL_TYPE:
-        raise UserError(f"{path} is not a directory of save_with_expert_bias; load it with transformers")
-    settings["model_type"] = settings.pop("stock_model_type")
-    config = AutoConfig.for_model(**settings)
+    config = expert_bias_config(path)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     model = empty_moe(config, dtype)
     shapes = load_file(path / "model.safetensors")
@@ -178,6 +218,40 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     plug_routers(model)
     assert isinstance(model, moe_class(config))
     return model.requires_grad_(False).eval()
+
+
+def load_checkpoint(
+    path: str, *, where: str = "checkpoint", dtype: str = "auto", device: str = "auto"
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A finished model and its tokenizer: what :func:`save` or :func:`save_with_expert_bias` wrote, or any dense one.
+
+    Args:
+        path: a directory, a hub id, or ``embedded``.
+        where: override to name in errors.
+        dtype: of the weights, or ``auto`` for the checkpoint's own.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    chosen = resolve_device(device)
+    if _is_biased(Path(path)):
+        model = load_with_expert_bias(path)
+        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+        return model.to(chosen), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    source = locate_dense(path, dtype=dtype, where=where, any_family=True)
+    tokenizer = load_tokenizer(source)
+    return load_weights(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=chosen), tokenizer
+
+
+def _is_biased(directory: Path) -> bool:
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("model_type") == BIASED_MODEL_TYPE
 
 
 @contextmanager

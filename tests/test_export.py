@@ -103,6 +103,29 @@ def test_the_layout_on_disk_is_the_one_engines_read(
     assert config["num_key_value_heads"] == 2
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen3"])
+def test_releases_before_transformers_5_find_the_names_they_know(
+    build: Callable[..., PreTrainedModel],
+    make_moe: MakeMoE,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    scaling = variant == "llama-tied"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer", local_files_only=True)
+    save(make_moe(build(variant)), loaded, tmp_path / "moe")
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert config["rope_theta"] == 10000.0
+    assert ("rope_scaling" in config) is scaling
+    if scaling:  # their rope_scaling has every key but the base
+        assert config["rope_scaling"] == {k: v for k, v in config["rope_parameters"].items() if k != "rope_theta"}
+    assert config["num_experts" if variant == "qwen3" else "num_local_experts"] == 3
+    settings = json.loads((tmp_path / "moe" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only"} & set(settings)
+
+
 def test_training_parts_are_merged_on_the_way(
     dense: PreTrainedModel, make_moe: MakeMoE, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -47,28 +47,8 @@ def walk_layers(
         batches: token matrices (n, T), int64; lengths may differ between batches.
     """
     device = model.device
-    layers = decoder_layers(model)
-    hidden: list[Tensor] = []  # on the host: all tokens of a large calibration would fill a GPU
-    arguments: list[dict[str, Any]] = []
-
-    def keep_arguments(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
-        arguments.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
-        raise _StopForward
-
-    hook = layers[0].register_forward_pre_hook(keep_arguments, with_kwargs=True)
-    try:
-        shared: dict[tuple[int, ...], dict[str, Any]] = {}
-        for batch in batches:
-            try:
-                model.model(input_ids=batch.to(device), use_cache=False)
-            except _StopForward:
-                # Positions and mask depend on the batch's shape alone: one copy a shape.
-                arguments[-1] = shared.setdefault(tuple(batch.shape), arguments[-1])
-    finally:
-        hook.remove()
-
-    for number, layer in enumerate(layers):
+    hidden, arguments = _embed(model, batches)
+    for number, layer in enumerate(decoder_layers(model)):
 
         def run(number: int = number, layer: nn.Module = layer) -> Iterator[FFNBatch]:
             for index in range(len(hidden)):
@@ -78,6 +58,80 @@ def walk_layers(
                 yield FFNBatch(index, inputs.flatten(0, -2), channels.flatten(0, -2))
 
         yield number, run
+
+
+def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Hidden states before the first layer, and the other arguments of every layer, batch by batch."""
+    hidden: list[Tensor] = []  # on the host: all tokens of a large calibration would fill a GPU
+    arguments: list[dict[str, Any]] = []
+
+    def keep_arguments(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
+        arguments.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+        raise _StopForward
+
+    hook = decoder_layers(model)[0].register_forward_pre_hook(keep_arguments, with_kwargs=True)
+    try:
+        shared: dict[tuple[int, ...], dict[str, Any]] = {}
+        for batch in batches:
+            try:
+                model.model(input_ids=batch.to(model.device), use_cache=False)
+            except _StopForward:
+                # Positions and mask depend on the batch's shape alone: one copy a shape.
+                arguments[-1] = shared.setdefault(tuple(batch.shape), arguments[-1])
+    finally:
+        hook.remove()
+    return hidden, arguments
+
+
+class Track:
+    """All tokens on their way through a model whose FFNs the caller computes.
+
+    For each layer in turn: :meth:`attend`, then :meth:`add`. Hidden states rest on the host.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: "PreTrainedModel", batches: Sequence[Tensor]) -> None:
+        """
+        Args:
+            model: dense model.
+            batches: token matrices (n, T), int64.
+        """
+        self.model = model
+        self.hidden, self.arguments = _embed(model, batches)
+
+    @torch.no_grad()
+    def attend(self, number: int) -> Iterator[Tensor]:
+        """Run everything of a layer but its FFN; yield what the FFN is given, (n · T, D), batch by batch."""
+        layer = decoder_layers(self.model)[number]
+        mlp, _ = ffn_modules(self.model, number)
+        seen: list[Tensor] = []
+
+        def nothing(inputs: Tensor) -> Tensor:
+            seen.append(inputs)
+            return torch.zeros_like(inputs)
+
+        mlp.forward = nothing
+        try:
+            for index, arguments in enumerate(self.arguments):
+                output = layer(self.hidden[index].to(self.model.device), **arguments)
+                self.hidden[index] = (output[0] if isinstance(output, tuple) else output).cpu()
+                yield seen.pop().flatten(0, -2)
+        finally:
+            del mlp.forward  # the class's own again
+
+    @torch.no_grad()
+    def add(self, outputs: Tensor) -> None:
+        """Add the FFN's outputs, (all tokens, D), on the host."""
+        start = 0
+        for index, states in enumerate(self.hidden):
+            stop = start + states[..., 0].numel()
+            self.hidden[index] = states + outputs[start:stop].to(states.dtype).view_as(states)
+            start = stop
+
+    def states(self) -> Tensor:
+        """Hidden states of all tokens, (all tokens, D) float32."""
+        return torch.cat([states.flatten(0, -2).float() for states in self.hidden])
 
 
 @torch.no_grad()

@@ -11,15 +11,13 @@ import torch
 
 from dive.connection import hub_answers
 from dive.errors import UserError
+from dive.model.architecture import EMBEDDED
 from dive.model.families import check_supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-EMBEDDED = Path(__file__).resolve().parent / "tiny"
-"""Directory of the model that comes with the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,8 @@ class DenseSource:
     """Element type the weights will be loaded in, or ``auto``."""
     offline: bool
     """Whether the hub is left alone: a directory, or no network."""
+    where: str = "model.path"
+    """Override that named it, for messages."""
 
     @property
     def channels(self) -> int:
@@ -43,13 +43,22 @@ class DenseSource:
         return int(self.config.intermediate_size)
 
 
-def locate_dense(path: str, revision: str | None = None, *, dtype: str = "auto") -> DenseSource:
+def locate_dense(
+    path: str,
+    revision: str | None = None,
+    *,
+    dtype: str = "auto",
+    where: str = "model.path",
+    any_family: bool = False,
+) -> DenseSource:
     """Find a dense model and read its configuration, without its weights.
 
     Args:
         path: ``embedded``, a directory, or a hub id.
         revision: commit, branch or tag on the hub.
         dtype: recorded for the weights' loading.
+        where: override to name in errors.
+        any_family: accept models that cannot become a Mixture-of-Experts, or are one, as well.
 
     Raises:
         UserError: nothing there, an unreadable configuration, an unsupported family, pickled weights only.
@@ -60,49 +69,53 @@ def locate_dense(path: str, revision: str | None = None, *, dtype: str = "auto")
     directory = Path(location).expanduser()
     is_local = directory.is_dir()
     if not is_local and (directory.is_absolute() or location.startswith((".", "~")) or location.count("/") != 1):
-        raise UserError(f"model.path={path}: no such directory")
+        raise UserError(f"{where}={path}: no such directory")
     if is_local:
-        _check_directory(directory, path)
+        _check_directory(directory, f"{where}={path}")
         location = str(directory)
     offline = not is_local and not hub_answers()
     try:
-        config = AutoConfig.from_pretrained(location, revision=revision, local_files_only=offline)
+        config = AutoConfig.from_pretrained(
+            location, revision=revision, local_files_only=offline, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         if is_local:
-            raise UserError(f"model.path={path}: config.json cannot be read ({_first_line(error)})") from error
+            raise UserError(f"{where}={path}: config.json cannot be read ({_first_line(error)})") from error
         if offline:
-            raise UserError(_not_cached(path, revision)) from error
+            raise UserError(_not_cached(path, revision, where)) from error
         raise UserError(
-            f"model.path={path}: the hub does not give it out ({_first_line(error)}); check model.path and model.revision, and "
+            f"{where}={path}: the hub does not give it out ({_first_line(error)}); check it and its revision, and "
             "accept its licence there if it has one (then `hf auth login`)"
         ) from error
-    check_supported(config, path)
+    if not any_family:
+        check_supported(config, path)
     if is_local:
         fingerprint = fingerprint_directory(directory)
     else:
         fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
-    return DenseSource(location, revision, config, fingerprint, dtype, is_local or offline)
+    return DenseSource(location, revision, config, fingerprint, dtype, is_local or offline, where)
 
 
-def _check_directory(directory: Path, path: str) -> None:
+def _check_directory(directory: Path, named: str) -> None:
     if not (directory / "config.json").is_file():
-        raise UserError(f"model.path={path}: no config.json in this directory")
+        raise UserError(f"{named}: no config.json in this directory")
     if not any(directory.glob("*.safetensors")):
         pickled = (
             "only pickled weights (.bin), which are not read: convert them" if any(directory.glob("*.bin")) else ""
         )
-        raise UserError(f"model.path={path}: {pickled or 'no weights: a *.safetensors file is missing'}")
+        raise UserError(f"{named}: {pickled or 'no weights: a *.safetensors file is missing'}")
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _not_cached(path: str, revision: str | None) -> str:
+def _not_cached(path: str, revision: str | None, where: str) -> str:
     at = f" --revision {revision}" if revision else ""
+    instead = "choose model=local model.path=DIR" if where == "model.path" else f"set {where}=DIR"
     return (
-        f"model.path={path} is not in the Hugging Face cache and the hub does not answer; where there is network, fetch it "
-        f"with `hf download {path}{at}`, or choose model=local model.path=DIR"
+        f"{where}={path} is not in the Hugging Face cache and the hub does not answer; where there is network, fetch it "
+        f"with `hf download {path}{at}`, or {instead}"
     )
 
 
@@ -127,13 +140,13 @@ def load_tokenizer(source: DenseSource) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source.path, revision=source.revision, local_files_only=source.offline
+            source.path, revision=source.revision, local_files_only=source.offline, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={source.path}: no tokenizer there ({_first_line(error)})") from error
+        raise UserError(f"{source.where}={source.path}: no tokenizer there ({_first_line(error)})") from error
     if len(tokenizer) > source.config.vocab_size:
         raise UserError(
-            f"model.path={source.path}: its tokenizer has {len(tokenizer)} tokens, its vocabulary {source.config.vocab_size}"
+            f"{source.where}={source.path}: its tokenizer has {len(tokenizer)} tokens, its vocabulary {source.config.vocab_size}"
         )
     return tokenizer
 
@@ -156,13 +169,14 @@ def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=source.offline,
+            trust_remote_code=False,
         )
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"model.path={source.path}: the weights cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{source.where}={source.path}: the weights cannot be read ({_first_line(error)})") from error
     missing = sorted(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         raise UserError(
-            f"model.path={source.path}: {len(missing)} tensors missing, {len(report['mismatched_keys'])} of another shape "
+            f"{source.where}={source.path}: {len(missing)} tensors missing, {len(report['mismatched_keys'])} of another shape "
             f"(first: {(missing + sorted(map(str, report['mismatched_keys'])))[0]})"
         )
     return model.to(device).eval().requires_grad_(False)

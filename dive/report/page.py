@@ -8,18 +8,27 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dive.plan.table import duration, operations, size
 from dive.report.text import count
 
 HTML = Path(__file__).parent / "html"
 LIBRARIES = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "charts.js")
 """D3 and Observable Plot (ISC licence, texts beside them), and what both pages share."""
+UNITS: Mapping[str, Callable[[float], str]] = {
+    "count": count,
+    "duration": duration,
+    "size": size,
+    "operations": operations,
+}
+"""Filters of the templates."""
 NO_BREAK = "\u00a0"
 """A space that ends no line."""
 
@@ -35,7 +44,7 @@ def write_page(file: Path, template: str, *, script: str, data: Mapping[str, Any
     environment = Environment(loader=FileSystemLoader(HTML), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"number": number, "percent": percent}
-    environment.filters |= {"count": lambda value: unbroken(count(value)), "duration": lambda s: unbroken(duration(s))}
+    environment.filters |= {name: partial(unbroken, write) for name, write in UNITS.items()}
     scripts = [(HTML / name).read_text(encoding="utf-8") for name in (*LIBRARIES, script)]
     page = environment.get_template(template).render(
         **context,
@@ -73,16 +82,6 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value * 100:.0f}{NO_BREAK}%"
 
 
-def unbroken(text: str) -> str:
-    """The same, kept on one line."""
-    return text.replace(" ", NO_BREAK)
-
-
-def duration(seconds: float | None) -> str:
-    """3725 as 1 h 2 min."""
-    if seconds is None:
-        return "–"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+def unbroken(write: Callable[[float], str], value: float | None) -> str:
+    """A figure and its unit on one line, or a dash."""
+    return "–" if value is None else write(value).replace(" ", NO_BREAK)

@@ -51,7 +51,8 @@ def write_report(directory: Path) -> Path:
         recovered=recovered(results),
         domains=domain_rows(results),
         tasks=task_rows(results),
-        planned=planned_rows(results),
+        plan=plan_rows(results),
+        own_groups=has_own_groups(results),
         calibration_tokens=sum(n * length for n, length in results["run"]["samples"]["calibration"].values()),
         seconds=computing_seconds(results),
         has_curves=bool(curves),
@@ -142,7 +143,7 @@ def expert_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "number": number,
-                "built_from": groups[number] if len(groups) == experts else groups[0] if groups else [],
+                "built_from": groups[number] if has_own_groups(results) else [],
                 "first_choice_of": first,
                 "served": [(domain, share[domain][number]) for domain in served[:3]],
                 "load": float(np.mean([values[number] for values in share.values()])),
@@ -151,11 +152,17 @@ def expert_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def has_own_groups(results: Mapping[str, Any]) -> bool:
+    """Whether each expert began with a group of domains of its own."""
+    share = results["routing"].get("share", {})
+    experts = len(next(iter(share.values()), []))
+    return experts > 1 and len(results["groups"]) == experts
+
+
 def own_share(results: Mapping[str, Any]) -> float | None:
     """Share of a domain's assignments that its own expert gets, mean over domains; none where groups are not experts."""
     share = results["routing"].get("share", {})
-    experts = len(next(iter(share.values()), []))
-    if experts < 2 or len(results["groups"]) != experts:
+    if not has_own_groups(results):
         return None
     own = [
         share[domain][number] for number, group in enumerate(results["groups"]) for domain in group if domain in share
@@ -183,28 +190,42 @@ def headline_length(results: Mapping[str, Any]) -> int:
 
 
 def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Scores of evaluation tasks, where they were measured: a row a task and metric, a value a stage."""
+    """Scores of evaluation tasks, where they were measured: a row a task and metric, (value, standard error) a stage."""
+    scores = [stage.get("tasks", {}) for stage in results["stages"]]
     names = {
         (task, metric): None
-        for stage in results["stages"]
-        for task, metrics in stage.get("tasks", {}).items()
+        for found in scores
+        for task, metrics in found.items()
         for metric, value in metrics.items()
-        if isinstance(value, int | float)
+        if isinstance(value, int | float) and "_stderr" not in metric
     }
+    rows = []
+    for task, metric in names:
+        name, comma, behind = metric.partition(",")
+        error = f"{name}_stderr{comma}{behind}"
+        of_task = [found.get(task, {}) for found in scores]
+        rows.append({"task": task, "metric": metric, "scores": [(m.get(metric), m.get(error)) for m in of_task]})
+    return rows
+
+
+def plan_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was planned of each stage and of the whole run beside what it took: (planned, actual) seconds and bytes."""
+    if "plan" not in results:
+        return []
+    planned, actual = results["plan"]["planned"], results["plan"]["actual"]
+    disk = planned["disk_bytes"]
+    whole = {**planned, "name": "whole run", "disk_bytes": disk["store"] + disk["export"]}
+    took = {stage["name"]: stage for stage in actual["stages"]} | {"whole run": actual}
+    figures = ("seconds", "host_bytes", "device_bytes", "disk_bytes")
     return [
         {
-            "task": task,
-            "metric": metric,
-            "values": [stage.get("tasks", {}).get(task, {}).get(metric) for stage in results["stages"]],
+            "name": stage["name"],
+            "flops": stage.get("flops"),
+            "reused": took.get(stage["name"], {}).get("reused", False),
+            **{figure: (stage[figure], took.get(stage["name"], {}).get(figure)) for figure in figures},
         }
-        for task, metric in names
+        for stage in [*planned["stages"], whole]
     ]
-
-
-def planned_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Figures that were planned beside what they came to, where the run recorded both."""
-    planned, actual = flatten(results.get("planned") or {}), flatten(results.get("actual") or {})
-    return [{"name": name, "planned": planned.get(name), "actual": actual.get(name)} for name in planned | actual]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -235,13 +256,14 @@ def figures(results: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
 
 
 def affinity_figure(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Matrix of cross-domain perplexities (n, n), affinities, and the tree; none if nothing was mined."""
+    """Affinities (n, n), the cross-domain perplexities they come from if they do, and the tree; none if nothing was mined."""
     mined = results.get("affinity")
     if mined is None:
         return None
     domains = mined["domains"]
-    figure = {"domains": domains, "perplexity": mined["perplexity"], "tree": None}
-    figure["affinity"] = affinity(mined["perplexity"]).tolist()
+    figure = {"domains": domains, "perplexity": mined.get("perplexity"), "tree": None}
+    by_perplexity = figure["perplexity"] is not None
+    figure["affinity"] = affinity(figure["perplexity"]).tolist() if by_perplexity else mined["similarity"]
     group = {domain: number for number, members in enumerate(results["groups"]) for domain in members}
     if "tree" not in mined:
         figure["order"] = sorted(range(len(domains)), key=lambda i: group.get(domains[i], len(domains)))

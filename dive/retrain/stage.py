@@ -23,6 +23,7 @@ from dive.report.text import show, trained_parameters_table
 from dive.retrain.corpus import Blocks
 from dive.retrain.freezing import apply_policy, plug_adapters, trained_table
 from dive.retrain.module import MoERetraining, log_values, optimiser_steps
+from dive.retrain.teacher import share_frozen
 from dive.trainer.build import build_trainer
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def retrain_stage(
     name: str,
     config: Config,
     reconstructed: Callable[[], "PreTrainedModel"],
+    dense: Callable[[], "PreTrainedModel"],
     before: Sequence[RetrainedStage],
     blocks: Blocks,
     *,
@@ -70,6 +72,7 @@ def retrain_stage(
 
     Args:
         reconstructed: makes the model as it was before any retraining.
+        dense: gives the dense model, where the stage learns from it.
         before: the stages before this one, in order.
         blocks: the corpus; a stage begins where the one before it ended.
         depends: what identifies the reconstructed model and the corpus.
@@ -104,7 +107,10 @@ def retrain_stage(
         apply_policy(model, stage.train, retrain.lora, master_weights=master_weights)
         if main_process:
             show(trained_parameters_table(name, trained_table(model)))
-        module = _fit(store, model, name, config, blocks, inputs, before, directory, wandb)
+        teacher = dense() if stage.teacher.wanted else None
+        if teacher is not None and config.trainer.strategy in (Strategy.single, Strategy.ddp):
+            share_frozen(teacher, model)
+        module = _fit(store, model, teacher, name, config, blocks, inputs, before, directory, wandb)
         state = _gather(module)
         if main_process:
             earlier = load_file(before[-1].artifact.path / "trained.safetensors") if before else {}
@@ -193,6 +199,7 @@ def retrained_model(
 def _fit(
     store: Store,
     model: "PreTrainedModel",
+    teacher: "PreTrainedModel | None",
     name: str,
     config: Config,
     blocks: Blocks,
@@ -220,6 +227,7 @@ def _fit(
         accumulation=accumulation,
         seed=config.seed,
         shard=config.trainer.strategy is Strategy.fsdp2,
+        teacher=teacher,
     )
     loggers = build_stage_loggers(config.logger, directory, name)
     trainer = build_trainer(

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dive.errors import UserError
-from dive.report.page import HTML, compact, duration, number, percent
+from dive.report.page import HTML, compact, number, percent
 from dive.report.run import (
     POINTS,
     affinity_figure,
     expert_rows,
     own_share,
-    planned_rows,
+    plan_rows,
     read_curves,
     recovered,
     task_rows,
@@ -49,7 +49,7 @@ def hostile(finished: Path, tmp_path: Path) -> Path:
     for sample in results["generations"]:
         sample |= {"moe": ENDING, "dense": ENDING, "prompt": ENDING}
     results["stages"][-1]["tasks"] = {DOMAIN: {ENDING: 0.5}}
-    results |= {"planned": {DOMAIN: {"seconds": 10.0}}, "actual": {DOMAIN: {"seconds": ENDING}}}
+    results["plan"]["planned"] |= {"device": ENDING}
     (directory / "results.json").write_text(json.dumps(results))
     (directory / "config.yaml").write_text(f"x: '</pre>{ENDING}'\n")
     return directory
@@ -220,15 +220,25 @@ def test_curves_of_any_name_are_read_and_follow_one_another(tmp_path: Path) -> N
     assert two["scalars"]["loss"][-1] == 999
 
 
-def test_tasks_and_plans_are_shown_where_they_are() -> None:
-    stages = [stage("dense", 1.0), stage("experts", 2.0, tasks={"piqa": {"acc": 0.5, "alias": "piqa"}})]
-    assert task_rows({"stages": stages}) == [{"task": "piqa", "metric": "acc", "values": [None, 0.5]}]
-    rows = planned_rows({"planned": {"seconds": {"router": 3}, "bytes": 5}, "actual": {"seconds": {"router": 4}}})
-    assert rows == [
-        {"name": "seconds.router", "planned": 3, "actual": 4},
-        {"name": "bytes", "planned": 5, "actual": None},
+def test_tasks_are_shown_where_they_are() -> None:
+    measured = {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "piqa"}}
+    stages = [stage("dense", 1.0), stage("experts", 2.0, tasks=measured)]
+    assert task_rows({"stages": stages}) == [
+        {"task": "piqa", "metric": "acc,none", "scores": [(None, None), (0.5, 0.1)]}
     ]
-    assert planned_rows({}) == []
+
+
+def test_the_plan_stands_beside_what_it_took() -> None:
+    figures = {"seconds": 1.0, "host_bytes": 2, "device_bytes": 0, "disk_bytes": 3}
+    planned = {"stages": [figures | {"name": "mining", "flops": 4.0}], **figures}
+    planned["disk_bytes"] = {"store": 5, "export": 6, "checkpoints": 7}
+    took = {"seconds": 8.0, "host_bytes": 9, "device_bytes": 0, "disk_bytes": 10}
+    actual = {"stages": [took | {"name": "mining", "reused": True}], **took}
+    mining, whole = plan_rows({"plan": {"planned": planned, "actual": actual}})
+    assert (mining["seconds"], mining["disk_bytes"], mining["flops"]) == ((1.0, 8.0), (3, 10), 4.0)
+    assert mining["reused"]
+    assert whole["disk_bytes"] == (5 + 6, 10)
+    assert plan_rows({}) == []
 
 
 def test_numbers_for_people() -> None:
@@ -240,7 +250,6 @@ def test_numbers_for_people() -> None:
         "–",
     ]
     assert percent(0.256) == "26\u00a0%"
-    assert [duration(s) for s in (1.25, 42, 125, 7265, None)] == ["1.2 s", "42 s", "2 min", "2 h 1 min", "–"]
     assert compact({"a": [1.23456789, float("inf")], 1: (2, "x")}) == {"a": [1.2346, None], "1": [2, "x"]}
 
 

@@ -14,6 +14,12 @@ from tests.workplace import Workplace
 
 STOCHASTIC = ("retrain.lora.dropout=0.1", "moe.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
 """Everything that draws random numbers in training."""
+TEACHER = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=0.1")
+ROUTERS = (
+    "retrain.stages.experts.gate=straight_through",
+    "retrain.stages.experts.balance=0.01",
+    "retrain.stages.experts.z_loss=0.001",
+)
 
 
 def exported(workplace: Workplace, name: str) -> dict[str, torch.Tensor]:
@@ -49,7 +55,7 @@ def logged_steps(directory: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path: Path) -> None:
-    long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC)
+    long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC, *TEACHER, *ROUTERS)
     finish(workplace.start("undisturbed", f"store={tmp_path / 'a'}", *long))
     kill_after_checkpoint(
         workplace.start("killed", f"store={tmp_path / 'b'}", *long), tmp_path / "b", 6, signal.SIGKILL
@@ -80,7 +86,7 @@ def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: str) -> None:
-    same = ("moe.top_k=2", "trainer.accumulation=2")
+    same = ("moe.top_k=2", "trainer.accumulation=2", TEACHER[0], ROUTERS[0])
     finish(workplace.start("one", f"store={workplace.root / 'one-store'}", *same))
     output = finish(
         workplace.start(

@@ -70,10 +70,10 @@ if (data.affinity) {
     const heatmap = matrix({
       label: "affinity between domains", rows: names.map(groupName), columns: names, width: width - room, cell: 20, rowHeight,
       value: (i, j) => affinity[order[i]][order[j]], shade: (v) => (v - low) / (1 - low || 1), text: (v) => d3.format(".2f")(v), fontSize: 9,
-      rowInk: (d) => groupInk(names[d]), columnInk: (d) => groupInk(names[d]), xLabel: "measured on", yLabel: "pruned on · group",
-      title: (i, j, v) => `pruned on ${names[i]}, measured on ${names[j]}\naffinity ${show(v)}\nperplexity ${show(perplexity[order[i]][order[j]])}`,
+      rowInk: (d) => groupInk(names[d]), columnInk: (d) => groupInk(names[d]), xLabel: perplexity ? "measured on" : "domain", yLabel: perplexity ? "pruned on · group" : "domain · group",
+      title: (i, j, v) => (perplexity ? `pruned on ${names[i]}, measured on ${names[j]}\naffinity ${show(v)}\nperplexity ${show(perplexity[order[i]][order[j]])}` : `${names[i]} and ${names[j]}\nsimilarity ${show(v)}`),
     });
-    const nodes = [heatScale("affinity", show(low), "1")];
+    const nodes = [heatScale(perplexity ? "affinity" : "similarity", show(low), "1")];
     if (!tree) return [...nodes, heatmap];
     const height = Number(heatmap.getAttribute("height"));
     const marginTop = height - 8 - rowHeight * names.length;
@@ -85,7 +85,7 @@ if (data.affinity) {
       y: { domain: [0, 10 * names.length], range: [marginTop, height - 8], axis: null },
       ariaLabel: "tree of the domains",
       marks: [
-        Plot.text(["distance, 1 − r"], { frameAnchor: "top", dy: -34, text: (d) => d, fontWeight: 600 }),
+        Plot.text([perplexity ? "distance, 1 − r" : "distance"], { frameAnchor: "top", dy: -34, text: (d) => d, fontWeight: 600 }),
         Plot.line(branches, { x: "distance", y: "at", z: "number", stroke: { value: "ink", scale: null }, strokeWidth: 1.6 }),
         Plot.tip(tree, Plot.pointer({ x: (d) => d.distance[1], y: (d) => (d.at[1] + d.at[2]) / 2, title: (d) => `joined at ${show(d.distance[1])}`, fontSize: 12 })),
       ],
@@ -95,17 +95,19 @@ if (data.affinity) {
     return [...nodes, side];
   });
 
-  const logs = perplexity.flat().map(Math.log);
-  const [least, largest] = d3.extent(logs);
-  figure("matrix", (width) => [
-    heatScale("perplexity", show(Math.exp(least)), show(Math.exp(largest))),
-    matrix({
-      label: "perplexity pruned on one domain, measured on another", rows: names, columns: names, width, cell: 20, rowHeight,
-      value: (i, j) => perplexity[order[i]][order[j]], shade: (v) => (Math.log(v) - least) / (largest - least || 1), text: (v) => d3.format(v >= 1000 ? ".2~s" : ".3~r")(v), fontSize: 9,
-      rowInk: (d) => groupInk(names[d]), columnInk: (d) => groupInk(names[d]), xLabel: "measured on", yLabel: "pruned on",
-      title: (i, j, v) => `pruned on ${names[i]}, measured on ${names[j]}\nperplexity ${show(v)}`,
-    }),
-  ]);
+  if (perplexity) {
+    const logs = perplexity.flat().map(Math.log);
+    const [least, largest] = d3.extent(logs);
+    figure("matrix", (width) => [
+      heatScale("perplexity", show(Math.exp(least)), show(Math.exp(largest))),
+      matrix({
+        label: "perplexity pruned on one domain, measured on another", rows: names, columns: names, width, cell: 20, rowHeight,
+        value: (i, j) => perplexity[order[i]][order[j]], shade: (v) => (Math.log(v) - least) / (largest - least || 1), text: (v) => d3.format(v >= 1000 ? ".2~s" : ".3~r")(v), fontSize: 9,
+        rowInk: (d) => groupInk(names[d]), columnInk: (d) => groupInk(names[d]), xLabel: "measured on", yLabel: "pruned on",
+        title: (i, j, v) => `pruned on ${names[i]}, measured on ${names[j]}\nperplexity ${show(v)}`,
+      }),
+    ]);
+  }
 }
 
 /* ---- overlap */
