@@ -79,6 +79,8 @@ SILENT = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none
 def run(task: Callable[[C], object], config_name: str, schema: type[C], *, writes: bool = True) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line's overrides and call ``task`` with the result.
 
+    What the task returns is the objective that an optimising sweeper gets.
+
     Args:
         writes: give the run a directory of its own under ``outputs/``.
 
@@ -88,13 +90,14 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
     refused: list[UserError] = []
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
-    def main(config: DictConfig) -> None:
+    def main(config: DictConfig) -> object:
         try:
-            task(to_typed(config, schema))
+            return task(to_typed(config, schema))
         except UserError as error:
             if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise  # a sweep must learn which of its jobs failed
             refused.append(error)  # Hydra would put a line of its own before ours
+            return None
 
     ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
     wants_traceback = ours == "0"

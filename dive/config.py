@@ -689,6 +689,10 @@ class EvalConfig:
     """Windows per forward pass."""
     allow_overlap: bool = False
     """Accept evaluation documents that stand in the training text as well."""
+    generations: int = 6
+    """Test texts that the dense model and the Mixture-of-Experts continue, to be read in the report."""
+    generated_tokens: int = 32
+    """Tokens of each continuation, at most half a window."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-evaluation-harness, or of ``task_path``; results.json lists them in this order."""
@@ -708,6 +712,8 @@ class EvalConfig:
         require(all(length > 1 for length in self.lengths), "eval.lengths must be at least 2 tokens")
         require(self.windows is None or self.windows > 0, "eval.windows must be positive, or null for all")
         require(self.batch > 0, f"eval.batch ({self.batch}) must be positive")
+        require(self.generations >= 0, f"eval.generations ({self.generations}) must not be negative")
+        require(self.generated_tokens > 0, f"eval.generated_tokens ({self.generated_tokens}) must be positive")
         for name, entry in self.sets.items():
             where = f"eval.sets.{name}"
             require(bool(entry.lengths), f"{where}.lengths is empty")

@@ -7,6 +7,7 @@ Each stage is a function of its slice of the configuration and of what came befo
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -53,6 +54,7 @@ from dive.config import (
 )
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
+from dive.eval.generation import Beginnings, continue_greedily
 from dive.eval.routing import mask_overlap, routing_share
 from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
 from dive.export import has_expert_bias, save, save_with_expert_bias
@@ -78,6 +80,7 @@ from dive.pruning.calibrate import collect_statistics, stream_statistics
 from dive.pruning.metrics import importance_of_layers, keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
+from dive.report.run import write_report
 from dive.report.text import model_card, show, stage_table, task_tables
 from dive.retrain.corpus import Blocks, corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
@@ -364,6 +367,35 @@ def measure(
     return store.get("evaluation", depends, compute)
 
 
+def write_on(
+    store: Store,
+    inputs: Inputs,
+    beginnings: Beginnings,
+    models: Mapping[str, tuple[Mapping[str, Any], Callable[[], "PreTrainedModel"]]],
+) -> list[dict[str, str]]:
+    """The same beginnings continued by each model, {name: (what it depends on, how to get it)}, as text."""
+    tokenizer, tokens = inputs.tokenizer, beginnings.references.shape[1]
+    prompts = hash_tokens({"prompts": beginnings.prompts})
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    rows = [
+        {"domain": domain, "prompt": text(prompt.tolist()), "reference": text(reference.tolist())}
+        for domain, prompt, reference in zip(beginnings.domains, beginnings.prompts, beginnings.references, strict=True)
+    ]
+    for name, (depends, model) in models.items():
+
+        def compute(directory: Path, model: Callable[[], "PreTrainedModel"] = model) -> None:
+            ids = continue_greedily(model(), beginnings.prompts, tokens=tokens, end=tokenizer.eos_token_id)
+            write_json(directory / "continuations.json", ids)
+
+        artifact = store.get("continuations", {**depends, "prompts": prompts, "tokens": tokens}, compute)
+        for row, ids in zip(rows, json.loads((artifact.path / "continuations.json").read_text()), strict=True):
+            row[name] = text(ids)
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------------------- the run
 
 
@@ -526,6 +558,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
 
     groups, clustering = choose_groups(config, store, inputs)
     record.results["groups"] = groups if config.moe.needs_groups or config.moe.experts == 1 else []
+    if clustering is not None:
+        record.results["affinity"] = {k: v for k, v in clustering.items() if k != "groups"}
 
     built = partial(
         build_experts,
@@ -596,16 +630,24 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     if main_process:
         draw(record, clustering, finished)
         final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+        final_key = {"stage": finished[-1].artifact.key} if finished else {"experts": experts.key, "top_k": top_k}
+        beginnings = choose_beginnings(config, texts, groups)
+        if beginnings is not None:
+            models = {"dense": (model_key, dense), "moe": (final_key, lambda: final)}
+            record.results["generations"] = write_on(store, inputs, beginnings, models)
         exporting = time.monotonic()
         record.results["export"] = export(final, tokenizer, record, config)
         meter.exported(Path(record.results["export"]), time.monotonic() - exporting)
         record.results["plan"] = {"planned": planned.summary(), "actual": meter.summary()}
         record.results["timings"]["total"] = time.monotonic() - start
         record.write()
+        report = write_report(directory)
         if wandb is not None:
+            wandb.experiment.save(str(report), base_path=str(directory), policy="now")
             wandb.experiment.finish()
         show(stage_table(record.results), *task_tables(record.results))
         show(
+            f"report   {report}",
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",
@@ -739,7 +781,8 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
     matrix = matrices[chosen]
     assert matrix is not None
     measured = json.loads((matrix.path / "matrix.json").read_text())
-    return found["groups"], found | measured | {"measure": chosen.value, "agreement": agreement}
+    seconds = statistics.seconds + matrix.seconds
+    return found["groups"], found | measured | {"measure": chosen.value, "agreement": agreement, "seconds": seconds}
 
 
 def expert_overlap(experts: Artifact) -> list[list[float]]:
@@ -759,7 +802,8 @@ def parameters(config: Config, source: DenseSource) -> dict[str, int]:
     total, active = count_parameters(
         moe_config(source.config, width=width, experts=config.moe.experts, top_k=config.moe.top_k)
     )
-    return {"dense": dense, "total": total, "active": active, "trained": 0}
+    pruned, _ = count_parameters(moe_config(source.config, width=width, experts=1, top_k=1))
+    return {"dense": dense, "pruned": pruned, "total": total, "active": active, "trained": 0}
 
 
 def len_of_union(stages: Sequence[RetrainedStage]) -> int:
@@ -770,11 +814,18 @@ def len_of_union(stages: Sequence[RetrainedStage]) -> int:
     return sum(sizes.values())
 
 
+def choose_beginnings(config: Config, texts: EvaluationTexts, groups: Sequence[Sequence[str]]) -> Beginnings | None:
+    """Beginnings of test texts: of the first domain of each group, then of the second, and so on."""
+    dealt = [domain for row in itertools.zip_longest(*groups) for domain in row if domain is not None]
+    domains = list(dict.fromkeys(dealt))[: config.eval.generations]
+    first = next(iter(texts.domains.values()))
+    return Beginnings.of(first, domains, tokens=config.eval.generated_tokens) if domains else None
+
+
 def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[RetrainedStage]) -> None:
     """Write the plots."""
     folder = record.directory / "plots"
     if clustering is not None and len(clustering["domains"]) > 1:
-        record.results["affinity"] = {k: v for k, v in clustering.items() if k not in ("groups", "tree")}
         by_perplexity = "perplexity" in clustering
         plots.affinity_heatmap(
             affinity(clustering["perplexity"]) if by_perplexity else np.array(clustering["similarity"]),

@@ -90,6 +90,8 @@ def test_the_configuration_works_from_an_installed_wheel(tmp_path: Path) -> None
     assert yaml.safe_load(done.stdout)["moe"]["experts"] == 4
     assert (target / "dive/conf/config.yaml").is_file()
     assert (target / "dive/model/tiny/model.safetensors").is_file()
+    for name in ("report.html", "page.css", "charts.js", "vendor/plot-0.6.17.umd.min.js", "vendor/LICENSE-plot"):
+        assert (target / "dive/report/html" / name).is_file()
     assert (target / "dive/eval/paper_tasks/logiqa_parquet.yaml").is_file()
 
 

@@ -160,6 +160,11 @@ class MoERetraining(lightning.LightningModule):
         self._started = self._since = time.monotonic()
         self._since_step = self.trainer.global_step
 
+    def on_train_start(self) -> None:
+        for values in self.curve:  # of before an interruption: the loggers of this process have not seen them
+            for logger in self.loggers:
+                log_values(logger, self.name, values)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids = batch["input_ids"]
         # Dropout and noise depend on the position in the data alone, so a resumed run repeats them.
@@ -205,6 +210,9 @@ class MoERetraining(lightning.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._record_if_due()
+
+    def _record_if_due(self) -> None:
         step = self.trainer.global_step
         if step == self._since_step or (step % self.retrain.log_every and step != self.steps):
             return
@@ -255,6 +263,7 @@ class MoERetraining(lightning.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._record_if_due()  # callbacks save before on_train_batch_end is called here
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
         checkpoint["dive"] = {"stage": self.name, "key": self.key, "curve": self.curve, "seconds": self.seconds}
 

@@ -1,5 +1,6 @@
 """Interrupted, resumed and distributed retraining end with the weights of an undisturbed run in one process."""
 
+import csv
 import signal
 import subprocess
 import time
@@ -46,6 +47,12 @@ def kill_after_checkpoint(process: "subprocess.Popen[str]", store: Path, step: i
     raise AssertionError("the run ended before it could be stopped")
 
 
+def logged_steps(directory: Path) -> list[float]:
+    """Steps of the second stage that the file of its curve has."""
+    with (directory / "csv/experts/metrics.csv").open(newline="") as stream:
+        return [float(row["experts/step"]) for row in csv.DictReader(stream)]
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path: Path) -> None:
     long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC, *TEACHER, *ROUTERS)
@@ -59,6 +66,8 @@ def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path:
     expected, found = exported(workplace, "undisturbed"), exported(workplace, "killed")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not list((tmp_path / "b/partial").iterdir())
+    steps = [logged_steps(workplace.root / name) for name in ("undisturbed", "killed")]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow
