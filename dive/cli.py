@@ -17,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dive.errors import UserError
+from dive import preemption
+from dive.errors import UserError, disk_trouble
 
 C = TypeVar("C")
 
@@ -72,13 +73,15 @@ def describe(error: BaseException) -> str:
 def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line's overrides and call ``task`` with the result.
 
-    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
+    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C, with 75 for SIGTERM and SIGUSR1; anything
+    else keeps its traceback.
     """
     register_schema(config_name, schema)
     refused: list[UserError] = []
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
     def main(config: DictConfig) -> None:
+        preemption.listen()  # once more: a sweep's launcher may run this in another process
         try:
             task(to_typed(config, schema))
         except UserError as error:
@@ -89,6 +92,7 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
     ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
     wants_traceback = ours == "0"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the line below is one line
+    preemption.listen()
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -99,6 +103,15 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
         if wants_traceback:
             raise
         sys.exit(f"error: {error.filename} cannot be written ({error.strerror}); set hydra.run.dir=DIR")
+    except preemption.Preempted:
+        if not preemption.started_by_lightning():
+            print(f"\n{preemption.message()}", file=sys.stderr)
+        sys.exit(preemption.exit_code())
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if wants_traceback or trouble is None:
+            raise
+        sys.exit(f"error: {trouble}; make room, or set hydra.run.dir=DIR and store=DIR elsewhere, and run it again")
     except KeyboardInterrupt:
         print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
         sys.exit(130)

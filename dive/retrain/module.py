@@ -177,7 +177,8 @@ class MoERetraining(lightning.LightningModule):
             if router.penalty is not None:
                 loss = loss + router.penalty
                 router.penalty = None
-        if not torch.isfinite(loss):
+        finite = bool(torch.isfinite(loss))
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # all stop, or the others would wait in vain
             raise UserError(
                 f"retrain.stages.{self.name}: the loss is {float(loss.detach())} at step {self.trainer.global_step}; lower "
                 f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"
@@ -205,6 +206,9 @@ class MoERetraining(lightning.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._record_if_due()
+
+    def _record_if_due(self) -> None:
         step = self.trainer.global_step
         if step == self._since_step or (step % self.retrain.log_every and step != self.steps):
             return
@@ -255,6 +259,7 @@ class MoERetraining(lightning.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._record_if_due()  # callbacks save before `on_train_batch_end`, and a resumed run would lack this point
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
         checkpoint["dive"] = {"stage": self.name, "key": self.key, "curve": self.curve, "seconds": self.seconds}
 
