@@ -22,12 +22,15 @@ TWINS = ("mixtral", "qwen3_moe")
 """``model_type`` of what they become."""
 
 
+def unsupported(path: str, family: object) -> str:
+    """What is said of a model of another ``model_type``."""
+    return f"model.path={path}: model_type {family!r} is not supported; choose one of {', '.join(SUPPORTED)}"
+
+
 def check_supported(config: "PretrainedConfig", path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` has no Mixture-of-Experts twin among the stock classes."""
     if config.model_type not in SUPPORTED:
-        raise UserError(
-            f"model.path={path}: model_type {config.model_type!r} is not supported; choose one of {', '.join(SUPPORTED)}"
-        )
+        raise UserError(unsupported(path, config.model_type))
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise UserError(

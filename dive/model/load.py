@@ -13,7 +13,7 @@ import torch
 
 from dive.connection import hub_answers
 from dive.errors import UserError
-from dive.model.families import check_supported
+from dive.model.families import SUPPORTED, check_supported, unsupported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +84,9 @@ def locate_dense(
         )
     except (OSError, ValueError, KeyError) as error:
         if is_local:
+            family = _model_type(directory)
+            if family not in (None, *SUPPORTED) and not any_family:
+                raise UserError(unsupported(path, family)) from error
             raise UserError(f"{where}={path}: config.json cannot be read ({_first_line(error)})") from error
         if offline:
             raise UserError(_not_cached(path, revision, where)) from error
@@ -101,6 +104,14 @@ def locate_dense(
     else:
         fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
     return DenseSource(location, revision, config, fingerprint, dtype, is_local or offline, where)
+
+
+def _model_type(directory: Path) -> str | None:
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(settings["model_type"]) if isinstance(settings, dict) and "model_type" in settings else None
 
 
 def _check_directory(directory: Path, named: str) -> None:
@@ -204,6 +215,7 @@ def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch
             revision=source.revision,
             dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
             local_files_only=source.offline,
             trust_remote_code=False,
