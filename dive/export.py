@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dive.artifacts import write_json
-from dive.errors import UserError
+from dive.errors import UserError, disk_trouble
 from dive.model.families import decoder_layers, moe_block, moe_class
 from dive.model.load import load_tokenizer, load_weights, locate_dense, resolve_device
 from dive.moe.plug import plug_routers, unplug
@@ -264,16 +264,24 @@ def _replacing(target: Path) -> Iterator[Path]:
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
         raise UserError(f"{target} is there and holds something else than a model; choose another directory")
     working = target.with_name(f".{target.name}-{os.getpid()}")
-    shutil.rmtree(working, ignore_errors=True)
+    replaced = working.with_name(f"{working.name}-replaced")
+    for left in target.parent.glob(f".{target.name}-*"):  # by runs that were killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         working.mkdir(parents=True)
         yield working
         for file in working.iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone; a server may be another user
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # moved, not removed: half a directory would have neither the old model nor the new one
+            os.replace(target, replaced)
         os.replace(working, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        raise UserError(f"{target} cannot be written ({trouble})") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

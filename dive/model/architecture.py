@@ -47,12 +47,15 @@ def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
     return architecture
 
 
+def unsupported(path: str, family: object) -> str:
+    """What is said of a model of another ``model_type``."""
+    return f"model.path={path}: model_type {family!r} is not supported; choose one of {', '.join(SUPPORTED)}"
+
+
 def check_family(model_type: str, path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` has no Mixture-of-Experts twin among the stock classes."""
     if model_type not in SUPPORTED:
-        raise UserError(
-            f"model.path={path}: model_type {model_type!r} is not supported; choose one of {', '.join(SUPPORTED)}"
-        )
+        raise UserError(unsupported(path, model_type))
 
 
 def _config_file(model: ModelConfig) -> Path | None:
