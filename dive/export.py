@@ -70,7 +70,11 @@ def save(
         )
     unplug(model)
     if dtype is not None and dtype != model.dtype:
-        use_stock_experts(model.to(dtype))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(
+                dtype
+            )  # not model.to(dtype), which would round the rotary frequencies too
+        use_stock_experts(model)
     target = Path(directory)
     with _replacing(target) as working:
         model.save_pretrained(working)

@@ -262,7 +262,7 @@ def test_streamed_it_is_the_same_checkpoint(
     stored = load_file(tmp_path / "whole/model.safetensors")
     shards = sorted((tmp_path / "streamed").glob("*.safetensors"))
     found = {name: (file.name, tensor) for file in shards for name, tensor in load_file(file).items()}
-    assert len(shards) > 3
+    assert len(shards) > 2
     assert found.keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, (_, tensor) in found.items())
     assert all(tensor.dtype == dtype for _, tensor in found.values())
@@ -294,7 +294,7 @@ def test_streamed_a_crash_leaves_nothing_that_looks_finished(
         (working,) = target.parent.iterdir()
         assert any(working.glob("*.safetensors"))  # under way
         assert not any((working / name).exists() for name in ("config.json", "model.safetensors.index.json"))
-        with pytest.raises(OSError, match="config"):  # what SIGKILL would leave now
+        with pytest.raises(ValueError, match="Unrecognized model"):  # what SIGKILL would leave now
             AutoModelForCausalLM.from_pretrained(working)
         raise KeyboardInterrupt
 

@@ -195,7 +195,7 @@ def test_qwen3_becomes_qwen3_moe(
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])).__name__ == "Qwen3MoeForCausalLM"
 
 
-STREAMED = ("model.load=streamed", "retrain=none", "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")
+STREAMED = ("model.load=streamed", "~retrain.stages", "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")
 
 
 @pytest.mark.parametrize("overrides", [[], ["moe=plain", "moe.experts=2"], ["moe.experts=1"]], ids=" ".join)
@@ -230,17 +230,17 @@ def test_the_export_has_a_type_of_its_own(workplace: Workplace, build: Build, tm
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["retrain=two_stages"], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
-        (["affinity=mined"], r"affinity=mined.*affinity=random"),
-        (["moe=plain", "pruning=llm_pruner"], r"pruning\.metric=taylor"),
-        (["moe=plain", "pruning=flap", "pruning.compensation=bias"], r"pruning\.compensation=bias"),
-        (["eval.tasks=[arc_easy]"], r"eval\.tasks.*python -m dive\.evaluate"),
+        ([], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
+        (["~retrain.stages", "affinity=mined"], r"affinity=mined.*affinity=random"),
+        (["~retrain.stages", "moe=plain", "pruning=llm_pruner"], r"pruning\.metric=taylor"),
+        (["~retrain.stages", "moe=plain", "pruning=flap", "pruning.compensation=bias"], r"pruning\.compensation=bias"),
+        (["~retrain.stages", "eval.tasks=[arc_easy]"], r"eval\.tasks.*python -m dive\.evaluate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_streaming_cannot_do_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^model.load=streamed: {message}"):
-        workplace.compose("model.load=streamed", "retrain=none", "affinity=random", *overrides)
+        workplace.compose("model.load=streamed", "affinity=random", *overrides)
 
 
 @pytest.mark.parametrize(
