@@ -96,8 +96,9 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
         preemption.listen()  # once more: a sweep's launcher may run this in another process
         try:
             return task(to_typed(config, schema))
-        except UserError as error:
-            if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
+        except Exception as error:
+            preemption.let_the_first_speak()
+            if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN or not isinstance(error, UserError):
                 raise  # a sweep must learn which of its jobs failed
             refused.append(error)  # Hydra would put a line of its own before ours
             return None

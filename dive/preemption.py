@@ -75,6 +75,15 @@ def started_by_lightning() -> bool:
     return "RANK" not in ranks and "SLURM_PROCID" not in ranks and int(ranks.get("LOCAL_RANK", "0")) > 0
 
 
+def let_the_first_speak() -> None:
+    """Wait, in a process that Lightning started, for the first one to end: most errors stop all of them at once.
+
+    This process then ends in silence. Ending before the first one would get that killed while it is still on its way out.
+    """
+    if started_by_lightning():
+        time.sleep(2 * PATIENCE)
+
+
 def exit_code() -> int:
     """Of a run that was asked to end: Lightning kills the first process with SIGKILL if another one ends with more than 0."""
     return 0 if started_by_lightning() else EXIT_CODE
