@@ -19,7 +19,7 @@ SUPPORTED = ("llama", "mistral", "qwen3")
 
 
 def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
-    """Figures of the configured model: of its directory's or the cache's config.json, else of ``model.architecture``.
+    """Figures of the configured model: of its directory's config.json, of ``model.architecture``, or of the cache's config.json.
 
     Never asks the hub.
 
@@ -64,6 +64,8 @@ def _config_file(model: ModelConfig) -> Path | None:
         return directory / "config.json"
     if directory.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
         raise UserError(f"model.path={model.path}: no such directory")
+    if model.architecture is not None:
+        return None  # checked against the model's own once that is loaded
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)

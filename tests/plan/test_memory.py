@@ -39,6 +39,13 @@ def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
     assert found.host["dense model"] == 2 * 1_100_048_384
 
 
+def test_weights_reach_a_gpu_by_way_of_the_host() -> None:
+    found = memory.evaluation(job_of("model=llama2-7b", "plan.device=h100"))
+    assert found.host["loading"] == found.device["dense model"] == 2 * 6_738_415_616
+    layer = memory.evaluation(job_of("model=llama2-7b")).host["loading"]
+    assert layer == 2 * (2 * 8 * 3 * 4096 * 2752)  # two layers' experts
+
+
 def test_second_moments_of_every_group() -> None:
     job = job_of("model=llama2-7b", "plan.device=h100", "moe.experts=8")
     found = memory.building(job, experts=8, groups=8, sequences=512)
