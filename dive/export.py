@@ -81,11 +81,23 @@ def save(
     with _replacing(target) as working:
         model.save_pretrained(working)
         tokenizer.save_pretrained(working)
+        copy_sentencepiece(tokenizer, working)
         add_earlier_names(working)
         if card is not None:
             (working / "README.md").write_text(card, encoding="utf-8")
         verify(model, working)
     return target
+
+
+def copy_sentencepiece(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Put ``tokenizer.model`` beside ``tokenizer.json`` where the tokenizer came with one; transformers 5 leaves it out.
+
+    Only that file has the scores of a SentencePiece vocabulary. llama.cpp's converter makes all of them equal without it, and
+    the GGUF file then cuts text into other tokens.
+    """
+    source = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if source.name == "tokenizer.model" and source.is_file():
+        shutil.copyfile(source, directory / source.name)
 
 
 def add_earlier_names(directory: Path) -> None:

@@ -137,6 +137,20 @@ def test_releases_before_transformers_5_find_the_names_they_know(
     assert not {"is_local", "local_files_only"} & set(settings)
 
 
+def test_the_sentencepiece_model_goes_along(
+    build: Callable[..., PreTrainedModel], make_moe: MakeMoE, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "dense")
+    settings = json.loads((tmp_path / "dense" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "LlamaTokenizer"
+    (tmp_path / "dense" / "tokenizer_config.json").write_text(json.dumps(settings))
+    save(make_moe(build()), AutoTokenizer.from_pretrained(tmp_path / "dense"), tmp_path / "without")
+    assert not (tmp_path / "without" / "tokenizer.model").exists()
+    (tmp_path / "dense" / "tokenizer.model").write_bytes(b"scores")
+    save(make_moe(build()), AutoTokenizer.from_pretrained(tmp_path / "dense"), tmp_path / "moe")
+    assert (tmp_path / "moe" / "tokenizer.model").read_bytes() == b"scores"
+
+
 def test_training_parts_are_merged_on_the_way(
     dense: PreTrainedModel, make_moe: MakeMoE, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -128,6 +128,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
     host = {"hidden states": _hidden(job, sequences)}
     settings = construction.refinement(job.config) if experts > 1 else None
     if settings is not None:
+        rest["second moments"] = 0.0  # of one expert at a time, and counted there
         rest["refinement"] = float(construction.refine_device_bytes(s, settings))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
     return _memory(job, rest, host)
