@@ -164,8 +164,9 @@ def main() -> None:
             f"{copying:.1f} s | {seconds / copying:.1f} | {difference} |"
         )
     print(
-        f"\n{settings.shape}, {shape['num_hidden_layers']} layers: {parameters / 1e9:.3f} B parameters, {size(dense) / 1e9:.2f} GB on disk; {settings.experts} "
-        f"experts at {settings.ratio:.0%}, {settings.compensation}, 16 × {settings.samples} × {settings.length} calibration tokens; "
+        f"\n{settings.shape}, {shape['num_hidden_layers']} layers: {parameters / 1e9:.3f} B parameters, "
+        f"{size(dense) / 1e9:.2f} GB on disk; {settings.experts} experts at {settings.ratio:.0%}, {settings.compensation}, "
+        f"16 × {settings.samples} × {settings.length} calibration tokens; "
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n"
     )
     print(

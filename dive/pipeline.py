@@ -658,13 +658,14 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         record.results["plan"] = {"planned": planned.summary(), "actual": meter.summary()}
         record.results["timings"]["total"] = time.monotonic() - start
         record.write()
-        report = write_report(directory)
+        report = None if streamed else write_report(directory)  # nothing was measured that it could show
         if wandb is not None:
-            wandb.experiment.save(str(report), base_path=str(directory), policy="now")
+            if report is not None:
+                wandb.experiment.save(str(report), base_path=str(directory), policy="now")
             wandb.experiment.finish()
         show(stage_table(record.results), *task_tables(record.results))
         show(
-            f"report   {report}",
+            *([] if report is None else [f"report   {report}"]),
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",

@@ -231,13 +231,8 @@ def test_qwen3_becomes_qwen3_moe(
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])).__name__ == "Qwen3MoeForCausalLM"
 
 
-STREAMED = (
-    "model.load=streamed",
-    "~retrain.stages.router",
-    "~retrain.stages.experts",
-    "affinity=given",
-    "affinity.groups=[[sums,code],[cats,news]]",
-)
+UNTRAINED = ("~retrain.stages.router", "~retrain.stages.experts")
+STREAMED = ("model.load=streamed", *UNTRAINED, "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")
 
 
 @pytest.mark.parametrize("overrides", [[], ["moe=plain", "moe.experts=2"], ["moe.experts=1"]], ids=" ".join)
@@ -273,9 +268,9 @@ def test_the_export_has_a_type_of_its_own(workplace: Workplace, build: Build, tm
     ("overrides", "message"),
     [
         ([], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
-        (["~retrain.stages.router", "~retrain.stages.experts", "affinity=mined"], r"affinity=mined.*affinity=random"),
+        ([*UNTRAINED, "affinity=mined"], r"affinity=mined.*affinity=random"),
         (
-            ["~retrain.stages.router", "~retrain.stages.experts", "moe=plain", "pruning=llm_pruner"],
+            [*UNTRAINED, "moe=plain", "pruning=llm_pruner"],
             r"pruning\.metric=taylor",
         ),
         (
@@ -289,7 +284,7 @@ def test_the_export_has_a_type_of_its_own(workplace: Workplace, build: Build, tm
             r"pruning\.compensation=bias",
         ),
         (
-            ["~retrain.stages.router", "~retrain.stages.experts", "eval.tasks=[arc_easy]"],
+            [*UNTRAINED, "eval.tasks=[arc_easy]"],
             r"eval\.tasks.*python -m dive\.evaluate",
         ),
     ],
