@@ -56,9 +56,14 @@ def tiny_export(directory: Path) -> Path:
 def pre_tokenizer(checkpoint: Path) -> str | None:
     """llama.cpp's name for what ``tokenizer.json`` does before BPE, where that can be told from the file alone."""
     settings = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
-    before = settings["pre_tokenizer"] or {}
-    is_gpt2 = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]
-    return "gpt-2" if is_gpt2 and settings["normalizer"] is None else None
+    before = settings["pre_tokenizer"] or {"type": None}
+    steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if settings["normalizer"] is not None or not byte_level.items() <= steps[-1].items():
+        return None
+    if len(steps) == 1:
+        return "gpt-2"
+    return "starcoder" if steps[:-1] == [{"type": "Digits", "individual_digits": True}] else None
 
 
 def convert(llama_cpp: Path, checkpoint: Path, file: Path, *, pre: str | None) -> None:

@@ -17,7 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dive.errors import UserError
+from dive import preemption
+from dive.errors import UserError, disk_trouble
 
 C = TypeVar("C")
 
@@ -84,17 +85,20 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
     Args:
         writes: give the run a directory of its own under ``outputs/``.
 
-    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
+    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C, with 75 for SIGTERM and SIGUSR1; anything
+    else keeps its traceback.
     """
     register_schema(config_name, schema)
     refused: list[UserError] = []
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
     def main(config: DictConfig) -> object:
+        preemption.listen()  # once more: a sweep's launcher may run this in another process
         try:
             return task(to_typed(config, schema))
-        except UserError as error:
-            if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
+        except Exception as error:
+            preemption.let_the_first_speak()
+            if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN or not isinstance(error, UserError):
                 raise  # a sweep must learn which of its jobs failed
             refused.append(error)  # Hydra would put a line of its own before ours
             return None
@@ -104,6 +108,7 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
     if not writes:
         sys.argv += SILENT
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the line below is one line
+    preemption.listen()
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -114,6 +119,15 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
         if wants_traceback:
             raise
         sys.exit(f"error: {error.filename} cannot be written ({error.strerror}); set hydra.run.dir=DIR")
+    except preemption.Preempted:
+        if not preemption.started_by_lightning():
+            print(f"\n{preemption.message()}", file=sys.stderr)
+        sys.exit(preemption.exit_code())
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if wants_traceback or trouble is None:
+            raise
+        sys.exit(f"error: {trouble}; make room, or set hydra.run.dir=DIR and store=DIR elsewhere, and run it again")
     except KeyboardInterrupt:
         print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
         sys.exit(130)

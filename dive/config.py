@@ -30,6 +30,15 @@ class Dtype(Enum):
     float16 = "float16"
 
 
+class Load(Enum):
+    """Where the weights of the dense model are while experts are built."""
+
+    full = "full"
+    """All in memory."""
+    streamed = "streamed"
+    """On disk; one decoder layer at a time is read."""
+
+
 @dataclass(slots=True, kw_only=True)
 class ArchitectureConfig:
     """The figures of a dense model's config.json that its cost follows from, under the names they have there.
@@ -70,6 +79,10 @@ class ModelConfig:
     """Where calibration, mining and evaluation run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     architecture: ArchitectureConfig | None = None
     """For planning without the model at hand; null reads its config.json."""
+    load: Load = Load.full
+    """``streamed`` calibrates, builds experts and exports a layer at a time; nothing is evaluated or retrained."""
+    export_dtype: Dtype | None = None
+    """Element type of the export; ``dtype`` if null, the dense checkpoint's own if ``auto``."""
 
 
 # ------------------------------------------------------------------------------------------------- calibration_domains
@@ -927,6 +940,8 @@ class Config:
             f"model.dtype={self.model.dtype.value}: trainer=fsdp shards tensors of one type alone; set model.dtype=float32 "
             "(mixed precision computes in bfloat16), or trainer=fsdp2",
         )
+        if self.model.load is Load.streamed:
+            self._check_streamed()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
             parts = (stage.accumulation or self.trainer.accumulation) * world
@@ -935,6 +950,33 @@ class Config:
                 f"retrain.stages.{name}.batch ({stage.batch}) does not divide into {parts} parts "
                 "(accumulation × trainer.devices × trainer.num_nodes)",
             )
+
+    def _check_streamed(self) -> None:
+        """What needs the whole model in memory."""
+        require(
+            not self.retrain.stages,
+            f"model.load=streamed: retraining ({', '.join(self.retrain.stages)}) needs the whole model in memory; set "
+            "retrain=none, or model.load=full",
+        )
+        require(
+            self.affinity.grouping is not Grouping.mined or not self.moe.needs_groups,
+            "model.load=streamed: affinity=mined runs the whole model for every pair of domains; set affinity=random, given or "
+            "published/NAME, or moe.refinement.start=kmeans, or model.load=full",
+        )
+        require(
+            self.pruning.metric is not Metric.taylor,
+            "model.load=streamed: pruning.metric=taylor takes gradients through the whole model; set another pruning.metric, "
+            "or model.load=full",
+        )
+        require(
+            self.pruning.compensation is not Compensation.bias,
+            "model.load=streamed: pruning.compensation=bias has no place in a stock export; set another, or model.load=full",
+        )
+        require(
+            not self.eval.tasks,
+            "model.load=streamed: eval.tasks run the whole model; set eval.tasks=[] and measure the export by "
+            "`python -m dive.evaluate`, or model.load=full",
+        )
 
 
 @dataclass(slots=True, kw_only=True)

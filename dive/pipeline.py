@@ -43,8 +43,10 @@ from dive.config import (
     Compensation,
     Config,
     Construction,
+    Dtype,
     EvalConfig,
     Grouping,
+    Load,
     Measure,
     Metric,
     MoEConfig,
@@ -57,7 +59,7 @@ from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
 from dive.eval.generation import Beginnings, continue_greedily
 from dive.eval.routing import mask_overlap, routing_share
 from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
-from dive.export import has_expert_bias, save, save_with_expert_bias
+from dive.export import has_expert_bias, save, save_streamed, save_with_expert_bias
 from dive.logger.build import build_wandb
 from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import count_parameters, moe_config
@@ -69,6 +71,7 @@ from dive.model.load import (
     locate_dense,
     resolve_device,
 )
+from dive.model.streamed import load_streamed
 from dive.moe.layer import ExpertLayer
 from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
 from dive.plan.actual import Meter
@@ -548,8 +551,13 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             wandb = build_wandb(config.logger.wandb, directory, plain(config))
             record.loggers.append(wandb)
 
+    streamed = config.model.load is Load.streamed
+    if streamed:
+        record.results["evaluation"]["skipped"] = "model.load=streamed: no model is whole in memory"
+        log.info("model.load=streamed: nothing is evaluated; measure the export by `python -m dive.evaluate`")
+
     def measured_as(name: str, depends: Mapping[str, Any], model: Dense, *, routing: bool) -> Artifact | None:
-        if not main_process:
+        if not main_process or streamed:
             return None  # the others wait in the next stage's training
         return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing, tasks=inputs.tasks)
 
@@ -570,9 +578,13 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         group_samples=config.calibration_domains.group_samples,
         seed=config.seed,
     )
-    pruned = built([list(inputs.tokens)], moe=MoEConfig(experts=1, top_k=1))
     one_shot = config.moe.experts == 1 and not config.moe.refinement.needs_tokens
-    experts = pruned if one_shot else built(groups, moe=config.moe)
+    one = partial(built, [list(inputs.tokens)], moe=MoEConfig(experts=1, top_k=1))
+    if streamed and not one_shot:  # the single pruned expert is there to be measured
+        pruned = experts = built(groups, moe=config.moe)
+    else:
+        pruned = one()
+        experts = pruned if one_shot else built(groups, moe=config.moe)
 
     def assembled(layers: Artifact, top_k: int) -> "PreTrainedModel":
         return assemble(dense(), read_experts(layers), top_k=top_k)
@@ -626,17 +638,22 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         )
     record.results["parameters"]["trained"] = len_of_union(finished)
     record.results["timings"] = {s["name"]: s["seconds"] for s in record.results["stages"]}
+    record.results["timings"] |= {"reconstructed": experts.seconds} if streamed else {}
     record.results["timings"]["total"] = time.monotonic() - start
     if main_process:
         draw(record, clustering, finished)
-        final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
-        final_key = {"stage": finished[-1].artifact.key} if finished else {"experts": experts.key, "top_k": top_k}
-        beginnings = choose_beginnings(config, texts, groups)
-        if beginnings is not None:
-            models = {"dense": (model_key, dense), "moe": (final_key, lambda: final)}
-            record.results["generations"] = write_on(store, inputs, beginnings, models)
         exporting = time.monotonic()
-        record.results["export"] = export(final, tokenizer, record, config)
+        if streamed:
+            record.results["export"] = export_streamed(dense(), experts, tokenizer, record, config, source)
+        else:
+            final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+            final_key = {"stage": finished[-1].artifact.key} if finished else {"experts": experts.key, "top_k": top_k}
+            beginnings = choose_beginnings(config, texts, groups)
+            if beginnings is not None:
+                models = {"dense": (model_key, dense), "moe": (final_key, lambda: final)}
+                record.results["generations"] = write_on(store, inputs, beginnings, models)
+            exporting = time.monotonic()
+            record.results["export"] = export(final, tokenizer, record, config, source)
         meter.exported(Path(record.results["export"]), time.monotonic() - exporting)
         record.results["plan"] = {"planned": planned.summary(), "actual": meter.summary()}
         record.results["timings"]["total"] = time.monotonic() - start
@@ -692,7 +709,8 @@ def prepare(config: Config, source: DenseSource, device: torch.device, store: St
     @cache
     def dense() -> "PreTrainedModel":
         dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
-        return load_weights(source, dtype=dtype, device=device)
+        load = load_streamed if config.model.load is Load.streamed else load_weights
+        return load(source, dtype=dtype, device=device)
 
     return Inputs(
         source=source,
@@ -840,16 +858,56 @@ def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[Retrai
         plots.loss_curves({stage.name: stage.curve for stage in stages}, folder / "loss.png")
 
 
-def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", record: Run, config: Config) -> str:
+def export(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    record: Run,
+    config: Config,
+    source: DenseSource,
+) -> str:
     """Write the reloadable directory; with expert biases a custom one, under a name that says so."""
     card = model_card(record.results, plain(config), config.model.path)
     if not has_expert_bias(model):
-        return str(save(model, tokenizer, record.directory / "checkpoint", card=card))
+        dtype = export_dtype(config, source)
+        return str(save(model, tokenizer, record.directory / "checkpoint", card=card, dtype=dtype))
     log.warning(
         "pruning.compensation=bias: experts have biases, which no stock class has a place for; the export is a custom "
         "directory that only dive.load_with_expert_bias reads"
     )
     return str(save_with_expert_bias(model, tokenizer, record.directory / "checkpoint_with_expert_bias", card=card))
+
+
+def export_streamed(
+    dense: "PreTrainedModel",
+    experts: Artifact,
+    tokenizer: "PreTrainedTokenizerBase",
+    record: Run,
+    config: Config,
+    source: DenseSource,
+) -> str:
+    """Write the reloadable directory, a layer after the other."""
+    written = save_streamed(
+        dense,
+        read_experts(experts),
+        tokenizer,
+        record.directory / "checkpoint",
+        top_k=config.moe.top_k,
+        card=model_card(record.results, plain(config), config.model.path),
+        dtype=export_dtype(config, source),
+    )
+    return str(written)
+
+
+def export_dtype(config: Config, source: DenseSource) -> torch.dtype | None:
+    """Element type of the export; none for that of the weights in memory."""
+    wanted = config.model.export_dtype
+    if wanted is None:
+        return None
+    if wanted is Dtype.auto:
+        stored: torch.dtype | None = source.config.dtype
+        return stored
+    named: torch.dtype = getattr(torch, wanted.value)
+    return named
 
 
 def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device: torch.device) -> dict[str, Any]:

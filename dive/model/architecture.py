@@ -19,7 +19,7 @@ SUPPORTED = ("llama", "mistral", "qwen3")
 
 
 def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
-    """Figures of the configured model: of its directory's or the cache's config.json, else of ``model.architecture``.
+    """Figures of the configured model: of its directory's config.json, of ``model.architecture``, or of the cache's config.json.
 
     Never asks the hub.
 
@@ -47,12 +47,15 @@ def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
     return architecture
 
 
+def unsupported(path: str, family: object) -> str:
+    """What is said of a model of another ``model_type``."""
+    return f"model.path={path}: model_type {family!r} is not supported; choose one of {', '.join(SUPPORTED)}"
+
+
 def check_family(model_type: str, path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` has no Mixture-of-Experts twin among the stock classes."""
     if model_type not in SUPPORTED:
-        raise UserError(
-            f"model.path={path}: model_type {model_type!r} is not supported; choose one of {', '.join(SUPPORTED)}"
-        )
+        raise UserError(unsupported(path, model_type))
 
 
 def _config_file(model: ModelConfig) -> Path | None:
@@ -61,6 +64,8 @@ def _config_file(model: ModelConfig) -> Path | None:
         return directory / "config.json"
     if directory.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1:
         raise UserError(f"model.path={model.path}: no such directory")
+    if model.architecture is not None:
+        return None  # checked against the model's own once that is loaded
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)

@@ -5,6 +5,7 @@ Nothing outside this file and :mod:`dive.model.architecture` knows a family by n
 Shapes: L layers, D hidden width, F FFN channels of the dense model, W channels kept, E experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,26 @@ def ffn_projections(model: "PreTrainedModel", layer: int) -> tuple[nn.Module, nn
 def moe_block(model: "PreTrainedModel", layer: int) -> Any:
     """The sparse block of one layer of a twin: it has ``gate`` (router) and ``experts`` (fused 3-D weights)."""
     return decoder_layers(model)[layer].mlp
+
+
+def stock_layer_tensors(
+    config: "PretrainedConfig", layer: int, *, gate_up: Tensor, down: Tensor, router: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one sparse block as a twin's checkpoint has them on disk, which is what engines read.
+
+    Args:
+        config: of the twin.
+        gate_up: (E, 2 W, D)
+        down: (E, D, W)
+        router: (E, D)
+    """
+    qwen = config.model_type == "qwen3_moe"
+    block = f"model.layers.{layer}.{'mlp' if qwen else 'block_sparse_moe'}"
+    names = ("gate_proj", "up_proj", "down_proj") if qwen else ("w1", "w3", "w2")
+    yield f"{block}.gate.weight", router
+    for expert, (first, last) in enumerate(zip(gate_up, down, strict=True)):
+        for name, tensor in zip(names, (*first.chunk(2), last), strict=True):
+            yield f"{block}.experts.{expert}.{name}.weight", tensor
 
 
 def part_of(name: str) -> str:

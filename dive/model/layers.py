@@ -1,7 +1,8 @@
 """One decoder layer after another over a fixed set of tokens.
 
 Every statistic of an FFN is taken here: the hidden states of all tokens rest between layers, so that one layer's
-activations at a time are alive however many tokens and layers there are.
+activations at a time are alive however many tokens and layers there are. With a streamed model
+(:mod:`dive.model.streamed`) the same holds of the weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dive.model.activations import HiddenStates
 from dive.model.families import decoder_layers, ffn_modules
 
 if TYPE_CHECKING:
@@ -54,19 +56,20 @@ def walk_layers(
             for index in range(len(hidden)):
                 states = hidden[index].to(device)
                 states, inputs, channels = _forward(model, number, layer, states, arguments[index])
-                hidden[index] = states.cpu()
+                hidden[index] = states
                 yield FFNBatch(index, inputs.flatten(0, -2), channels.flatten(0, -2))
 
         yield number, run
 
 
-def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[HiddenStates, list[dict[str, Any]]]:
     """Hidden states before the first layer, and the other arguments of every layer, batch by batch."""
-    hidden: list[Tensor] = []  # on the host: all tokens of a large calibration would fill a GPU
+    tokens = sum(batch.numel() for batch in batches)
+    hidden = HiddenStates(model.device, tokens * model.config.hidden_size * model.dtype.itemsize)
     arguments: list[dict[str, Any]] = []
 
     def keep_arguments(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append((args[0] if args else kwargs["hidden_states"]).cpu())
+        hidden.append(args[0] if args else kwargs["hidden_states"])
         arguments.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
         raise _StopForward
 
@@ -87,7 +90,7 @@ def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[list[Te
 class Track:
     """All tokens on their way through a model whose FFNs the caller computes.
 
-    For each layer in turn: :meth:`attend`, then :meth:`add`. Hidden states rest on the host.
+    For each layer in turn: :meth:`attend`, then :meth:`add`.
     """
 
     @torch.no_grad()
@@ -115,7 +118,7 @@ class Track:
         try:
             for index, arguments in enumerate(self.arguments):
                 output = layer(self.hidden[index].to(self.model.device), **arguments)
-                self.hidden[index] = (output[0] if isinstance(output, tuple) else output).cpu()
+                self.hidden[index] = output[0] if isinstance(output, tuple) else output
                 yield seen.pop().flatten(0, -2)
         finally:
             del mlp.forward  # the class's own again
@@ -126,12 +129,12 @@ class Track:
         start = 0
         for index, states in enumerate(self.hidden):
             stop = start + states[..., 0].numel()
-            self.hidden[index] = states + outputs[start:stop].to(states.dtype).view_as(states)
+            self.hidden[index] = states + outputs[start:stop].to(states).view_as(states)
             start = stop
 
     def states(self) -> Tensor:
-        """Hidden states of all tokens, (all tokens, D) float32."""
-        return torch.cat([states.flatten(0, -2).float() for states in self.hidden])
+        """Hidden states of all tokens, (all tokens, D) float32, on the host."""
+        return torch.cat([states.flatten(0, -2).float().cpu() for states in self.hidden])
 
 
 @torch.no_grad()

@@ -128,20 +128,24 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
     host = {"hidden states": _hidden(job, sequences)}
     settings = construction.refinement(job.config) if experts > 1 else None
     if settings is not None:
+        rest["second moments"] = 0.0  # of one expert at a time, and counted there
         rest["refinement"] = float(construction.refine_device_bytes(s, settings))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
     return _memory(job, rest, host)
 
 
 def evaluation(job: Job) -> Memory:
-    """The Mixture-of-Experts beside the dense model, which stays loaded."""
+    """The Mixture-of-Experts beside the dense model, which stays loaded; weights reach a GPU by way of the host."""
     s, batch = job.shapes, job.config.eval.batch
     tokens = max(min(batch, windows) * length for windows, length in job.evaluation_windows)
     rest = _both(job) | {
         "activations": max(dense_layer(job, tokens), sparse_layer(job, tokens, s.top_k)),
         "logits": float(tokens * s.vocabulary * LOGITS),
     }
-    return _memory(job, rest, {"one layer's file": float(2 * s.experts * s.expert * job.weight)})
+    loading = max(
+        s.dense if job.on_gpu else 0, 2 * s.experts * s.expert
+    )  # the dense model whole, experts layer by layer
+    return _memory(job, rest, {"loading": float(loading * job.weight)})
 
 
 def _both(job: Job) -> dict[str, float]:

@@ -182,7 +182,8 @@ class MoERetraining(lightning.LightningModule):
             if router.penalty is not None:
                 loss = loss + router.penalty
                 router.penalty = None
-        if not torch.isfinite(loss):
+        finite = bool(torch.isfinite(loss))
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # all stop, or the others would wait in vain
             raise UserError(
                 f"retrain.stages.{self.name}: the loss is {float(loss.detach())} at step {self.trainer.global_step}; lower "
                 f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"

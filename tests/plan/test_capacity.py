@@ -12,7 +12,8 @@ from tests.model.test_architecture import typed
 
 
 def planned(*overrides: str) -> Plan:
-    config = typed(*overrides)
+    stages = [] if any(o.startswith(("experiment=", "retrain=")) for o in overrides) else ["retrain=two_stages"]
+    config = typed(*stages, *overrides)
     return plan(config, locate_architecture(config.model))
 
 

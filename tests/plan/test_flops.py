@@ -90,7 +90,7 @@ def test_training_step(plain: PreTrainedModel, stage: StageConfig, noise: float)
 
 
 def test_checkpointing_repeats_the_layers_forward() -> None:
-    config = typed("model=tinyllama")
+    config = typed("model=tinyllama", "retrain=two_stages")
     assert config.model.architecture is not None
     s = shapes(config.model.architecture, config)
     stage = config.retrain.stages["router"]

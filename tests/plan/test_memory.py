@@ -39,11 +39,18 @@ def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
     assert found.host["dense model"] == 2 * 1_100_048_384
 
 
+def test_weights_reach_a_gpu_by_way_of_the_host() -> None:
+    found = memory.evaluation(job_of("model=llama2-7b", "plan.device=h100"))
+    assert found.host["loading"] == found.device["dense model"] == 2 * 6_738_415_616
+    layer = memory.evaluation(job_of("model=llama2-7b")).host["loading"]
+    assert layer == 2 * (2 * 8 * 3 * 4096 * 2752)  # two layers' experts
+
+
 def test_second_moments_of_every_group() -> None:
-    job = job_of("model=llama2-7b", "plan.device=h100", "moe.experts=8")
+    job = job_of("model=llama2-7b", "plan.device=h100", "moe=plain", "moe.experts=8")
     found = memory.building(job, experts=8, groups=8, sequences=512)
     assert found.device["second moments"] == (8 + 2) * 484_704_256
-    without = job_of("model=llama2-7b", "plan.device=h100", "moe.experts=8", "pruning.compensation=none")
+    without = job_of("model=llama2-7b", "plan.device=h100", "moe=plain", "pruning=wanda_sp", "moe.experts=8")
     assert memory.building(without, experts=8, groups=8, sequences=512).device["second moments"] == 0
 
 
