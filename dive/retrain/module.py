@@ -157,10 +157,10 @@ class MoERetraining(lightning.LightningModule):
         for teacher in self.teacher:
             teacher.to(self.device)
         self.model.train()
-        self._started = self._since = time.monotonic()
-        self._since_step = self.trainer.global_step
+        self._started = time.monotonic()
 
     def on_train_start(self) -> None:
+        self._since, self._since_step = time.monotonic(), self.trainer.global_step  # restored by now, if resumed
         for values in self.curve:  # of before an interruption: the loggers of this process have not seen them
             for logger in self.loggers:
                 log_values(logger, self.name, values)
