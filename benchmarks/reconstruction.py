@@ -65,6 +65,7 @@ def overrides(settings: argparse.Namespace, load: str, dense: Path) -> list[str]
         *("model.export_dtype=bfloat16", f"calibration_domains.samples={settings.samples}"),
         *(f"calibration_domains.length={settings.length}", "affinity=random", "retrain=none", "logger=csv"),
         *("moe=plain", f"moe.experts={settings.experts}", f"pruning.ratio={settings.ratio}", "pruning.metric=wifv"),
+        *(f"moe.distillation.tokens={settings.router_tokens}", f"moe.distillation.steps={settings.router_steps}"),
         *(f"pruning.compensation={settings.compensation}", "eval.windows=1", f"seed={settings.seed}"),
     ]
 
@@ -132,7 +133,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of every FFN's channels that goes")
     parser.add_argument("--compensation", choices=("least_squares", "none"), default="least_squares")
     parser.add_argument("--samples", type=int, default=1, help="calibration sequences of each of 16 domains")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
+    parser.add_argument("--router-tokens", type=int, default=128, help="that each layer's router is fitted on")
+    parser.add_argument("--router-steps", type=int, default=20, help="of that fit")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--check", action="store_true", help="compare the logits with the in-memory path's")
     parser.add_argument("--out", type=Path, default=Path("outputs/reconstruction"))
@@ -163,14 +166,11 @@ def main() -> None:
             f"| {load} | {peak / 1e9:.2f} GB | {seconds:.0f} s | {built:.0f} s | {size(export) / 1e9:.2f} GB | "
             f"{copying:.1f} s | {seconds / copying:.1f} | {difference} |"
         )
-    print(
-        f"\n{settings.shape}, {shape['num_hidden_layers']} layers: {parameters / 1e9:.3f} B parameters, {size(dense) / 1e9:.2f} GB on disk; {settings.experts} "
-        f"experts at {settings.ratio:.0%}, {settings.compensation}, 16 × {settings.samples} × {settings.length} calibration tokens; "
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n"
-    )
-    print(
-        "| model.load | peak resident | whole run | experts | export | copying the export | ratio | logits differ by |"
-    )
+    print(f"\n{settings.shape}, {shape['num_hidden_layers']} layers: {parameters / 1e9:.3f} B parameters, ", end="")
+    print(f"{size(dense) / 1e9:.2f} GB on disk; {settings.experts} experts at {settings.ratio:.0%}, ", end="")
+    print(f"{settings.compensation}, 16 × {settings.samples} × {settings.length} calibration tokens; ", end="")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n")
+    print("| model.load | peak resident | run | experts | export | copying it | run / copying | logits differ by |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
 
