@@ -239,6 +239,7 @@ def build_experts(
         for number, layer in enumerate(layers()):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
             save_file(tensors, directory / f"layer_{number:03d}.safetensors")
+            del layer, tensors  # not kept while the next is built
 
     construction = plain(moe)
     unused = {
