@@ -21,7 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from dive.errors import UserError
@@ -85,7 +87,7 @@ def measured(command: list[str]) -> tuple[float, float]:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.monotonic() - start
 
 
-def read_logits(directory: Path) -> torch.Tensor:
+def read_logits(directory: Path) -> NDArray[np.float32]:
     """Of the export, as any user loads it."""
     from transformers import MixtralForCausalLM
 
@@ -96,7 +98,7 @@ def read_logits(directory: Path) -> torch.Tensor:
     return logits(model)
 
 
-def assembled_logits(dense: Path, experts: Path) -> torch.Tensor:
+def assembled_logits(dense: Path, experts: Path) -> NDArray[np.float32]:
     """Of the model that the in-memory path puts together from the same experts."""
     loaded = load_weights(locate_dense(str(dense)), dtype=torch.bfloat16, device=torch.device("cpu"))
     layers = (ExpertLayer(**load_file(file)) for file in sorted(experts.glob("layer_*.safetensors")))
@@ -104,10 +106,10 @@ def assembled_logits(dense: Path, experts: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    """Of a few tokens."""
+def logits(model: torch.nn.Module) -> NDArray[np.float32]:
+    """Of a few tokens; not as a tensor, whose memory would go with the process that it comes from."""
     found: torch.Tensor = model(input_ids=torch.arange(4)[None] * 997, use_cache=False).logits
-    return found.float()
+    return found.float().numpy()
 
 
 def check(dense: Path, store: Path, export: Path) -> float:
@@ -116,7 +118,7 @@ def check(dense: Path, store: Path, export: Path) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         ours = pool.submit(read_logits, export).result()
         theirs = pool.submit(assembled_logits, dense, experts).result()
-    return float((ours - theirs).abs().max())
+    return float(np.abs(ours - theirs).max())
 
 
 def size(directory: Path) -> int:

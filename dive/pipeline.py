@@ -556,7 +556,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         record.write()
         if wandb is not None:
             wandb.experiment.finish()
-        show(stage_table(record.results), *task_tables(record.results))
+        show(*([] if streamed else [stage_table(record.results)]), *task_tables(record.results))
         show(
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
