@@ -7,6 +7,7 @@ Each stage is a function of its slice of the configuration and of what came befo
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -236,10 +237,11 @@ def build_experts(
         return build_layers(dense, statistics, pruning, moe, seed=seed)
 
     def compute(directory: Path) -> None:
-        for number, layer in enumerate(layers()):
+        numbers = itertools.count()  # enumerate would hold a layer while the next is built
+        for layer in layers():
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
-            save_file(tensors, directory / f"layer_{number:03d}.safetensors")
-            del layer, tensors  # not kept while the next is built
+            save_file(tensors, directory / f"layer_{next(numbers):03d}.safetensors")
+            del layer, tensors
 
     construction = plain(moe)
     unused = {
