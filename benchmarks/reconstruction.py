@@ -21,7 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from dive.errors import UserError
@@ -65,6 +67,7 @@ def overrides(settings: argparse.Namespace, load: str, dense: Path) -> list[str]
         *("model.export_dtype=bfloat16", f"calibration_domains.samples={settings.samples}"),
         *(f"calibration_domains.length={settings.length}", "affinity=random", "retrain=none", "logger=csv"),
         *("moe=plain", f"moe.experts={settings.experts}", f"pruning.ratio={settings.ratio}", "pruning.metric=wifv"),
+        *(f"moe.distillation.tokens={settings.router_tokens}", f"moe.distillation.steps={settings.router_steps}"),
         *(f"pruning.compensation={settings.compensation}", "eval.windows=1", f"seed={settings.seed}"),
     ]
 
@@ -84,7 +87,7 @@ def measured(command: list[str]) -> tuple[float, float]:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.monotonic() - start
 
 
-def read_logits(directory: Path) -> torch.Tensor:
+def read_logits(directory: Path) -> NDArray[np.float32]:
     """Of the export, as any user loads it."""
     from transformers import MixtralForCausalLM
 
@@ -95,7 +98,7 @@ def read_logits(directory: Path) -> torch.Tensor:
     return logits(model)
 
 
-def assembled_logits(dense: Path, experts: Path) -> torch.Tensor:
+def assembled_logits(dense: Path, experts: Path) -> NDArray[np.float32]:
     """Of the model that the in-memory path puts together from the same experts."""
     loaded = load_weights(locate_dense(str(dense)), dtype=torch.bfloat16, device=torch.device("cpu"))
     layers = (ExpertLayer(**load_file(file)) for file in sorted(experts.glob("layer_*.safetensors")))
@@ -103,10 +106,10 @@ def assembled_logits(dense: Path, experts: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    """Of a few tokens."""
+def logits(model: torch.nn.Module) -> NDArray[np.float32]:
+    """Of a few tokens; not as a tensor, whose memory would go with the process that it comes from."""
     found: torch.Tensor = model(input_ids=torch.arange(4)[None] * 997, use_cache=False).logits
-    return found.float()
+    return found.float().numpy()
 
 
 def check(dense: Path, store: Path, export: Path) -> float:
@@ -115,7 +118,7 @@ def check(dense: Path, store: Path, export: Path) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         ours = pool.submit(read_logits, export).result()
         theirs = pool.submit(assembled_logits, dense, experts).result()
-    return float((ours - theirs).abs().max())
+    return float(np.abs(ours - theirs).max())
 
 
 def size(directory: Path) -> int:
@@ -132,7 +135,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of every FFN's channels that goes")
     parser.add_argument("--compensation", choices=("least_squares", "none"), default="least_squares")
     parser.add_argument("--samples", type=int, default=1, help="calibration sequences of each of 16 domains")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a sequence")
+    parser.add_argument("--router-tokens", type=int, default=128, help="that each layer's router is fitted on")
+    parser.add_argument("--router-steps", type=int, default=20, help="of that fit")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--check", action="store_true", help="compare the logits with the in-memory path's")
     parser.add_argument("--out", type=Path, default=Path("outputs/reconstruction"))
@@ -163,15 +168,11 @@ def main() -> None:
             f"| {load} | {peak / 1e9:.2f} GB | {seconds:.0f} s | {built:.0f} s | {size(export) / 1e9:.2f} GB | "
             f"{copying:.1f} s | {seconds / copying:.1f} | {difference} |"
         )
-    print(
-        f"\n{settings.shape}, {shape['num_hidden_layers']} layers: {parameters / 1e9:.3f} B parameters, "
-        f"{size(dense) / 1e9:.2f} GB on disk; {settings.experts} experts at {settings.ratio:.0%}, {settings.compensation}, "
-        f"16 × {settings.samples} × {settings.length} calibration tokens; "
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n"
-    )
-    print(
-        "| model.load | peak resident | whole run | experts | export | copying the export | ratio | logits differ by |"
-    )
+    print(f"\n{settings.shape}, {shape['num_hidden_layers']} layers: {parameters / 1e9:.3f} B parameters, ", end="")
+    print(f"{size(dense) / 1e9:.2f} GB on disk; {settings.experts} experts at {settings.ratio:.0%}, ", end="")
+    print(f"{settings.compensation}, 16 × {settings.samples} × {settings.length} calibration tokens; ", end="")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads\n")
+    print("| model.load | peak resident | run | experts | export | copying it | run / copying | logits differ by |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
 

@@ -295,9 +295,11 @@ def build_experts(
         return build_layers(dense, statistics, pruning, moe, seed=seed)
 
     def compute(directory: Path) -> None:
-        for number, layer in enumerate(layers()):
+        numbers = itertools.count()  # enumerate would hold a layer while the next is built
+        for layer in layers():
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
-            save_file(tensors, directory / f"layer_{number:03d}.safetensors")
+            save_file(tensors, directory / f"layer_{next(numbers):03d}.safetensors")
+            del layer, tensors
 
     construction = plain(moe)
     unused = {
@@ -663,7 +665,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             if report is not None:
                 wandb.experiment.save(str(report), base_path=str(directory), policy="now")
             wandb.experiment.finish()
-        show(stage_table(record.results), *task_tables(record.results))
+        show(*([] if streamed else [stage_table(record.results)]), *task_tables(record.results))
         show(
             *([] if report is None else [f"report   {report}"]),
             f"results  {directory / 'results.json'}",

@@ -1,5 +1,6 @@
 """The whole method on a tiny model: what a run leaves behind, and what a second one does not do again."""
 
+import copy
 import json
 import logging
 import math
@@ -231,15 +232,22 @@ def test_qwen3_becomes_qwen3_moe(
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])).__name__ == "Qwen3MoeForCausalLM"
 
 
-UNTRAINED = ("~retrain.stages.router", "~retrain.stages.experts")
-STREAMED = ("model.load=streamed", *UNTRAINED, "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")
+@pytest.fixture
+def untrained(workplace: Workplace) -> Workplace:
+    """The same place, without its settings of retraining."""
+    place = copy.copy(workplace)
+    place.settings = [setting for setting in workplace.settings if not setting.startswith("retrain")]
+    return place
+
+
+STREAMED = ("model.load=streamed", "retrain=none", "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")
 
 
 @pytest.mark.parametrize("overrides", [[], ["moe=plain", "moe.experts=2"], ["moe.experts=1"]], ids=" ".join)
-def test_streamed_it_writes_the_same_model(workplace: Workplace, tmp_path: Path, overrides: list[str]) -> None:
+def test_streamed_it_writes_the_same_model(untrained: Workplace, tmp_path: Path, overrides: list[str]) -> None:
     name = "-".join(["streamed", *overrides])
-    streamed = workplace.run(name, *STREAMED, f"store={tmp_path / 'store'}", *overrides)
-    full = workplace.run(f"{name}-full", *STREAMED, "model.load=full", *overrides)
+    streamed = untrained.run(name, *STREAMED, f"store={tmp_path / 'store'}", *overrides)
+    full = untrained.run(f"{name}-full", *STREAMED, "model.load=full", *overrides)
     assert (streamed["stages"], streamed["routing"]) == ([], {})
     assert streamed["evaluation"]["skipped"].startswith("model.load=streamed")
     assert "skipped" not in full["evaluation"]
@@ -254,45 +262,30 @@ def test_streamed_it_writes_the_same_model(workplace: Workplace, tmp_path: Path,
 
 
 @pytest.mark.parametrize("load", ["full", "streamed"])
-def test_the_export_has_a_type_of_its_own(workplace: Workplace, build: Build, tmp_path: Path, load: str) -> None:
+def test_the_export_has_a_type_of_its_own(untrained: Workplace, build: Build, tmp_path: Path, load: str) -> None:
     build("llama-tied").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    for file in (workplace.root / "dense").glob("tokenizer*"):
+    for file in (untrained.root / "dense").glob("tokenizer*"):
         shutil.copy(file, tmp_path / "dense")
     settings = [*STREAMED, f"model.path={tmp_path / 'dense'}", f"model.load={load}"]
     for wanted, expected in (("auto", torch.bfloat16), ("float16", torch.float16), ("null", torch.float32)):
-        results = workplace.run(f"dtype-{load}-{wanted}", *settings, f"model.export_dtype={wanted}")
+        results = untrained.run(f"dtype-{load}-{wanted}", *settings, f"model.export_dtype={wanted}")
         assert AutoModelForCausalLM.from_pretrained(results["export"], dtype="auto").dtype == expected
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
-        ([*UNTRAINED, "affinity=mined"], r"affinity=mined.*affinity=random"),
-        (
-            [*UNTRAINED, "moe=plain", "pruning=llm_pruner"],
-            r"pruning\.metric=taylor",
-        ),
-        (
-            [
-                "~retrain.stages.router",
-                "~retrain.stages.experts",
-                "moe=plain",
-                "pruning=flap",
-                "pruning.compensation=bias",
-            ],
-            r"pruning\.compensation=bias",
-        ),
-        (
-            [*UNTRAINED, "eval.tasks=[arc_easy]"],
-            r"eval\.tasks.*python -m dive\.evaluate",
-        ),
+        (["retrain=two_stages"], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
+        (["affinity=mined"], r"affinity=mined.*affinity=random"),
+        (["moe=plain", "pruning=llm_pruner"], r"pruning\.metric=taylor"),
+        (["moe=plain", "pruning=flap", "pruning.compensation=bias"], r"pruning\.compensation=bias"),
+        (["eval.tasks=[arc_easy]"], r"eval\.tasks.*python -m dive\.evaluate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_streaming_cannot_do_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
+def test_what_streaming_cannot_do_is_refused(untrained: Workplace, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^model.load=streamed: {message}"):
-        workplace.compose("model.load=streamed", "affinity=random", *overrides)
+        untrained.compose("model.load=streamed", "retrain=none", "affinity=random", *overrides)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ class ShardWriter:
             return
         file = self._file(len(self._shards))
         save_file(self._waiting, file, metadata={"format": "pt"})
-        with safe_open(file, framework="pt") as stored:
-            for name, tensor in self._waiting.items():
+        for name, tensor in self._waiting.items():
+            with safe_open(file, framework="pt") as stored:  # anew for each, or all of the file would stay mapped
                 if not torch.equal(stored.get_tensor(name), tensor):
                     raise UserError(f"{file}: {name} differs after reading it back")
         self._shards.append(list(self._waiting))

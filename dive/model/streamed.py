@@ -3,6 +3,7 @@
 The rest of the code does not know: :func:`dive.model.families.decoder_layers` gives out the layers, filled, one at a time.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -185,7 +186,9 @@ def load_streamed(source: "DenseSource", *, dtype: torch.dtype | str, device: to
     checkpoint = Checkpoint.open(_directory(source))
     log.info("streaming %s", source.path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(source.config)
+        )  # the source keeps the checkpoint's dtype
     _check(model, checkpoint, f"{source.where}={source.path}")
     embeddings = "model.embed_tokens.weight"
     head = embeddings if source.config.tie_word_embeddings else "lm_head.weight"

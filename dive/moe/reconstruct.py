@@ -3,6 +3,7 @@
 Shapes: L layers, E experts, D hidden width, F FFN channels of the dense model, W kept channels, G groups.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -207,9 +208,11 @@ def build_layers(
     Args:
         statistics: of each layer: of its groups, and with ``pruning.ridge`` null of as many held-out parts after them.
     """
-    for number, found in enumerate(statistics):
+    numbers = itertools.count()  # enumerate would hold what it gave out last
+    for found in statistics:
+        number = next(numbers)
         groups = len(found) // 2 if pruning.ridge is None else len(found)
-        yield build_layer(
+        layer = build_layer(
             ffn(model, number),
             found[:groups],
             pruning,
@@ -217,6 +220,9 @@ def build_layers(
             seed=seed + 1000 * number,
             held_out=found[groups:] or None,
         )
+        del found  # F² numbers a group: gone before the next layer's are collected
+        yield layer
+        del layer
 
 
 @torch.no_grad()
