@@ -20,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dive.errors import UserError
+from dive.errors import UserError, disk_trouble
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ def key_of(kind: str, inputs: Mapping[str, Any]) -> str:
 class Store:
     """Artifacts under one directory, shared by runs and by the processes of a run."""
 
+    finished: Callable[[str, Artifact], None] | None = None
+    """Called with the kind of each artifact that :meth:`get` returns, and the artifact."""
+
     def __init__(self, root: Path) -> None:
         """
         Raises:
@@ -86,11 +89,11 @@ class Store:
         key = key_of(kind, inputs)
         with self._lock(kind, key):
             found = self.find(kind, inputs)
-            if found is not None:
-                log.info("%s %s: reused", kind, key[:8])
-                return found
-            log.info("%s %s: computing", kind, key[:8])
-            return self.put(kind, inputs, compute)
+            log.info("%s %s: %s", kind, key[:8], "computing" if found is None else "reused")
+            artifact = found or self.put(kind, inputs, compute)
+        if self.finished is not None:
+            self.finished(kind, artifact)
+        return artifact
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artifact | None:
         """The artifact of these inputs, if it is there and whole."""
@@ -119,10 +122,11 @@ class Store:
         key = key_of(kind, inputs)
         path = self.root / kind / key
         working = path.with_name(f".{key}-{os.getpid()}")
-        shutil.rmtree(working, ignore_errors=True)
-        working.mkdir(parents=True)
+        for left in path.parent.glob(f".{key}-*"):  # by runs that were killed; who computes holds the lock
+            shutil.rmtree(left, ignore_errors=True)
         start = time.monotonic()
         try:
+            working.mkdir(parents=True)
             compute(working)
             seconds = time.monotonic() - start
             files = {str(f.relative_to(working)): _hash(f) for f in sorted(working.rglob("*")) if f.is_file()}
@@ -130,10 +134,15 @@ class Store:
             write_json(working / MANIFEST, manifest)
             shutil.rmtree(path, ignore_errors=True)  # what a crash or a user left of it
             os.replace(working, path)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        except Exception as error:
+            trouble = disk_trouble(error)
+            if isinstance(error, OSError) and error.errno == errno.EACCES:
+                trouble = str(error.strerror)
+            if trouble is None:
                 raise
-            raise UserError(f"store={self.root}: writing {kind} failed ({error.strerror})") from error
+            raise UserError(
+                f"store={self.root}: writing {kind} failed ({trouble}); make room or set store=DIR, and run it again"
+            ) from error
         finally:
             shutil.rmtree(working, ignore_errors=True)
         return Artifact(key, path, seconds, reused=False)
@@ -149,8 +158,12 @@ class Store:
     @contextmanager
     def _lock(self, kind: str, key: str) -> Iterator[None]:
         directory = self.root / "locks"
-        directory.mkdir(exist_ok=True)
-        with (directory / f"{kind}-{key}").open("w") as handle:
+        try:
+            directory.mkdir(exist_ok=True)
+            handle = (directory / f"{kind}-{key}").open("w")
+        except OSError as error:
+            raise UserError(f"store={self.root} cannot be written ({error.strerror}); set store=DIR") from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

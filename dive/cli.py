@@ -17,13 +17,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dive.errors import UserError
+from dive import preemption
+from dive.errors import UserError, disk_trouble
 
 C = TypeVar("C")
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """Directory of the YAML files: inside the package in a wheel, beside it in the repository."""
+
+# ${ratio_of_active:0.25,${moe.top_k}} in YAML: the pruning.ratio at which top_k experts have a quarter of the channels together.
+OmegaConf.register_new_resolver("ratio_of_active", lambda share, top_k: 1.0 - share / top_k, replace=True)
 
 
 def register_schema(name: str, schema: type[Any]) -> None:
@@ -69,26 +73,41 @@ def describe(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
+SILENT = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Overrides of a command that leaves no directory behind."""
+
+
+def run(task: Callable[[C], object], config_name: str, schema: type[C], *, writes: bool = True) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line's overrides and call ``task`` with the result.
 
-    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C; anything else keeps its traceback.
+    What the task returns is the objective that an optimising sweeper gets.
+
+    Args:
+        writes: give the run a directory of its own under ``outputs/``.
+
+    Exits with 1 and one line on stderr for a user's error, with 130 for Ctrl-C, with 75 for SIGTERM and SIGUSR1; anything
+    else keeps its traceback.
     """
     register_schema(config_name, schema)
     refused: list[UserError] = []
 
     @hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)
-    def main(config: DictConfig) -> None:
+    def main(config: DictConfig) -> object:
+        preemption.listen()  # once more: a sweep's launcher may run this in another process
         try:
-            task(to_typed(config, schema))
+            return task(to_typed(config, schema))
         except UserError as error:
             if wants_traceback or HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise  # a sweep must learn which of its jobs failed
             refused.append(error)  # Hydra would put a line of its own before ours
+            return None
 
     ours = os.environ.setdefault("DIVE_ONE_LINE_ERRORS", "0" if os.environ.get("HYDRA_FULL_ERROR") == "1" else "1")
     wants_traceback = ours == "0"
+    if not writes:
+        sys.argv += SILENT
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the line below is one line
+    preemption.listen()
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -99,6 +118,15 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C]) -> None:
         if wants_traceback:
             raise
         sys.exit(f"error: {error.filename} cannot be written ({error.strerror}); set hydra.run.dir=DIR")
+    except preemption.Preempted:
+        if not preemption.started_by_lightning():
+            print(f"\n{preemption.message()}", file=sys.stderr)
+        sys.exit(preemption.exit_code())
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if wants_traceback or trouble is None:
+            raise
+        sys.exit(f"error: {trouble}; make room, or set hydra.run.dir=DIR and store=DIR elsewhere, and run it again")
     except KeyboardInterrupt:
         print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -30,6 +30,39 @@ class Dtype(Enum):
     float16 = "float16"
 
 
+class Load(Enum):
+    """Where the weights of the dense model are while experts are built."""
+
+    full = "full"
+    """All in memory."""
+    streamed = "streamed"
+    """On disk; one decoder layer at a time is read."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ArchitectureConfig:
+    """The figures of a dense model's config.json that its cost follows from, under the names they have there.
+
+    The presets of hub models hold them, so that a run can be planned before anything is downloaded; they are compared with the
+    model's own once it is at hand.
+    """
+
+    model_type: str = MISSING
+    hidden_size: int = MISSING
+    """D"""
+    intermediate_size: int = MISSING
+    """F, channels of each FFN."""
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    max_position_embeddings: int = MISSING
+    tie_word_embeddings: bool = False
+    dtype: str = "bfloat16"
+    """Element type of the checkpoint, which ``model.dtype=auto`` takes."""
+
+
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
     """The dense model to start from."""
@@ -44,6 +77,12 @@ class ModelConfig:
     """Element type of the weights; bfloat16 for a GPU. ``auto`` takes the checkpoint's own."""
     device: str = "auto"
     """Where calibration, mining and evaluation run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
+    architecture: ArchitectureConfig | None = None
+    """For planning without the model at hand; null reads its config.json."""
+    load: Load = Load.full
+    """``streamed`` calibrates, builds experts and exports a layer at a time; nothing is evaluated or retrained."""
+    export_dtype: Dtype | None = None
+    """Element type of the export; ``dtype`` if null, the dense checkpoint's own if ``auto``."""
 
 
 # ------------------------------------------------------------------------------------------------- calibration_domains
@@ -149,6 +188,8 @@ class Metric(Enum):
     wifv = "wifv"
     ifv = "ifv"
     wifn = "wifn"
+    obs = "obs"
+    taylor = "taylor"
     magnitude = "magnitude"
     random = "random"
 
@@ -169,16 +210,33 @@ class PruningConfig:
     ratio: float = 0.75
     """Share of every FFN's channels that is removed, in (0, 1)."""
     compensation: Compensation = Compensation.least_squares
-    ridge: float = 0.01
-    """Least squares only: ridge as a share of the mean channel energy; keeps rare channels from over-fitting."""
+    ridge: float | None = 0.01
+    """Ridge of least squares and of ``metric=obs``, as a share of the mean channel energy; keeps rare channels from
+    over-fitting. Null chooses one for every expert by its error on a quarter of the calibration sequences."""
+    obs_block: int = 16
+    """``metric=obs`` only: channels removed at a time; 1 is the exact greedy order."""
     width_multiple: int = 8
     """The kept width is rounded to this multiple. Grouped matrix products need 8 (16 bytes of bfloat16); 32 is faster, 256
     suits llama.cpp's k-quants."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.ratio < 1.0, f"pruning.ratio ({self.ratio}) must lie strictly between 0 and 1")
-        require(self.ridge >= 0.0, f"pruning.ridge ({self.ridge}) must not be negative")
+        require(
+            self.ridge is None or self.ridge >= 0.0,
+            f"pruning.ridge ({self.ridge}) must not be negative, or null to choose one",
+        )
+        require(self.obs_block >= 1, f"pruning.obs_block ({self.obs_block}) must be at least 1")
+        require(
+            self.metric is not Metric.obs or self.compensation is Compensation.least_squares,
+            f"pruning.metric=obs removes channels while it refits the others: pruning.compensation={self.compensation.value} "
+            "contradicts it; set pruning.metric=wifv as well, or pruning.compensation=least_squares",
+        )
         require(self.width_multiple >= 1, f"pruning.width_multiple ({self.width_multiple}) must be at least 1")
+
+    @property
+    def score_metric(self) -> Metric:
+        """Score where one is needed channel by channel, or for single domains: ``obs`` has none, ``wifv`` stands in."""
+        return Metric.wifv if self.metric is Metric.obs else self.metric
 
     def width(self, channels: int) -> int:
         """Channels kept of ``channels``: (1 - ratio) · channels, rounded to the nearest multiple.
@@ -208,6 +266,14 @@ class Grouping(Enum):
     given = "given"
 
 
+class Measure(Enum):
+    """What tells how alike two domains are."""
+
+    perplexity = "perplexity"
+    importance = "importance"
+    mask_overlap = "mask_overlap"
+
+
 class Linkage(Enum):
     """Rule of the hierarchical clustering (``scipy.cluster.hierarchy``)."""
 
@@ -221,6 +287,10 @@ class AffinityConfig:
     """How the calibration domains become groups."""
 
     grouping: Grouping = Grouping.mined
+    measure: Measure = Measure.perplexity
+    """``mined`` only. ``perplexity``: of each pruned model on every domain, as in the paper; domains² evaluations.
+    ``importance``: rank correlation of the channels' importance; ``mask_overlap``: channels kept in common. Both come from the
+    calibration statistics alone."""
     linkage: Linkage = Linkage.complete
     """``mined`` only. The paper does not name its own; average linkage tends to one large group and many single domains,
     complete linkage to groups of like size, as the published ones are."""
@@ -251,6 +321,7 @@ class Construction(Enum):
 
     dive = "dive"
     random_split = "random_split"
+    coactivation = "coactivation"
     upcycle = "upcycle"
 
 
@@ -281,6 +352,57 @@ class DistillationConfig:
             require(value > 0, f"moe.distillation.{name} ({value}) must be positive")
 
 
+class Start(Enum):
+    """Tokens that each expert is first derived from."""
+
+    groups = "groups"
+    kmeans = "kmeans"
+    random = "random"
+
+
+@dataclass(slots=True, kw_only=True)
+class RefinementConfig:
+    """Experts refined on calibration tokens, layer by layer; all off is one expert a group of domains, as in the paper."""
+
+    start: Start = Start.groups
+    """``groups`` of domains; ``kmeans`` on the layer's FFN inputs, or ``random``: tokens whatever their domain."""
+    rounds: int = 0
+    """Times that tokens go to the expert the router picks, and experts are derived anew from their tokens: k-means whose
+    centroids are pruned FFNs."""
+    sequential: bool = False
+    """Take each layer's tokens through the already rebuilt layers before it."""
+    correction: float = 0.5
+    """``sequential`` only: share of the earlier layers' error that a layer's target makes up for, in [0, 1]."""
+    steps: int = 0
+    """Gradient steps a layer on experts and router together, against the dense FFN's output."""
+    batch: int = 4096
+    """Tokens per step."""
+    learning_rate: float = 1e-2
+    """Of the experts, Adam."""
+    router_learning_rate: float = 2e-2
+    balance: float = 0.1
+    """Weight of the penalty on experts with more load than ``max_load``."""
+    max_load: float = 1.5
+    """Load of an expert over the mean load, from which it is penalised."""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether experts follow from the tokens themselves, and not from statistics of domains alone."""
+        return self.rounds > 0 or self.steps > 0 or self.sequential or self.start is not Start.groups
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "balance"):
+            value = getattr(self, name)
+            require(value >= 0, f"moe.refinement.{name} ({value}) must not be negative")
+        for name in ("batch", "learning_rate", "router_learning_rate"):
+            value = getattr(self, name)
+            require(value > 0, f"moe.refinement.{name} ({value}) must be positive")
+        require(
+            0.0 <= self.correction <= 1.0, f"moe.refinement.correction ({self.correction}) must lie between 0 and 1"
+        )
+        require(self.max_load >= 1.0, f"moe.refinement.max_load ({self.max_load}) must be at least 1")
+
+
 @dataclass(slots=True, kw_only=True)
 class MoEConfig:
     """The Mixture-of-Experts that is built."""
@@ -288,10 +410,22 @@ class MoEConfig:
     experts: int = 8
     top_k: int = 1
     construction: Construction = Construction.dive
+    shared: float = 0.0
+    """Share of every expert's width that goes to channels which all experts have, in [0, 1). ``dive``: those most important
+    to all text together; ``coactivation``: those most often active. The gates of the chosen experts sum to one, so a channel
+    that stands in each of them is always on."""
+    active_channels: int = 10
+    """``coactivation`` only: channels counted as active on a token (CMoE's K_a)."""
     router_init: RouterInit = RouterInit.distilled
     noise: float = 0.0
     """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether experts begin with groups of domains."""
+        return self.construction is Construction.dive and self.experts > 1 and self.refinement.start is Start.groups
 
     def __post_init__(self) -> None:
         require(self.experts >= 1, f"moe.experts ({self.experts}) must be at least 1")
@@ -304,7 +438,26 @@ class MoEConfig:
             self.construction is not Construction.upcycle or self.router_init is RouterInit.random,
             "moe.router_init=distilled has nothing to learn from identical experts; set moe.router_init=random, or moe=upcycle",
         )
+        require(0.0 <= self.shared < 1.0, f"moe.shared ({self.shared}) must lie in [0, 1)")
+        require(
+            self.shared == 0.0 or self.construction in (Construction.dive, Construction.coactivation),
+            f"moe.shared ({self.shared}) goes with moe.construction=dive or coactivation; set moe.shared=0",
+        )
+        require(self.active_channels >= 1, f"moe.active_channels ({self.active_channels}) must be at least 1")
         require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
+        refined = self.refinement.needs_tokens
+        require(
+            not refined or self.shared == 0.0,
+            f"moe.shared ({self.shared}) and moe.refinement contradict each other; set moe=plain or moe.shared=0",
+        )
+        require(
+            not refined or self.construction is Construction.dive,
+            f"moe.refinement goes with moe.construction=dive, not {self.construction.value}; set moe={self.construction.value}",
+        )
+        require(
+            not refined or self.router_init is RouterInit.distilled or self.experts == 1,
+            "moe.refinement needs routers that know their experts: set moe.router_init=distilled, or moe=plain",
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- retrain
@@ -323,6 +476,14 @@ class Freezing(Enum):
     frozen = "frozen"
     full = "full"
     lora = "lora"
+
+
+class Gate(Enum):
+    """Weight of the selected experts in sparse training; at evaluation all are the renormalised one of the stock class."""
+
+    renormalised = "renormalised"
+    straight_through = "straight_through"
+    switch = "switch"
 
 
 class Schedule(Enum):
@@ -352,10 +513,40 @@ class FreezingConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class TeacherConfig:
+    """What a stage learns from the dense model beside the text."""
+
+    logits: float = 0.0
+    """Share of the loss that is the Kullback-Leibler divergence from the dense model's next-token distribution, in [0, 1];
+    the rest is cross-entropy."""
+    temperature: float = 1.0
+    """Of both distributions."""
+    top_k: int | None = None
+    """Compare the dense model's k likeliest tokens, and all others as one; null compares every token."""
+    hidden: float = 0.0
+    """Weight of the relative squared distance between both models' hidden states, averaged over layers."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the dense model is needed at all."""
+        return self.logits > 0 or self.hidden > 0
+
+
+@dataclass(slots=True, kw_only=True)
 class StageConfig:
     """One stage of retraining."""
 
     mode: Mode = Mode.sparse
+    gate: Gate = Gate.renormalised
+    """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
+    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage."""
+    balance: float = 0.0
+    """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
+    max_load: float = 1.5
+    """Load of an expert over the mean load, from which it is penalised."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     temperature: float = 1.0
     """Dense mode only: the gate is softmax(logits / temperature)."""
     train: FreezingConfig = field(default_factory=FreezingConfig)
@@ -444,6 +635,16 @@ class RetrainConfig:
             require(stage.batch > 0, f"{where}.batch ({stage.batch}) must be positive")
             require(stage.learning_rate > 0, f"{where}.learning_rate ({stage.learning_rate}) must be positive")
             require(stage.temperature > 0, f"{where}.temperature ({stage.temperature}) must be positive")
+            require(stage.balance >= 0, f"{where}.balance ({stage.balance}) must not be negative")
+            require(stage.max_load >= 1, f"{where}.max_load ({stage.max_load}) must be at least 1")
+            require(stage.z_loss >= 0, f"{where}.z_loss ({stage.z_loss}) must not be negative")
+            teacher = stage.teacher
+            require(0 <= teacher.logits <= 1, f"{where}.teacher.logits ({teacher.logits}) must lie between 0 and 1")
+            require(teacher.temperature > 0, f"{where}.teacher.temperature ({teacher.temperature}) must be positive")
+            require(teacher.hidden >= 0, f"{where}.teacher.hidden ({teacher.hidden}) must not be negative")
+            require(
+                teacher.top_k is None or teacher.top_k > 0, f"{where}.teacher.top_k ({teacher.top_k}) must be positive"
+            )
             require(0 <= stage.warmup < 1, f"{where}.warmup ({stage.warmup}) must lie in [0, 1)")
             require(0 <= stage.floor <= 1, f"{where}.floor ({stage.floor}) must lie in [0, 1]")
             require(
@@ -478,6 +679,18 @@ class EvalSetConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class TaskConfig:
+    """How one of ``eval.tasks`` is put to the model."""
+
+    shots: int | None = None
+    """Solved examples before each question; the task's own number (mostly none) if null."""
+    limit: int | None = None
+    """Questions, from the first (of a group such as mmlu: of each member); ``eval.task_limit`` if null."""
+    metric: str | None = None
+    """Shown in tables and averaged; the task's first if null. All are recorded."""
+
+
+@dataclass(slots=True, kw_only=True)
 class EvalConfig:
     """What is measured, and on how much text."""
 
@@ -489,18 +702,44 @@ class EvalConfig:
     """Windows per forward pass."""
     allow_overlap: bool = False
     """Accept evaluation documents that stand in the training text as well."""
+    generations: int = 6
+    """Test texts that the dense model and the Mixture-of-Experts continue, to be read in the report."""
+    generated_tokens: int = 32
+    """Tokens of each continuation, at most half a window."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+    """Tasks, groups or tags of lm-evaluation-harness, or of ``task_path``; results.json lists them in this order."""
+    task_settings: dict[str, TaskConfig] = field(default_factory=dict)
+    """By name of the task; what stands here of tasks that are not in ``tasks`` is left aside."""
+    task_path: str | None = None
+    """Directory of task YAMLs of your own, beside the harness's. What their ``!function`` names is run."""
+    task_limit: int | None = None
+    """Questions per task, from the first; all if null."""
+    add_bos_token: bool | None = None
+    """Whether prompts of tasks begin with the BOS token; as the tokenizer does by itself if null, the harness's default."""
+    ngram: int = 13
+    """Words of the n-grams by which evaluation text is looked for in the training text; 0 for not at all."""
 
     def __post_init__(self) -> None:
         require(bool(self.lengths), "eval.lengths is empty")
         require(all(length > 1 for length in self.lengths), "eval.lengths must be at least 2 tokens")
         require(self.windows is None or self.windows > 0, "eval.windows must be positive, or null for all")
         require(self.batch > 0, f"eval.batch ({self.batch}) must be positive")
+        require(self.generations >= 0, f"eval.generations ({self.generations}) must not be negative")
+        require(self.generated_tokens > 0, f"eval.generated_tokens ({self.generated_tokens}) must be positive")
         for name, entry in self.sets.items():
             where = f"eval.sets.{name}"
             require(bool(entry.lengths), f"{where}.lengths is empty")
             require(entry.source is TextSource.hub or entry.path is not None, f"{where}.path is needed")
             require(entry.source is not TextSource.hub or entry.hub is not None, f"{where}.hub is needed")
+        require(self.ngram >= 0, f"eval.ngram ({self.ngram}) must not be negative")
+        require(self.task_limit is None or self.task_limit > 0, "eval.task_limit must be positive, or null for all")
+        twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+        require(not twice, f"eval.tasks names {twice} twice")
+        for name, settings in self.task_settings.items():
+            where = f"eval.task_settings.{name}"
+            require(settings.shots is None or settings.shots >= 0, f"{where}.shots must not be negative")
+            require(settings.limit is None or settings.limit > 0, f"{where}.limit must be positive, or null for all")
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer
@@ -594,6 +833,65 @@ class LoggerConfig:
     wandb: WandbConfig | None = None
 
 
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+class PlanTable(Enum):
+    """What ``python -m dive.plan`` prints."""
+
+    stages = "stages"
+    memory = "memory"
+    construction = "construction"
+
+
+@dataclass(slots=True, kw_only=True)
+class DeviceConfig:
+    """A device to estimate time and memory on."""
+
+    bfloat16: float = MISSING
+    """Peak of matrix products in bfloat16 or float16, FLOP/s, without sparsity."""
+    float32: float = MISSING
+    """The same in float32 (torch's default: without TF32)."""
+    float64: float = MISSING
+    """The same in float64, in which least squares is solved."""
+    utilisation: float = MISSING
+    """Share of these peaks that whole stages reach."""
+    bandwidth: float = MISSING
+    """Of its memory, bytes/s."""
+    link: float = MISSING
+    """Between it and the host's memory, bytes/s."""
+    memory: float | None = None
+    """Bytes; null for a CPU, which computes in the host's memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("bfloat16", "float32", "float64", "bandwidth", "link"):
+            require(getattr(self, name) > 0, f"plan.devices.*.{name} ({getattr(self, name)}) must be positive")
+        require(0 < self.utilisation <= 1, f"plan.devices.*.utilisation ({self.utilisation}) must lie in (0, 1]")
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanConfig:
+    """What a run is planned for."""
+
+    device: str = "auto"
+    """One of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
+    devices: dict[str, DeviceConfig] = field(default_factory=dict)
+    table: PlanTable = PlanTable.stages
+    """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs."""
+    enforce: bool = True
+    """Refuse a run that the plan says this machine has no room for."""
+    windows: int = 300
+    """Windows taken for granted of each evaluation text where ``eval.windows`` is null."""
+    disk: float = 1e9
+    """Of the disk, bytes/s."""
+
+    def __post_init__(self) -> None:
+        require(self.windows > 0, f"plan.windows ({self.windows}) must be positive")
+        require(self.disk > 0, f"plan.disk ({self.disk}) must be positive")
+        choices = ["auto", *self.devices]
+        require(self.device in choices, f"plan.device ({self.device}) is none of {', '.join(choices)}")
+
+
 # ---------------------------------------------------------------------------------------------------------- experiment
 
 
@@ -610,6 +908,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = 42
     store: str = "outputs/store"
     """Directory of the artifacts that runs share."""
@@ -620,7 +919,17 @@ class Config:
             not (self.pruning.compensation is Compensation.bias and self.moe.construction is not Construction.dive),
             "pruning.compensation=bias goes with moe.construction=dive alone; choose least_squares or none",
         )
-        if self.affinity.groups is not None and self.moe.construction is Construction.dive and self.moe.experts > 1:
+        require(
+            self.pruning.compensation is Compensation.least_squares or not self.moe.refinement.needs_tokens,
+            f"moe.refinement refits by least squares: pruning.compensation={self.pruning.compensation.value} contradicts it; "
+            "set moe=plain",
+        )
+        require(
+            self.pruning.metric is not Metric.taylor or not self.moe.refinement.needs_tokens,
+            "pruning.metric=taylor takes gradients of the dense model, which moe.refinement does not pass through; "
+            "set moe=plain, or another pruning.metric",
+        )
+        if self.affinity.groups is not None and self.moe.needs_groups:
             require(
                 self.moe.experts == len(self.affinity.groups),
                 f"moe.experts ({self.moe.experts}) differs from the number of affinity.groups "
@@ -631,6 +940,8 @@ class Config:
             f"model.dtype={self.model.dtype.value}: trainer=fsdp shards tensors of one type alone; set model.dtype=float32 "
             "(mixed precision computes in bfloat16), or trainer=fsdp2",
         )
+        if self.model.load is Load.streamed:
+            self._check_streamed()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
             parts = (stage.accumulation or self.trainer.accumulation) * world
@@ -639,3 +950,56 @@ class Config:
                 f"retrain.stages.{name}.batch ({stage.batch}) does not divide into {parts} parts "
                 "(accumulation × trainer.devices × trainer.num_nodes)",
             )
+
+    def _check_streamed(self) -> None:
+        """What needs the whole model in memory."""
+        require(
+            not self.retrain.stages,
+            f"model.load=streamed: retraining ({', '.join(self.retrain.stages)}) needs the whole model in memory; set "
+            "retrain=none, or model.load=full",
+        )
+        require(
+            self.affinity.grouping is not Grouping.mined or not self.moe.needs_groups,
+            "model.load=streamed: affinity=mined runs the whole model for every pair of domains; set affinity=random, given or "
+            "published/NAME, or moe.refinement.start=kmeans, or model.load=full",
+        )
+        require(
+            self.pruning.metric is not Metric.taylor,
+            "model.load=streamed: pruning.metric=taylor takes gradients through the whole model; set another pruning.metric, "
+            "or model.load=full",
+        )
+        require(
+            self.pruning.compensation is not Compensation.bias,
+            "model.load=streamed: pruning.compensation=bias has no place in a stock export; set another, or model.load=full",
+        )
+        require(
+            not self.eval.tasks,
+            "model.load=streamed: eval.tasks run the whole model; set eval.tasks=[] and measure the export by "
+            "`python -m dive.evaluate`, or model.load=full",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of a finished model, dense or Mixture-of-Experts."""
+
+    checkpoint: str = MISSING
+    """Directory, hub id, or ``embedded`` for the model that comes with the package."""
+    revision: str | None = None
+    """Commit, branch or tag on the hub."""
+    dtype: Dtype = Dtype.auto
+    """Element type of the weights; ``auto`` takes the checkpoint's own."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
+    calibration_domains: CalibrationDomainsConfig | None = None
+    """Domains whose test texts are measured; null for none."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 42
+    store: str = "outputs/store"
+    """Directory of the artifacts that runs share."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.calibration_domains is not None or bool(self.eval.sets or self.eval.tasks),
+            "nothing to measure: set eval.tasks=[NAME], eval.sets, or calibration_domains=embedded",
+        )

@@ -1,5 +1,28 @@
 """Errors that a user can mend."""
 
+import errno
+import os
+import re
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Error numbers of a disk that takes no more: full, over quota, over the limit of a file's size, read-only."""
+
 
 class UserError(Exception):
     """What is wrong, where, and which override mends it; shown as one line, without a traceback."""
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """What the disk says, where an error or one below it comes from a disk that takes no more.
+
+    safetensors and ``torch.save`` wrap the operating system's error in ones of their own.
+    """
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.errno in FULL:
+            return f"{below.filename}: {below.strerror}" if below.filename else str(below.strerror)
+        wrapped = re.search(r"(?:os error|code:) (\d+)", str(below))
+        if type(below).__name__ == "SafetensorError" and wrapped and int(wrapped[1]) in FULL:
+            return os.strerror(int(wrapped[1]))
+        below = below.__cause__ or below.__context__
+    return None

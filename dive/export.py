@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,18 +17,24 @@ import torch
 from torch import nn
 
 from dive.artifacts import write_json
-from dive.errors import UserError
-from dive.model.families import decoder_layers, moe_block, moe_class
-from dive.model.load import load_tokenizer, load_weights, locate_dense, resolve_device
-from dive.moe.plug import plug_routers, unplug
+from dive.errors import UserError, disk_trouble
+from dive.model.families import decoder_layers, moe_block, moe_class, moe_config, stock_layer_tensors
+from dive.model.load import DenseSource, fingerprint_directory, load_weights, locate_dense
+from dive.model.shards import ShardWriter
+from dive.moe.layer import ExpertLayer
+from dive.moe.plug import plug_routers, unplug, use_stock_experts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 BIASED_MODEL_TYPE = "dive_moe_with_expert_bias"
 """``model_type`` of the custom format: unknown to every engine, so that none loads it and drops the biases silently."""
+
+
+SHARD_BYTES = 1 << 30
+"""Size of the shards of :func:`save_streamed`."""
 
 
 def has_expert_bias(model: "PreTrainedModel") -> bool:
@@ -41,6 +48,7 @@ def save(
     directory: str | Path,
     *,
     card: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write the model as its stock class, and prove it by reading it back.
 
@@ -49,6 +57,7 @@ def save(
     Args:
         directory: to create; an existing one is replaced once the new one is proven.
         card: text of the model card.
+        dtype: element type to write; the model is converted, in place. Its own if none.
 
     Returns:
         The directory.
@@ -63,6 +72,12 @@ def save(
             "drop them silently; use compensation=least_squares or none, or save_with_expert_bias() for a custom directory"
         )
     unplug(model)
+    if dtype is not None and dtype != model.dtype:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(
+                dtype
+            )  # not model.to(dtype), which would round the rotary frequencies too
+        use_stock_experts(model)
     target = Path(directory)
     with _replacing(target) as working:
         model.save_pretrained(working)
@@ -110,6 +125,82 @@ def add_earlier_names(directory: Path) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(file, settings)
+
+
+@torch.no_grad()
+def save_streamed(
+    dense: "PreTrainedModel",
+    layers: Iterable[ExpertLayer],
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: str | Path,
+    *,
+    top_k: int,
+    card: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write the stock Mixture-of-Experts of a streamed model and these experts, without ever having it whole in memory.
+
+    The files are those of :func:`save` on the assembled model, in more and smaller shards. Each shard is read back and
+    compared; names and sizes are compared with the stock class's.
+
+    Args:
+        dense: of :func:`dive.model.streamed.load_streamed`.
+        layers: experts of each layer in turn.
+        directory: to create; an existing one is replaced once the new one is whole.
+        top_k: experts a token.
+        card: text of the model card.
+        dtype: element type to write; that of ``dense`` if none.
+        shard_bytes: size of a shard, and so of what is held in memory; a larger tensor has one for itself.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: the experts have biases, the directory cannot be written, or what was read back differs.
+    """
+    target, kind = Path(directory), dense.dtype if dtype is None else dtype
+    twin: PreTrainedModel | None = None
+    with _replacing(target) as working:
+        writer = ShardWriter(working, dtype=kind, shard_bytes=shard_bytes)
+        for number, layer in enumerate(layers):
+            if layer.bias is not None:
+                raise UserError("pruning.compensation=bias: a stock Mixture-of-Experts has no place for expert biases")
+            if twin is None:
+                experts, _, width = layer.down.shape
+                config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts))
+                with torch.device("meta"):
+                    twin = moe_class(config)(config)
+                _copy_shared(dense, twin, writer, "model.embed_tokens.")
+            _copy_shared(dense, twin, writer, f"model.layers.{number}.")
+            parts = stock_layer_tensors(config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router)
+            for name, tensor in parts:
+                writer.add(name, tensor)
+        if twin is None:
+            raise ValueError("no layers")
+        _copy_shared(dense, twin, writer, "model.norm.", "lm_head.")
+        writer.close()
+        total = twin.num_parameters()
+        if writer.parameters != total:
+            raise UserError(f"{target}: {writer.parameters} parameters were written, {type(twin).__name__} has {total}")
+        tokenizer.save_pretrained(working)
+        copy_sentencepiece(tokenizer, working)
+        if card is not None:
+            (working / "README.md").write_text(card, encoding="utf-8")
+        twin.config.dtype = str(kind).removeprefix("torch.")
+        twin.config.architectures = [type(twin).__name__]
+        dense.generation_config.save_pretrained(working)
+        twin.config.save_pretrained(working)  # last: without it nothing loads the directory
+        add_earlier_names(working)
+    return target
+
+
+def _copy_shared(dense: "PreTrainedModel", twin: "PreTrainedModel", writer: ShardWriter, *prefixes: str) -> None:
+    """Copy what the dense model and its twin share, of the names that begin so, from disk to disk."""
+    host = torch.device("cpu")
+    for name, _ in twin.named_parameters():  # a tied head stands there once, as the embedding
+        if name.startswith(prefixes) and ".mlp." not in name:
+            writer.add(name, dense.checkpoint.read([name], dtype=writer.dtype, device=host)[name])
 
 
 @torch.no_grad()
@@ -189,6 +280,25 @@ def save_with_expert_bias(
     return target
 
 
+def expert_bias_config(directory: Path) -> "PretrainedConfig":
+    """The stock configuration of a directory of :func:`save_with_expert_bias`.
+
+    Raises:
+        UserError: the directory holds something else.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: config.json cannot be read") from error
+    if settings.get("model_type") != BIASED_MODEL_TYPE:
+        raise UserError(f"{directory} is not a directory of save_with_expert_bias; load it with transformers")
+    settings["model_type"] = settings.pop("stock_model_type")
+    config: PretrainedConfig = AutoConfig.for_model(**settings)
+    return config
+
+
 def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     """Load what :func:`save_with_expert_bias` wrote.
 
@@ -196,19 +306,11 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
         UserError: the directory holds something else.
     """
     from safetensors.torch import load_file, load_model
-    from transformers import AutoConfig
 
     from dive.model.families import empty_moe
 
     path = Path(directory)
-    try:
-        settings = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: config.json cannot be read") from error
-    if settings.get("model_type") != BIASED_MODEL_TYPE:
-        raise UserError(f"{path} is not a directory of save_with_expert_bias; load it with transformers")
-    settings["model_type"] = settings.pop("stock_model_type")
-    config = AutoConfig.for_model(**settings)
+    config = expert_bias_config(path)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     model = empty_moe(config, dtype)
     shapes = load_file(path / "model.safetensors")
@@ -221,38 +323,43 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     return model.requires_grad_(False).eval()
 
 
-def load_checkpoint(
-    path: str, *, where: str = "checkpoint", dtype: str = "auto", device: str = "auto"
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A finished model and its tokenizer: what :func:`save` or :func:`save_with_expert_bias` wrote, or any dense one.
+def open_checkpoint(
+    path: str, *, revision: str | None = None, dtype: str, device: torch.device, where: str = "checkpoint"
+) -> tuple[DenseSource, Callable[[], "PreTrainedModel"]]:
+    """A finished model that was found, and what loads its weights: a stock directory or hub id, or one with expert biases.
 
     Args:
         path: a directory, a hub id, or ``embedded``.
-        where: override to name in errors.
+        revision: commit, branch or tag on the hub.
         dtype: of the weights, or ``auto`` for the checkpoint's own.
-        device: ``auto``, ``cpu``, ``cuda``, ...
+        where: override to name in errors.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: nothing there, or not readable.
     """
-    from transformers import AutoTokenizer
+    directory = Path(path).expanduser()
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    if _model_type(directory) != BIASED_MODEL_TYPE:
+        source = locate_dense(path, revision, dtype=dtype, where=where, any_family=True)
+        return source, partial(load_weights, source, dtype=wanted, device=device)
+    fingerprint = fingerprint_directory(directory)
+    source = DenseSource(
+        str(directory), None, expert_bias_config(directory), fingerprint, dtype, offline=True, where=where
+    )
 
-    chosen = resolve_device(device)
-    if _is_biased(Path(path)):
-        model = load_with_expert_bias(path)
-        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
-        return model.to(chosen), AutoTokenizer.from_pretrained(path, local_files_only=True)
-    source = locate_dense(path, dtype=dtype, where=where, any_family=True)
-    tokenizer = load_tokenizer(source)
-    return load_weights(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=chosen), tokenizer
+    def load() -> "PreTrainedModel":
+        model = load_with_expert_bias(directory)
+        return model.to(device=device, dtype=model.dtype if wanted == "auto" else wanted)
+
+    return source, load
 
 
-def _is_biased(directory: Path) -> bool:
+def _model_type(directory: Path) -> str | None:
     try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("model_type") == BIASED_MODEL_TYPE
+        found = json.loads((directory / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads it next says what is wrong
+    return found if isinstance(found, str) else None
 
 
 @contextmanager
@@ -265,16 +372,24 @@ def _replacing(target: Path) -> Iterator[Path]:
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()):
         raise UserError(f"{target} is there and holds something else than a model; choose another directory")
     working = target.with_name(f".{target.name}-{os.getpid()}")
-    shutil.rmtree(working, ignore_errors=True)
+    replaced = working.with_name(f"{working.name}-replaced")
+    for left in target.parent.glob(f".{target.name}-*"):  # by runs that were killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         working.mkdir(parents=True)
         yield working
         for file in working.iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone; a server may be another user
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # moved, not removed: half a directory would have neither the old model nor the new one
+            os.replace(target, replaced)
         os.replace(working, target)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        raise UserError(f"{target} cannot be written ({trouble})") from error
     finally:
         shutil.rmtree(working, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

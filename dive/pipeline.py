@@ -7,6 +7,7 @@ Each stage is a function of its slice of the configuration and of what came befo
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -24,8 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dive.affinity.grouping import affinity, cluster_domains, random_groups
+from dive.affinity.grouping import (
+    adjusted_rand_index,
+    affinity,
+    cluster_distances,
+    distances,
+    random_groups,
+    similarity_distances,
+)
 from dive.affinity.matrix import cross_domain_perplexity
+from dive.affinity.similarity import importance_similarity, overlap_similarity
 from dive.artifacts import Artifact, Store, plain, write_json
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import domain_names, fingerprint, load_domains
@@ -34,16 +43,25 @@ from dive.config import (
     Compensation,
     Config,
     Construction,
+    Dtype,
+    EvalConfig,
     Grouping,
+    Load,
+    Measure,
+    Metric,
     MoEConfig,
     PruningConfig,
     RouterInit,
     require,
 )
+from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluate, evaluation_texts
+from dive.eval.generation import Beginnings, continue_greedily
 from dive.eval.routing import mask_overlap, routing_share
-from dive.export import has_expert_bias, save, save_with_expert_bias
+from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
+from dive.export import has_expert_bias, save, save_streamed, save_with_expert_bias
 from dive.logger.build import build_wandb
+from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import count_parameters, moe_config
 from dive.model.load import (
     DenseSource,
@@ -53,13 +71,20 @@ from dive.model.load import (
     locate_dense,
     resolve_device,
 )
-from dive.moe.reconstruct import ExpertLayer, assemble, build_layers
+from dive.model.streamed import load_streamed
+from dive.moe.layer import ExpertLayer
+from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
+from dive.plan.actual import Meter
+from dive.plan.capacity import here, refuse
+from dive.plan.stages import Plan, plan
+from dive.plan.table import headline as plan_headline
 from dive.progress import quiet_libraries
 from dive.pruning.calibrate import collect_statistics, stream_statistics
-from dive.pruning.metrics import keep_masks
+from dive.pruning.metrics import importance_of_layers, keep_masks
 from dive.pruning.statistics import ChannelStatistics
 from dive.report import plots
-from dive.report.text import model_card, show, stage_table
+from dive.report.run import write_report
+from dive.report.text import model_card, show, stage_table, task_tables
 from dive.retrain.corpus import Blocks, corpus_blocks, local_documents
 from dive.retrain.freezing import check_policy
 from dive.retrain.stage import RetrainedStage, retrain_stage, retrained_model
@@ -92,6 +117,9 @@ class Inputs:
     """Identifies the corpus: its text, order and tokens."""
     fingerprints: dict[str, dict[str, str]]
     """{domain: SHA-256 of its train and test documents}"""
+    tasks: TaskSuite = field(default_factory=TaskSuite)
+    contamination: dict[str, Any] = field(default_factory=dict)
+    """How much of each evaluation set stands in the training text."""
 
     def identity(self) -> dict[str, Any]:
         """What calibration depends on: model, element type and the tokens themselves."""
@@ -105,16 +133,20 @@ class Inputs:
 # ---------------------------------------------------------------------------------------------------------------- stages
 
 
-def calibrate(store: Store, inputs: Inputs, *, batch: int) -> Artifact:
-    """Channel statistics of every domain, in one pass over the dense model."""
+def calibrate(store: Store, inputs: Inputs, *, batch: int, taylor: bool) -> Artifact:
+    """Channel statistics of every domain, in one pass over the dense model; Taylor scores take a second one."""
 
     def compute(directory: Path) -> None:
-        statistics = collect_statistics(inputs.dense(), inputs.tokens, batch=batch, second_moments=False, inputs=0)
+        statistics = collect_statistics(
+            inputs.dense(), inputs.tokens, batch=batch, second_moments=False, inputs=0, taylor=taylor
+        )
         for domain, found in statistics.items():
             tensors = {"mean": found.mean, "squared_deviations": found.squared_deviations}
+            if found.taylor is not None:
+                tensors["taylor"] = found.taylor
             save_file(tensors, directory / f"{domain}.safetensors", metadata={"count": str(found.count)})
 
-    return store.get("statistics", inputs.identity(), compute)
+    return store.get("statistics", inputs.identity() | ({"taylor": True} if taylor else {}), compute)
 
 
 def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[str, ChannelStatistics]:
@@ -122,49 +154,93 @@ def read_statistics(artifact: Artifact, tokens: Mapping[str, Tensor]) -> dict[st
     found = {}
     for domain, matrix in tokens.items():
         tensors = load_file(artifact.path / f"{domain}.safetensors")
-        found[domain] = ChannelStatistics(matrix.numel(), tensors["mean"], tensors["squared_deviations"])
+        found[domain] = ChannelStatistics(
+            matrix.numel(), tensors["mean"], tensors["squared_deviations"], taylor=tensors.get("taylor")
+        )
     return found
 
 
 def mine(
-    store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningConfig, *, batch: int, seed: int
-) -> Artifact:
-    """Perplexity of the model pruned on each domain, measured on every domain."""
+    store: Store,
+    inputs: Inputs,
+    statistics: Artifact,
+    pruning: PruningConfig,
+    *,
+    batch: int,
+    seed: int,
+    only_if_there: bool = False,
+) -> Artifact | None:
+    """Perplexity of the model pruned on each domain, measured on every domain; none if ``only_if_there`` and it is not."""
     with_bias = pruning.compensation is not Compensation.none
 
     def compute(directory: Path) -> None:
         found = read_statistics(statistics, inputs.tokens)
-        masks = {
-            domain: keep_masks(
-                inputs.dense(),
-                s,
-                metric=pruning.metric,
-                ratio=pruning.ratio,
-                width_multiple=pruning.width_multiple,
-                seed=seed + number,
-            )
-            for number, (domain, s) in enumerate(found.items())
-        }
+        masks = domain_masks(inputs, found, pruning, seed=seed)
         means = {domain: s.mean for domain, s in found.items()} if with_bias else None
         matrix = cross_domain_perplexity(inputs.dense(), inputs.measured, masks, means=means, batch=batch)
         write_json(directory / "matrix.json", {"domains": list(masks), "perplexity": matrix.tolist()})
 
-    width = pruning.width(inputs.source.channels)
-    depends = {"statistics": statistics.key, "measured": hash_tokens(inputs.measured), "width": width}
-    depends |= {
-        "metric": pruning.metric,
-        "with_bias": with_bias,
+    depends = matrix_inputs(inputs, statistics, pruning, seed=seed)
+    return store.find("matrix", depends) if only_if_there else store.get("matrix", depends, compute)
+
+
+def matrix_inputs(inputs: Inputs, statistics: Artifact, pruning: PruningConfig, *, seed: int) -> dict[str, Any]:
+    """What :func:`mine` depends on."""
+    return {
+        "statistics": statistics.key,
+        "measured": hash_tokens(inputs.measured),
+        "width": pruning.width(inputs.source.channels),
+        "metric": pruning.score_metric,
+        "with_bias": pruning.compensation is not Compensation.none,
         "seed": seed if pruning.metric.value == "random" else None,
     }
-    return store.get("matrix", depends, compute)
+
+
+def domain_masks(
+    inputs: Inputs, statistics: Mapping[str, ChannelStatistics], pruning: PruningConfig, *, seed: int
+) -> dict[str, Tensor]:
+    """{domain: (L, F) bool}, the channels kept for each domain."""
+    return {
+        domain: keep_masks(
+            inputs.dense(),
+            s,
+            metric=pruning.score_metric,
+            ratio=pruning.ratio,
+            width_multiple=pruning.width_multiple,
+            seed=seed + number,
+        )
+        for number, (domain, s) in enumerate(statistics.items())
+    }
+
+
+def compare(
+    store: Store, inputs: Inputs, statistics: Artifact, pruning: PruningConfig, measure: Measure, *, seed: int
+) -> Artifact:
+    """Similarity of every two domains by a measure that needs their statistics alone."""
+
+    def compute(directory: Path) -> None:
+        found = read_statistics(statistics, inputs.tokens)
+        if measure is Measure.importance:
+            scores = [importance_of_layers(inputs.dense(), s, pruning.score_metric, seed=seed) for s in found.values()]
+            matrix = importance_similarity(torch.stack(scores))
+        else:
+            matrix = overlap_similarity(torch.stack(list(domain_masks(inputs, found, pruning, seed=seed).values())))
+        write_json(directory / "matrix.json", {"domains": list(found), "similarity": matrix.tolist()})
+
+    depends = matrix_inputs(inputs, statistics, pruning, seed=seed) | {"measure": measure}
+    for unused in ("measured", "with_bias"):
+        depends.pop(unused)
+    return store.get("similarity", depends, compute)
 
 
 def group(store: Store, matrix: Artifact, config: AffinityConfig, *, experts: int) -> Artifact:
-    """Groups of domains by hierarchical clustering of the mined matrix."""
+    """Groups of domains by hierarchical clustering of the matrix of :func:`mine` or :func:`compare`."""
 
     def compute(directory: Path) -> None:
         mined = json.loads((matrix.path / "matrix.json").read_text())
-        found = cluster_domains(mined["perplexity"], mined["domains"], experts=experts, method=config.linkage)
+        by_perplexity = "perplexity" in mined
+        distance = distances(mined["perplexity"]) if by_perplexity else similarity_distances(mined["similarity"])
+        found = cluster_distances(distance, mined["domains"], experts=experts, method=config.linkage)
         write_json(
             directory / "groups.json",
             {
@@ -192,29 +268,55 @@ def build_experts(
     """Experts and routers of every layer, from a second pass over the calibration tokens, layer after layer."""
     tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
+    clusters = moe.construction is Construction.coactivation and moe.experts > 1
+    scales_by_top_k = clusters and pruning.compensation is Compensation.none
 
-    def compute(directory: Path) -> None:
+    refined = moe.refinement.needs_tokens
+    held_out = pruning.ridge is None and pruning.compensation is Compensation.least_squares
+
+    def layers() -> Iterator[ExpertLayer]:
+        dense = inputs.dense()
+        if refined:
+            return build_refined_layers(dense, list(tokens.values()), pruning, moe, batch=batch, seed=seed)
+        parts = dict(tokens)
+        if held_out:  # every fourth sequence chooses the ridge
+            parts = {name: matrix[torch.arange(len(matrix)) % 4 != 3] for name, matrix in tokens.items()}
+            parts |= {f"{name} held out": matrix[3::4] for name, matrix in tokens.items()}
         statistics = stream_statistics(
-            inputs.dense(),
-            tokens,
+            dense,
+            parts,
             batch=batch,
             second_moments=pruning.compensation is Compensation.least_squares,
             inputs=-(-moe.distillation.tokens // len(tokens)) if wants_inputs else 0,
+            taylor=pruning.metric is Metric.taylor,
+            active_channels=moe.active_channels if clusters else 0,
             description=f"building {moe.experts} experts" if moe.experts > 1 else "pruning",
         )
-        for number, layer in enumerate(build_layers(inputs.dense(), statistics, pruning, moe, seed=seed)):
+        return build_layers(dense, statistics, pruning, moe, seed=seed)
+
+    def compute(directory: Path) -> None:
+        for number, layer in enumerate(layers()):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
             save_file(tensors, directory / f"layer_{number:03d}.safetensors")
 
     construction = plain(moe)
-    for settings in ("top_k", "noise", *(() if wants_inputs else ("distillation",))):
-        construction.pop(settings)  # of no influence on the experts
+    unused = {
+        "noise": True,
+        "top_k": not (scales_by_top_k or refined),
+        "refinement": not refined,
+        "distillation": not wants_inputs,
+        "active_channels": not clusters,
+    }
+    for settings in (name for name, without_influence in unused.items() if without_influence):
+        construction.pop(settings)
     depends = inputs.identity() | {
         "groups": [list(g) for g in groups],
         "pruning": pruning,
         "moe": construction,
         "seed": seed,
     }
+    if group_samples is not None:
+        depends["samples"] = [len(matrix) for matrix in tokens.values()]
     return store.get("experts", depends, compute)
 
 
@@ -246,20 +348,55 @@ def measure(
     *,
     batch: int,
     routing: bool,
+    tasks: TaskSuite,
 ) -> Artifact:
-    """Perplexities of one model, and its routing if it has routers."""
+    """Perplexities and tasks of one model, and its routing if it has routers."""
 
     def compute(directory: Path) -> None:
         ready = model()
         found: dict[str, Any] = {"perplexity": evaluate(ready, texts, batch=batch, description=name)}
+        if tasks.tasks:
+            found["tasks"] = tasks.measure(store, model_key, ready)
         if routing:
             first = next(iter(texts.domains.values()))
             found["routing"] = routing_share(ready, first, batch=batch).summary()
         write_json(directory / "evaluation.json", found)
 
+    model_key = dict(depends)
     windows = {key: hash_tokens({key: matrix}) for key, matrix in texts.all().items()}
     depends = {**depends, "windows": windows, "headline": list(texts.domains), "routing": routing}
+    if tasks.tasks:
+        depends["tasks"] = tasks.identity()
     return store.get("evaluation", depends, compute)
+
+
+def write_on(
+    store: Store,
+    inputs: Inputs,
+    beginnings: Beginnings,
+    models: Mapping[str, tuple[Mapping[str, Any], Callable[[], "PreTrainedModel"]]],
+) -> list[dict[str, str]]:
+    """The same beginnings continued by each model, {name: (what it depends on, how to get it)}, as text."""
+    tokenizer, tokens = inputs.tokenizer, beginnings.references.shape[1]
+    prompts = hash_tokens({"prompts": beginnings.prompts})
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    rows = [
+        {"domain": domain, "prompt": text(prompt.tolist()), "reference": text(reference.tolist())}
+        for domain, prompt, reference in zip(beginnings.domains, beginnings.prompts, beginnings.references, strict=True)
+    ]
+    for name, (depends, model) in models.items():
+
+        def compute(directory: Path, model: Callable[[], "PreTrainedModel"] = model) -> None:
+            ids = continue_greedily(model(), beginnings.prompts, tokens=tokens, end=tokenizer.eos_token_id)
+            write_json(directory / "continuations.json", ids)
+
+        artifact = store.get("continuations", {**depends, "prompts": prompts, "tokens": tokens}, compute)
+        for row, ids in zip(rows, json.loads((artifact.path / "continuations.json").read_text()), strict=True):
+            row[name] = text(ids)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------- the run
@@ -275,25 +412,20 @@ def check(config: Config, source: DenseSource) -> None:
     config.pruning.width(source.channels)
     for name, stage in config.retrain.stages.items():
         check_policy(stage.train, source.config, where=f"retrain.stages.{name}")
-    positions = int(source.config.max_position_embeddings)
     lengths = {
         "calibration_domains.length": [config.calibration_domains.length],
         "retrain.length": [config.retrain.length] if config.retrain.stages else [],
         "eval.lengths": config.eval.lengths,
-    } | {f"eval.sets.{name}.lengths": entry.lengths for name, entry in config.eval.sets.items()}
-    for where, values in lengths.items():
-        for length in values:
-            require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
-
+    }
+    check_lengths(lengths, config.eval, source)
     names = domain_names(config.calibration_domains)
-    if config.moe.construction is Construction.dive:
+    if config.moe.needs_groups:
         require(
             config.moe.experts <= len(names),
             f"moe.experts ({config.moe.experts}) exceeds the number of calibration domains ({len(names)}); lower moe.experts "
             "or add domains",
         )
-    taken = sorted(set(config.eval.sets) & set(names))
-    require(not taken, f"eval.sets: {taken} are names of calibration domains; rename the sets")
+    check_names(config.eval, names)
     if config.affinity.groups is not None and config.affinity.grouping is Grouping.given:
         unknown = sorted({d for group in config.affinity.groups for d in group} - set(names))
         require(not unknown, f"affinity.groups: {unknown} not among the calibration domains {names}")
@@ -302,6 +434,21 @@ def check(config: Config, source: DenseSource) -> None:
             bool(set(members) & set(names)),
             f"affinity.groups: none of {members} is a calibration domain here",
         )
+
+
+def check_lengths(lengths: Mapping[str, Sequence[int]], config: EvalConfig, source: DenseSource) -> None:
+    """Refuse sequences that are longer than the model's positions: ``lengths``, and those of ``eval.sets``."""
+    positions = int(source.config.max_position_embeddings)
+    sets = {f"eval.sets.{name}.lengths": entry.lengths for name, entry in config.sets.items()}
+    for where, values in {**lengths, **sets}.items():
+        for length in values:
+            require(length <= positions, f"{where} ({length}) exceeds the {positions} positions of {source.path}")
+
+
+def check_names(config: EvalConfig, domains: Sequence[str]) -> None:
+    """Refuse evaluation sets with names of domains: both would be one key of the results."""
+    taken = sorted(set(config.sets) & set(domains))
+    require(not taken, f"eval.sets: {taken} are names of calibration domains; rename the sets")
 
 
 @dataclass(slots=True)
@@ -338,11 +485,15 @@ class Run:
                 "perplexity": found["perplexity"],
             }
         )
+        if "tasks" in found:
+            self.results["stages"][-1] |= task_results(found["tasks"], self.results["evaluation"]["tasks"])
         if "routing" in found:
             self.results["routing"] = found["routing"]
         log.info("%s: perplexity %.2f", name, found["perplexity"]["mean"])
         for logger in self.loggers:
             summary = {f"eval/{name}/{key}": value for key, value in found["perplexity"].items()}
+            for task, metrics in found.get("tasks", {}).items():
+                summary |= {f"eval/{name}/{task}/{key}": value for key, value in metrics.items()}
             logger.experiment.summary.update(summary)
         self.write()
 
@@ -350,6 +501,16 @@ class Run:
         """Write ``results.json``."""
         if self.main_process:
             write_json(self.directory / "results.json", self.results)
+
+
+def task_results(tasks: Mapping[str, Metrics], described: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage records of its tasks: all metrics, and the mean of one a task, the chosen or first one."""
+    values = {
+        task: headline(metrics, described.get(task, {}).get("metric")) for task, metrics in tasks.items() if metrics
+    }
+    for task, (metric, value) in values.items():
+        log.info("%s: %s %.4f", task, metric, value)
+    return {"tasks": dict(tasks), "tasks_mean": sum(value for _, value in values.values()) / max(len(values), 1)}
 
 
 def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -374,7 +535,12 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     check(config, source)
     device = resolve_device(config.model.device)
     store = Store(Path(config.store))
-    inputs = prepare(config, source, device)
+    planned = plan_here(config, source, device, directory)
+    meter = Meter(planned)
+    store.finished = meter.record
+    if main_process:
+        show(*plan_headline(planned))
+    inputs = prepare(config, source, device, store)
     texts, tokenizer, dense = inputs.texts, inputs.tokenizer, inputs.dense
     record = Run(directory, main_process, new_results(config, inputs, overrides, device))
     wandb = None
@@ -385,16 +551,23 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             wandb = build_wandb(config.logger.wandb, directory, plain(config))
             record.loggers.append(wandb)
 
+    streamed = config.model.load is Load.streamed
+    if streamed:
+        record.results["evaluation"]["skipped"] = "model.load=streamed: no model is whole in memory"
+        log.info("model.load=streamed: nothing is evaluated; measure the export by `python -m dive.evaluate`")
+
     def measured_as(name: str, depends: Mapping[str, Any], model: Dense, *, routing: bool) -> Artifact | None:
-        if not main_process:
+        if not main_process or streamed:
             return None  # the others wait in the next stage's training
-        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing)
+        return measure(store, name, depends, texts, model, batch=config.eval.batch, routing=routing, tasks=inputs.tasks)
 
     model_key = {"model": source.fingerprint, "dtype": source.dtype}
     record.stage("dense", measured_as("dense", model_key, model=dense, routing=False))
 
     groups, clustering = choose_groups(config, store, inputs)
-    record.results["groups"] = groups
+    record.results["groups"] = groups if config.moe.needs_groups or config.moe.experts == 1 else []
+    if clustering is not None:
+        record.results["affinity"] = {k: v for k, v in clustering.items() if k != "groups"}
 
     built = partial(
         build_experts,
@@ -405,8 +578,13 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         group_samples=config.calibration_domains.group_samples,
         seed=config.seed,
     )
-    pruned = built([list(inputs.tokens)], moe=MoEConfig(experts=1, top_k=1))
-    experts = pruned if config.moe.experts == 1 else built(groups, moe=config.moe)
+    one_shot = config.moe.experts == 1 and not config.moe.refinement.needs_tokens
+    one = partial(built, [list(inputs.tokens)], moe=MoEConfig(experts=1, top_k=1))
+    if streamed and not one_shot:  # the single pruned expert is there to be measured
+        pruned = experts = built(groups, moe=config.moe)
+    else:
+        pruned = one()
+        experts = pruned if one_shot else built(groups, moe=config.moe)
 
     def assembled(layers: Artifact, top_k: int) -> "PreTrainedModel":
         return assemble(dense(), read_experts(layers), top_k=top_k)
@@ -435,6 +613,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
                 name,
                 config,
                 reconstructed,
+                dense,
                 finished,
                 inputs.blocks,
                 depends={"experts": experts.key, "top_k": top_k, "corpus": inputs.corpus},
@@ -459,20 +638,37 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         )
     record.results["parameters"]["trained"] = len_of_union(finished)
     record.results["timings"] = {s["name"]: s["seconds"] for s in record.results["stages"]}
+    record.results["timings"] |= {"reconstructed": experts.seconds} if streamed else {}
     record.results["timings"]["total"] = time.monotonic() - start
     if main_process:
         draw(record, clustering, finished)
-        final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
-        record.results["export"] = export(final, tokenizer, record, config)
+        exporting = time.monotonic()
+        if streamed:
+            record.results["export"] = export_streamed(dense(), experts, tokenizer, record, config, source)
+        else:
+            final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+            final_key = {"stage": finished[-1].artifact.key} if finished else {"experts": experts.key, "top_k": top_k}
+            beginnings = choose_beginnings(config, texts, groups)
+            if beginnings is not None:
+                models = {"dense": (model_key, dense), "moe": (final_key, lambda: final)}
+                record.results["generations"] = write_on(store, inputs, beginnings, models)
+            exporting = time.monotonic()
+            record.results["export"] = export(final, tokenizer, record, config, source)
+        meter.exported(Path(record.results["export"]), time.monotonic() - exporting)
+        record.results["plan"] = {"planned": planned.summary(), "actual": meter.summary()}
         record.results["timings"]["total"] = time.monotonic() - start
         record.write()
+        report = write_report(directory)
         if wandb is not None:
+            wandb.experiment.save(str(report), base_path=str(directory), policy="now")
             wandb.experiment.finish()
-        show(stage_table(record.results))
+        show(stage_table(record.results), *task_tables(record.results))
         show(
+            f"report   {report}",
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",
+            f"planned  {meter.line()}",
         )
     return record.results
 
@@ -480,13 +676,28 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
 # -------------------------------------------------------------------------------------------------------------- its parts
 
 
-def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs:
-    """Read the texts and cut them into tokens; the weights wait until they are needed.
+def plan_here(config: Config, source: DenseSource, device: torch.device, directory: Path) -> Plan:
+    """What the run will cost on this machine.
 
     Raises:
-        UserError: a text is missing, unreadable, too short, or on both sides of the split.
+        UserError: ``model.architecture`` is another model's, or there is no room.
+    """
+    architecture = read_architecture(source.config.to_dict())
+    check_architecture(config.model, architecture)
+    planned = plan(config, architecture, device="cpu" if device.type == "cpu" else None)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    refuse(planned, here(Path(config.store), directory, device=memory))
+    return planned
+
+
+def prepare(config: Config, source: DenseSource, device: torch.device, store: Store) -> Inputs:
+    """Read tasks and texts and cut these into tokens; the weights wait until they are needed.
+
+    Raises:
+        UserError: a task or text is missing, unreadable, too short, or on both sides of the split.
     """
     tokenizer = load_tokenizer(source)
+    tasks = load_tasks(config.eval, tokenizer)
     tokenize = partial(document_tokens, tokenizer)
     domains = load_domains(config.calibration_domains, seed=config.seed)
     train = {domain.name: domain.train for domain in domains}
@@ -498,7 +709,8 @@ def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs
     @cache
     def dense() -> "PreTrainedModel":
         dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
-        return load_weights(source, dtype=dtype, device=device)
+        load = load_streamed if config.model.load is Load.streamed else load_weights
+        return load(source, dtype=dtype, device=device)
 
     return Inputs(
         source=source,
@@ -510,6 +722,8 @@ def prepare(config: Config, source: DenseSource, device: torch.device) -> Inputs
         blocks=blocks,
         corpus=corpus,
         fingerprints={d.name: {"train": fingerprint(d.train), "test": fingerprint(d.test)} for d in domains},
+        tasks=tasks,
+        contamination=contamination(store, config.eval, domains, texts, tasks, corpus=local),
     )
 
 
@@ -518,7 +732,7 @@ def sample_tokens(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """({domain: calibration tokens}, {domain: tokens to measure affinity on})."""
     domains = config.calibration_domains
-    mines = config.affinity.grouping is Grouping.mined and config.moe.construction is Construction.dive
+    mines = config.affinity.grouping is Grouping.mined and config.moe.needs_groups
     calibration, measured = {}, {}
     for name, documents in texts.items():
         calibration[name], measured[name] = calibration_tokens(
@@ -535,10 +749,14 @@ def sample_tokens(
 
 
 def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[list[str]], dict[str, Any] | None]:
-    """The domains of each expert; and for mined ones the matrix, tree and quality of the clustering."""
+    """The domains of each expert; and for mined ones the matrix, tree and quality of the clustering.
+
+    ``agreement`` is the adjusted Rand index between these groups and those by the other measures. The cheap ones are always
+    computed, cross-domain perplexity only if it is the measure.
+    """
     names = list(inputs.tokens)
     grouping, experts = config.affinity.grouping, config.moe.experts
-    if config.moe.construction is not Construction.dive or experts == 1:
+    if not config.moe.needs_groups:
         return [names], None
     if grouping is Grouping.random:
         return random_groups(names, experts=experts, seed=config.seed), None
@@ -550,10 +768,39 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
         if absent or unused:
             log.warning("affinity.groups: not here %s; in no group %s", absent or "none", unused or "none")
         return groups, None
-    statistics = calibrate(store, inputs, batch=config.calibration_domains.batch)
-    matrix = mine(store, inputs, statistics, config.pruning, batch=config.calibration_domains.batch, seed=config.seed)
-    clustered = json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
-    return clustered["groups"], clustered | json.loads((matrix.path / "matrix.json").read_text())
+    taylor = config.pruning.metric is Metric.taylor
+    statistics = calibrate(store, inputs, batch=config.calibration_domains.batch, taylor=taylor)
+    chosen = config.affinity.measure
+    matrices = {
+        measure: mine(
+            store,
+            inputs,
+            statistics,
+            config.pruning,
+            batch=config.calibration_domains.batch,
+            seed=config.seed,
+            only_if_there=chosen is not measure,
+        )
+        if measure is Measure.perplexity
+        else compare(store, inputs, statistics, config.pruning, measure, seed=config.seed)
+        for measure in Measure
+    }
+    clustered = {
+        measure: json.loads((group(store, matrix, config.affinity, experts=experts).path / "groups.json").read_text())
+        for measure, matrix in matrices.items()
+        if matrix is not None
+    }
+    found = clustered[chosen]
+    agreement = {
+        measure.value: adjusted_rand_index(found["groups"], other["groups"])
+        for measure, other in clustered.items()
+        if measure is not chosen
+    }
+    matrix = matrices[chosen]
+    assert matrix is not None
+    measured = json.loads((matrix.path / "matrix.json").read_text())
+    seconds = statistics.seconds + matrix.seconds
+    return found["groups"], found | measured | {"measure": chosen.value, "agreement": agreement, "seconds": seconds}
 
 
 def expert_overlap(experts: Artifact) -> list[list[float]]:
@@ -573,7 +820,8 @@ def parameters(config: Config, source: DenseSource) -> dict[str, int]:
     total, active = count_parameters(
         moe_config(source.config, width=width, experts=config.moe.experts, top_k=config.moe.top_k)
     )
-    return {"dense": dense, "total": total, "active": active, "trained": 0}
+    pruned, _ = count_parameters(moe_config(source.config, width=width, experts=1, top_k=1))
+    return {"dense": dense, "pruned": pruned, "total": total, "active": active, "trained": 0}
 
 
 def len_of_union(stages: Sequence[RetrainedStage]) -> int:
@@ -584,13 +832,21 @@ def len_of_union(stages: Sequence[RetrainedStage]) -> int:
     return sum(sizes.values())
 
 
+def choose_beginnings(config: Config, texts: EvaluationTexts, groups: Sequence[Sequence[str]]) -> Beginnings | None:
+    """Beginnings of test texts: of the first domain of each group, then of the second, and so on."""
+    dealt = [domain for row in itertools.zip_longest(*groups) for domain in row if domain is not None]
+    domains = list(dict.fromkeys(dealt))[: config.eval.generations]
+    first = next(iter(texts.domains.values()))
+    return Beginnings.of(first, domains, tokens=config.eval.generated_tokens) if domains else None
+
+
 def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[RetrainedStage]) -> None:
     """Write the plots."""
     folder = record.directory / "plots"
     if clustering is not None and len(clustering["domains"]) > 1:
-        record.results["affinity"] = {k: clustering[k] for k in ("domains", "perplexity", "cophenetic", "silhouette")}
+        by_perplexity = "perplexity" in clustering
         plots.affinity_heatmap(
-            affinity(clustering["perplexity"]),
+            affinity(clustering["perplexity"]) if by_perplexity else np.array(clustering["similarity"]),
             np.array(clustering["tree"]),
             clustering["domains"],
             record.results["groups"],
@@ -602,11 +858,18 @@ def draw(record: Run, clustering: dict[str, Any] | None, stages: Sequence[Retrai
         plots.loss_curves({stage.name: stage.curve for stage in stages}, folder / "loss.png")
 
 
-def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", record: Run, config: Config) -> str:
+def export(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    record: Run,
+    config: Config,
+    source: DenseSource,
+) -> str:
     """Write the reloadable directory; with expert biases a custom one, under a name that says so."""
     card = model_card(record.results, plain(config), config.model.path)
     if not has_expert_bias(model):
-        return str(save(model, tokenizer, record.directory / "checkpoint", card=card))
+        dtype = export_dtype(config, source)
+        return str(save(model, tokenizer, record.directory / "checkpoint", card=card, dtype=dtype))
     log.warning(
         "pruning.compensation=bias: experts have biases, which no stock class has a place for; the export is a custom "
         "directory that only dive.load_with_expert_bias reads"
@@ -614,25 +877,47 @@ def export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", recor
     return str(save_with_expert_bias(model, tokenizer, record.directory / "checkpoint_with_expert_bias", card=card))
 
 
+def export_streamed(
+    dense: "PreTrainedModel",
+    experts: Artifact,
+    tokenizer: "PreTrainedTokenizerBase",
+    record: Run,
+    config: Config,
+    source: DenseSource,
+) -> str:
+    """Write the reloadable directory, a layer after the other."""
+    written = save_streamed(
+        dense,
+        read_experts(experts),
+        tokenizer,
+        record.directory / "checkpoint",
+        top_k=config.moe.top_k,
+        card=model_card(record.results, plain(config), config.model.path),
+        dtype=export_dtype(config, source),
+    )
+    return str(written)
+
+
+def export_dtype(config: Config, source: DenseSource) -> torch.dtype | None:
+    """Element type of the export; none for that of the weights in memory."""
+    wanted = config.model.export_dtype
+    if wanted is None:
+        return None
+    if wanted is Dtype.auto:
+        stored: torch.dtype | None = source.config.dtype
+        return stored
+    named: torch.dtype = getattr(torch, wanted.value)
+    return named
+
+
 def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device: torch.device) -> dict[str, Any]:
     """``results.json`` before the first stage: what was run, on what."""
-    packages = (
-        "dive-moe",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "lightning",
-        "datasets",
-        "safetensors",
-        "numpy",
-        "scipy",
-    )
     return {
         "run": {
             "command": ["python", "-m", "dive.train", *overrides],
             "seed": config.seed,
             "device": str(device),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
+            "versions": package_versions(inputs.tasks),
             "fingerprints": {
                 "model": inputs.source.fingerprint,
                 "domains": inputs.fingerprints,
@@ -644,13 +929,35 @@ def new_results(config: Config, inputs: Inputs, overrides: Sequence[str], device
             },
             "config": plain(config),
         },
-        "evaluation": {"domains": list(inputs.tokens), "sets": list(inputs.texts.sets)},
+        "evaluation": {
+            "domains": list(inputs.tokens),
+            "sets": list(inputs.texts.sets),
+            "tasks": inputs.tasks.describe(),
+        },
+        "contamination": inputs.contamination,
         "groups": [],
         "parameters": {},
         "stages": [],
         "routing": {},
         "timings": {},
     }
+
+
+def package_versions(tasks: TaskSuite) -> dict[str, str]:
+    """{package: version} of everything that figures depend on."""
+    packages = (
+        "dive-moe",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "lightning",
+        "datasets",
+        "safetensors",
+        "numpy",
+        "scipy",
+        *(["lm-eval"] if tasks.tasks else []),
+    )
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:

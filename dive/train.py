@@ -4,8 +4,8 @@ from dive.cli import run
 from dive.config import Config
 
 
-def main(config: Config) -> None:
-    """Run the whole method."""
+def main(config: Config) -> float:
+    """Run the whole method; returns the last stage's perplexity, which a sweeper can minimise."""
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
@@ -13,7 +13,8 @@ def main(config: Config) -> None:
     from dive.pipeline import run as run_pipeline
 
     hydra = HydraConfig.get()
-    run_pipeline(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+    results = run_pipeline(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
+    return float(results["stages"][-1]["perplexity"]["mean"]) if results["stages"] else float("nan")
 
 
 if __name__ == "__main__":

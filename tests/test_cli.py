@@ -55,7 +55,7 @@ def test_a_store_that_cannot_be_written_is_refused(workplace: Workplace, tmp_pat
 def test_composing_needs_none_of_the_heavy_packages() -> None:
     code = (
         "import sys; from hydra import compose, initialize_config_dir; from dive.cli import *; from dive.config import Config\n"
-        "import dive.train\n"
+        "import dive.evaluate, dive.train\n"
         "register_schema('config', Config)\n"
         "with initialize_config_dir(str(CONF), version_base=None): to_typed(compose('config'), Config)\n"
         "print([n for n in ('torch', 'transformers', 'lightning', 'datasets', 'wandb') if n in sys.modules])"
@@ -90,6 +90,9 @@ def test_the_configuration_works_from_an_installed_wheel(tmp_path: Path) -> None
     assert yaml.safe_load(done.stdout)["moe"]["experts"] == 4
     assert (target / "dive/conf/config.yaml").is_file()
     assert (target / "dive/model/tiny/model.safetensors").is_file()
+    for name in ("report.html", "page.css", "charts.js", "vendor/plot-0.6.17.umd.min.js", "vendor/LICENSE-plot"):
+        assert (target / "dive/report/html" / name).is_file()
+    assert (target / "dive/eval/paper_tasks/logiqa_parquet.yaml").is_file()
 
 
 @pytest.mark.slow

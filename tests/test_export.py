@@ -1,7 +1,7 @@
 """What is saved loads anywhere: the stock class, the same logits, the usual layout on disk."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,27 @@ from transformers import (
 )
 
 import dive
-from dive.config import Freezing, FreezingConfig, LoRAConfig
+from dive.config import Freezing, FreezingConfig, LoRAConfig, MoEConfig, PruningConfig
 from dive.errors import UserError
-from dive.export import has_expert_bias, load_with_expert_bias, save, save_with_expert_bias, verify
+from dive.export import (
+    has_expert_bias,
+    load_with_expert_bias,
+    save,
+    save_streamed,
+    save_with_expert_bias,
+    verify,
+)
 from dive.model.families import moe_block
+from dive.model.load import load_weights, locate_dense
+from dive.model.streamed import load_streamed
+from dive.moe.layer import ExpertLayer
 from dive.moe.plug import plug_routers
-from dive.moe.reconstruct import reconstruct
+from dive.moe.reconstruct import assemble, build_refined_layers, reconstruct
 from dive.retrain.freezing import apply_policy
 
 Tokens = Callable[..., Tensor]
 MakeMoE = Callable[..., Any]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -262,3 +273,85 @@ def test_anything_else_is_not_loaded_with_biases(build: Callable[..., PreTrained
     build().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="load it with transformers"):
         load_with_expert_bias(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_it_is_the_same_checkpoint(
+    dense: PreTrainedModel, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Tensor by tensor, and the configurations byte by byte, what the assembled model saves."""
+    streamed, layers = stream(dense, tokens, tmp_path)
+    save_streamed(
+        streamed,
+        iter(layers),
+        tokenizer,
+        tmp_path / "streamed",
+        top_k=2,
+        dtype=dtype,
+        card="# A card\n",
+        shard_bytes=20_000,
+    )
+    moe = assemble(
+        load_weights(locate_dense(str(tmp_path / "dense")), dtype=torch.float32, device=CPU), layers, top_k=2
+    )
+    save(moe, tokenizer, tmp_path / "whole", dtype=dtype, card="# A card\n")
+
+    stored = load_file(tmp_path / "whole/model.safetensors")
+    shards = sorted((tmp_path / "streamed").glob("*.safetensors"))
+    found = {name: (file.name, tensor) for file in shards for name, tensor in load_file(file).items()}
+    assert len(shards) > 2
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, (_, tensor) in found.items())
+    assert all(tensor.dtype == dtype for _, tensor in found.values())
+    index = json.loads((tmp_path / "streamed/model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in stored.values())
+    others = {p.name for p in (tmp_path / "whole").iterdir()} - {"model.safetensors"}
+    assert others | {file.name for file in shards} | {"model.safetensors.index.json"} == {
+        p.name for p in (tmp_path / "streamed").iterdir()
+    }
+    for name in others:
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype="auto", output_loading_info=True)
+    assert type(again) is type(moe)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(logits(again, tokens(2, 10)), logits(moe, tokens(2, 10)))
+
+
+def test_streamed_a_crash_leaves_nothing_that_looks_finished(
+    build: Callable[..., PreTrainedModel], tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    streamed, layers = stream(build(), tokens, tmp_path)
+    target = tmp_path / "out" / "moe"
+
+    def breaking() -> Iterator[ExpertLayer]:
+        yield layers[0]
+        assert not target.exists()
+        (working,) = target.parent.iterdir()
+        assert any(working.glob("*.safetensors"))  # under way
+        assert not any((working / name).exists() for name in ("config.json", "model.safetensors.index.json"))
+        with pytest.raises(ValueError, match="Unrecognized model"):  # what SIGKILL would leave now
+            AutoModelForCausalLM.from_pretrained(working)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_streamed(streamed, breaking(), tokenizer, target, top_k=1, shard_bytes=20_000)
+    assert not any(target.parent.iterdir())
+    with pytest.raises(UserError, match="parameters were written"):
+        save_streamed(streamed, layers[:1], tokenizer, target, top_k=1)
+    assert not any(target.parent.iterdir())
+    save_streamed(streamed, layers, tokenizer, target, top_k=1)
+    assert [p.name for p in target.parent.iterdir()] == ["moe"]
+    with pytest.raises(UserError, match="parameters were written"):
+        save_streamed(streamed, layers[:1], tokenizer, target, top_k=1)
+    AutoModelForCausalLM.from_pretrained(target)  # the one that was there stays
+
+
+def stream(dense: PreTrainedModel, tokens: Tokens, root: Path) -> tuple[PreTrainedModel, list[ExpertLayer]]:
+    """(the model, streamed from disk; experts of its layers)"""
+    dense.save_pretrained(root / "dense", max_shard_size="40KB")
+    streamed = load_streamed(locate_dense(str(root / "dense")), dtype=torch.float32, device=CPU)
+    groups = [tokens(4, 16, seed=seed) for seed in (1, 2, 3)]
+    moe = MoEConfig(experts=3, top_k=2)
+    return streamed, list(build_refined_layers(streamed, groups, PruningConfig(), moe, batch=4, seed=0))

@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,6 +59,23 @@ def test_parameters_are_those_of_the_export(finished: Path) -> None:
     assert counted["active"] == total - one_expert  # one of two experts is active
     # routers 2·2·32, norms (2·2 + 1)·32, LoRA of rank 8 on gate, up and down of 2 experts in 2 layers
     assert counted["trained"] == 128 + 160 + 2 * 2 * 3 * 8 * (32 + 24)
+
+
+def test_what_was_planned_stands_beside_what_it_took(finished: Path) -> None:
+    found = json.loads((finished / "results.json").read_text())
+    planned, actual = found["plan"]["planned"], found["plan"]["actual"]
+    assert [s["name"] for s in planned["stages"]] == [
+        *("calibration", "mining", "pruning", "building experts", "router", "experts", "evaluation", "export")
+    ]
+    assert {s["name"] for s in actual["stages"]} == {s["name"] for s in planned["stages"]}
+    for name in ("total", "active", "trained"):
+        assert planned["parameters"][name] == found["parameters"][name]
+    tokens = {s["name"]: s["tokens"] for s in planned["stages"]}
+    assert all(tokens[s["name"]] == s["tokens"] for s in found["stages"] if s["tokens"])
+    # headers and the tokenizer's files weigh a little in a model of 20 thousand parameters, and nothing in a real one
+    experts = [next(s for s in side["stages"] if s["name"] == "building experts") for side in (planned, actual)]
+    assert experts[0]["disk_bytes"] == pytest.approx(experts[1]["disk_bytes"], rel=0.1)
+    assert actual["host_bytes"] > 1e8
 
 
 def test_every_file_is_there(finished: Path) -> None:
@@ -130,10 +148,29 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
     [
         ["affinity=random", "moe.top_k=2"],
         ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"],
-        ["moe=random_split", "moe.experts=2", "pruning.compensation=none"],
+        ["moe=random_split", "moe.experts=2", "pruning.metric=wifv", "pruning.compensation=none"],
         ["moe=upcycle", "moe.experts=2", "moe.top_k=2"],
+        ["moe=coactivation", "moe.experts=3"],
+        ["moe=coactivation", "moe.experts=2", "moe.top_k=2", "pruning=wanda_sp", "pruning.ratio=0.75"],
+        ["moe=plain", "moe.experts=1", "pruning=llm_pruner"],
+        ["moe=plain", "moe.experts=2", "pruning.metric=taylor", "moe.shared=0.25"],
+        ["moe=plain", "moe.experts=2", "moe.shared=0.5"],
         ["moe.experts=1", "pruning.metric=wifn"],
-        ["pruning.metric=magnitude", "pruning.compensation=none", "moe.router_init=random"],
+        [
+            "moe=plain",
+            "moe.experts=2",
+            "pruning.metric=magnitude",
+            "pruning.compensation=none",
+            "moe.router_init=random",
+        ],
+        ["moe=plain", "moe.experts=3", "pruning.ridge=null", "pruning.metric=wifv"],
+        ["moe.experts=6", "moe.refinement.start=kmeans", "moe.top_k=2"],  # more experts than domains
+        [
+            "retrain.stages.experts.gate=switch",
+            "retrain.stages.experts.teacher.logits=1",
+            "retrain.stages.experts.teacher.hidden=0.1",
+            "retrain.stages.experts.z_loss=0.001",
+        ],
         ["retrain.stages.experts.train.attention=lora", "retrain.stages.experts.train.experts=full", "moe.noise=0.01"],
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -145,8 +182,33 @@ def test_other_ways_end_in_a_reloadable_model(workplace: Workplace, overrides: l
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])) is MixtralForCausalLM
 
 
+def test_groups_from_statistics_need_no_evaluation_and_say_how_far_they_agree(
+    finished: Path, workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = json.loads((finished / "results.json").read_text())
+    assert first["affinity"]["measure"] == "perplexity"
+    assert set(first["affinity"]["agreement"]) == {"importance", "mask_overlap"}
+    short = ["~retrain.stages.router", "retrain.stages.experts.tokens=512"]
+    with caplog.at_level(logging.INFO, logger="dive"):
+        cheap = workplace.run("importance", "affinity=importance", *short, f"store={tmp_path}")
+        again = workplace.run("overlap", "affinity.measure=mask_overlap", *short)
+    assert not [r for r in caplog.records if r.getMessage().startswith("matrix")]
+    assert set(cheap["affinity"]["agreement"]) == {"mask_overlap"}
+    assert np.array(cheap["affinity"]["similarity"]).shape == (4, 4)
+    assert (workplace.root / "importance/plots/affinity.png").stat().st_size > 0
+    # In the first run's store the perplexities are there, so the agreement is known both ways.
+    assert again["affinity"]["agreement"]["perplexity"] == pytest.approx(first["affinity"]["agreement"]["mask_overlap"])
+
+
 def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:
-    results = workplace.run("bias", "pruning.compensation=bias", "retrain.stages.experts.tokens=512")
+    results = workplace.run(
+        "bias",
+        "moe=plain",
+        "moe.experts=2",
+        "pruning.metric=wifv",
+        "pruning.compensation=bias",
+        "retrain.stages.experts.tokens=512",
+    )
     directory = Path(results["export"])
     assert directory.name == "checkpoint_with_expert_bias"
     assert not (workplace.root / "bias/checkpoint").exists()
@@ -166,6 +228,54 @@ def test_qwen3_becomes_qwen3_moe(
     tokenizer.save_pretrained(tmp_path / "qwen3")
     results = workplace.run("qwen3", f"model.path={tmp_path / 'qwen3'}", "retrain.stages.experts.tokens=512")
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])).__name__ == "Qwen3MoeForCausalLM"
+
+
+STREAMED = ("model.load=streamed", "~retrain.stages", "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")
+
+
+@pytest.mark.parametrize("overrides", [[], ["moe=plain", "moe.experts=2"], ["moe.experts=1"]], ids=" ".join)
+def test_streamed_it_writes_the_same_model(workplace: Workplace, tmp_path: Path, overrides: list[str]) -> None:
+    name = "-".join(["streamed", *overrides])
+    streamed = workplace.run(name, *STREAMED, f"store={tmp_path / 'store'}", *overrides)
+    full = workplace.run(f"{name}-full", *STREAMED, "model.load=full", *overrides)
+    assert (streamed["stages"], streamed["routing"]) == ([], {})
+    assert streamed["evaluation"]["skipped"].startswith("model.load=streamed")
+    assert "skipped" not in full["evaluation"]
+    assert streamed["timings"]["reconstructed"] > 0
+    for key in ("groups", "parameters", "overlap"):
+        assert streamed[key] == full[key]
+    found, expected = (AutoModelForCausalLM.from_pretrained(results["export"]) for results in (streamed, full))
+    weights = expected.state_dict()
+    for key, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, weights[key])
+    assert not (tmp_path / "store" / "evaluation").exists()
+
+
+@pytest.mark.parametrize("load", ["full", "streamed"])
+def test_the_export_has_a_type_of_its_own(workplace: Workplace, build: Build, tmp_path: Path, load: str) -> None:
+    build("llama-tied").to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    for file in (workplace.root / "dense").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "dense")
+    settings = [*STREAMED, f"model.path={tmp_path / 'dense'}", f"model.load={load}"]
+    for wanted, expected in (("auto", torch.bfloat16), ("float16", torch.float16), ("null", torch.float32)):
+        results = workplace.run(f"dtype-{load}-{wanted}", *settings, f"model.export_dtype={wanted}")
+        assert AutoModelForCausalLM.from_pretrained(results["export"], dtype="auto").dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
+        (["~retrain.stages", "affinity=mined"], r"affinity=mined.*affinity=random"),
+        (["~retrain.stages", "moe=plain", "pruning=llm_pruner"], r"pruning\.metric=taylor"),
+        (["~retrain.stages", "moe=plain", "pruning=flap", "pruning.compensation=bias"], r"pruning\.compensation=bias"),
+        (["~retrain.stages", "eval.tasks=[arc_easy]"], r"eval\.tasks.*python -m dive\.evaluate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_streaming_cannot_do_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^model.load=streamed: {message}"):
+        workplace.compose("model.load=streamed", "affinity=random", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +344,28 @@ def test_named_sets_are_measured_beside_the_domains(workplace: Workplace, tmp_pa
     train = workplace.root / "domains/cats/train.jsonl"
     with pytest.raises(UserError, match=r"eval\.sets\.leak: 60 of 60 evaluation documents"):
         workplace.run("leak", f"+eval.sets={{leak:{{path:{train},lengths:[16]}}}}")
+
+
+def test_a_single_expert_is_refined_as_well(workplace: Workplace) -> None:
+    short = ["moe.experts=1", "retrain.stages.experts.tokens=512"]
+    found = {
+        moe: {s["name"]: s["perplexity"]["mean"] for s in workplace.run(f"one {moe}", f"moe={moe}", *short)["stages"]}
+        for moe in ("default", "plain")
+    }
+    assert found["default"]["pruned"] == found["plain"]["pruned"] == found["plain"]["reconstructed"]
+    assert found["default"]["reconstructed"] != found["default"]["pruned"]
+
+
+def test_learning_from_the_dense_model_comes_closer_to_it(workplace: Workplace) -> None:
+    """On the training text itself, the loss from the teacher falls below where it began."""
+    settings = ["retrain.stages.experts.tokens=12288", "retrain.stages.experts.learning_rate=5e-3"]
+    found = {}
+    for weight in ("0", "1"):
+        results = workplace.run(f"teacher{weight}", *settings, f"retrain.stages.experts.teacher.logits={weight}")
+        found[weight] = results["stages"][-1]["perplexity"]["mean"]
+    dense = results["stages"][0]["perplexity"]["mean"]
+    # The random dense model knows nothing of the text: whoever learns from it alone stays near it.
+    assert abs(found["1"] - dense) < 0.5 * abs(found["0"] - dense)
 
 
 def test_a_diverging_stage_says_so(workplace: Workplace) -> None:

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from dive.config import (
     Construction,
     CorpusSource,
     Dtype,
+    EvaluateConfig,
     Freezing,
+    Gate,
     Grouping,
+    Measure,
     Metric,
     Mode,
     RouterInit,
@@ -56,11 +60,14 @@ DOMAINS = [
 
 # What an option cannot know by itself.
 NEEDED = {
+    "pruning=flap": ["moe=plain"],
+    "pruning=llm_pruner": ["moe=plain"],
+    "pruning=wanda_sp": ["moe=plain"],
     "model=local": ["model.path=/data/model"],
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
 }
-OTHER_SCHEMAS = {"config", "pretrain"}
+OTHER_SCHEMAS = {"config", "pretrain", "evaluate", "generate", "push"}
 
 
 def options() -> list[str]:
@@ -91,6 +98,18 @@ def experiments() -> list[str]:
     return [option for option in options() if option.startswith("experiment=")]
 
 
+def swept(experiment: str) -> dict[str, list[str]]:
+    """{override: values} that a preset runs one after another; none if it is one run."""
+    hydra = compose("config", [experiment], return_hydra_config=True).hydra
+    params = hydra.sweeper.params or {}
+    assert (hydra.mode is not None and hydra.mode.name == "MULTIRUN") is bool(params)
+    return {key: str(values).split(",") for key, values in params.items()}
+
+
+PAPER = ["experiment=paper_1_8", "experiment=paper_2_8"]
+ANALYSES = [f"experiment={name}" for name in ("calibration_size", "grouping", "how_many_experts", "ratio_and_top_k")]
+
+
 @pytest.mark.parametrize("option", options())
 def test_every_option_composes(option: str) -> None:
     choice = f"logger=[{option.removeprefix('logger=')}]" if option.startswith("logger=") else option
@@ -99,6 +118,11 @@ def test_every_option_composes(option: str) -> None:
 
 def test_the_defaults_compose() -> None:
     typed()
+
+
+def test_the_best_recipe_is_the_default() -> None:
+    assert typed("experiment=dive_plus") == typed()
+    assert typed().moe.refinement.needs_tokens
 
 
 @pytest.mark.parametrize("option", NEEDED)
@@ -142,6 +166,11 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
     assert config.moe.construction is Construction.dive
     assert config.moe.router_init is RouterInit.random
     assert config.moe.noise == 0.0005
+    assert not config.moe.refinement.needs_tokens
+    for stage in config.retrain.stages.values():  # cross-entropy alone, the gate of the stock class
+        assert not stage.teacher.wanted
+        assert stage.gate is Gate.renormalised
+        assert stage.balance == stage.z_loss == 0.0
 
     assert config.retrain.length == 1024
     lora = config.retrain.lora
@@ -211,8 +240,8 @@ def commands_in(path: Path) -> list[list[str]]:
     return [shlex.split(line)[3:] for line in text.splitlines() if line.strip().startswith("python -m dive.train")]
 
 
-@pytest.mark.parametrize("experiment", experiments())
-def test_the_commands_in_an_experiments_comments_compose(experiment: str) -> None:
+@pytest.mark.parametrize("experiment", PAPER)
+def test_the_commands_in_the_papers_comments_compose(experiment: str) -> None:
     commands = commands_in(CONF / f"{experiment.replace('=', '/')}.yaml")
     paper, small = (typed(*overrides) for overrides in commands)
 
@@ -220,6 +249,61 @@ def test_the_commands_in_an_experiments_comments_compose(experiment: str) -> Non
     assert sum(stage.tokens for stage in paper.retrain.stages.values()) == pytest.approx(15.5e9, rel=0.01)
     assert small.retrain.corpus.source is CorpusSource.domains
     assert sum(stage.tokens for stage in small.retrain.stages.values()) == 65536 + 131072
+
+
+# ---------------------------------------------------------------------------------------------------- analyses
+
+
+@pytest.mark.parametrize("experiment", ANALYSES)
+def test_every_run_of_an_analysis_composes(experiment: str) -> None:
+    params = swept(experiment)
+    combinations = [
+        [f"{key}={value}" for key, value in zip(params, values, strict=True)] for values in product(*params.values())
+    ]
+    runs = [typed(experiment, *overrides) for overrides in combinations]
+    assert len(runs) >= 3
+    assert all(one != other for one, other in pairwise(runs))
+
+
+@pytest.mark.parametrize("experiment", ANALYSES)
+def test_the_commands_in_an_analysis_compose_and_name_it(experiment: str) -> None:
+    commands = commands_in(CONF / f"{experiment.replace('=', '/')}.yaml")
+    assert len(commands) == 2
+    for overrides in commands:
+        assert experiment in overrides
+        chosen = [o.partition(",")[0] if o.partition("=")[0] in (*swept(experiment), "seed") else o for o in overrides]
+        typed(*chosen)
+
+
+def test_only_the_analyses_are_sweeps() -> None:
+    assert [experiment for experiment in experiments() if swept(experiment)] == ANALYSES
+
+
+def test_the_active_size_stays_while_top_k_grows() -> None:
+    shares = {}
+    for top_k in swept("experiment=ratio_and_top_k")["moe.top_k"]:
+        config = typed("experiment=ratio_and_top_k", f"moe.top_k={top_k}")
+        shares[config.moe.top_k] = config.moe.top_k * config.pruning.width(768)
+    assert shares == {1: 192, 2: 192, 4: 192}
+
+
+def test_groups_by_importance_are_mined_from_statistics() -> None:
+    affinity = typed("affinity=importance").affinity
+    assert (affinity.grouping, affinity.measure) == (Grouping.mined, Measure.importance)
+
+
+# ---------------------------------------------------------------------------------------------------- baselines
+
+
+def test_the_published_baselines() -> None:
+    presets = {name: typed(f"pruning={name}", "moe=plain").pruning for name in ("flap", "wanda_sp", "llm_pruner")}
+    assert {name: (p.metric, p.compensation) for name, p in presets.items()} == {
+        "flap": (Metric.wifv, Compensation.bias),
+        "wanda_sp": (Metric.wifn, Compensation.none),
+        "llm_pruner": (Metric.taylor, Compensation.none),
+    }
+    split = typed("moe=coactivation").moe
+    assert (split.construction, split.shared, split.active_channels) == (Construction.coactivation, 0.25, 10)
 
 
 def test_the_paper_domains() -> None:
@@ -261,6 +345,64 @@ def test_the_paper_evaluation() -> None:
     }
     assert config.sets["wikitext2_raw"].separator == "\n\n"
     assert all(entry.hub is not None and entry.hub.test == "test" for entry in config.sets.values())
+
+
+def test_the_papers_tasks_and_their_examples() -> None:
+    config = typed("eval=paper").eval
+    shots = {name: config.task_settings[name].shots for name in config.tasks}
+    assert shots == {
+        "sciq": 0,
+        "piqa": 0,
+        "winogrande": 0,
+        "arc_easy": 0,
+        "arc_challenge": 25,
+        "mathqa": 0,
+        "hellaswag": 10,
+        "logiqa_parquet": 0,
+        "boolq": 0,
+        "openbookqa": 0,
+        "mmlu": 5,
+    }
+    some = typed("eval=paper", "eval.tasks=[sciq,mmlu]", "eval.task_settings.mmlu.limit=9").eval
+    assert some.tasks == ["sciq", "mmlu"]
+    assert (some.task_settings["mmlu"].shots, some.task_settings["mmlu"].limit) == (5, 9)
+    mine = typed("eval.tasks=[mine]", "+eval.task_settings={mine:{shots:2}}").eval
+    assert mine.task_settings["mine"].shots == 2
+
+
+@pytest.mark.slow  # reads the index of 14 000 tasks
+def test_the_papers_tasks_are_known() -> None:
+    lm_eval = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is an optional extra")
+    from dive.eval.tasks import OWN_TASKS
+
+    config = typed("eval=paper").eval
+    index = lm_eval.TaskManager(include_path=OWN_TASKS).task_index
+    assert set(config.tasks) <= set(index)
+    assert set(config.tasks) == set(config.task_settings)
+
+
+@pytest.mark.parametrize("option", [o for o in options() if o.startswith(("eval=", "calibration_domains="))])
+def test_dive_evaluate_takes_the_same_options(option: str) -> None:
+    register_schema("evaluate", EvaluateConfig)
+    config = to_typed(compose("evaluate", ["checkpoint=DIR", option, *NEEDED.get(option, [])]), EvaluateConfig)
+    assert config.checkpoint == "DIR"
+    with pytest.raises(UserError, match="checkpoint is needed"):
+        to_typed(compose("evaluate", [option, *NEEDED.get(option, [])]), EvaluateConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.tasks=[a,a]", r"eval\.tasks names \['a'\] twice"),
+        ("eval.task_limit=0", r"eval\.task_limit must be positive"),
+        ("+eval.task_settings={a:{shots:-1}}", r"eval\.task_settings\.a\.shots must not be negative"),
+        ("+eval.task_settings={a:{limit:0}}", r"eval\.task_settings\.a\.limit must be positive"),
+        ("eval.ngram=-1", r"eval\.ngram \(-1\)"),
+    ],
+)
+def test_settings_of_tasks_that_make_no_sense(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        typed(override)
 
 
 @pytest.mark.parametrize("option", [option for option in options() if option.startswith("model=")])

@@ -33,6 +33,28 @@ def write_domains(root: Path) -> Path:
     return root
 
 
+def write_task(root: Path, name: str, *, questions: int = 24, seed: int = 0, yaml: str = "") -> Path:
+    """``<root>/<name>.yaml``: which word comes next in a sentence of one domain, of four; 8 examples beside the questions."""
+    draw = random.Random(seed)
+    words = WORDS["cats"]
+    root.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 8), ("test", questions)):
+        rows = [
+            {"start": " ".join(draw.choices(words, k=4)), "next": draw.sample(words, 4), "right": draw.randrange(4)}
+            for _ in range(count)
+        ]
+        (root / f"{name}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    train: {root}/{name}_train.jsonl\n    test: {root}/{name}_test.jsonl\n"
+        "output_type: multiple_choice\ntraining_split: train\ntest_split: test\n"
+        'doc_to_text: "{{start}}"\ndoc_to_choice: "{{next}}"\ndoc_to_target: right\n'
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        f"  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}\n{yaml}"
+    )
+    return root
+
+
 class Workplace:
     """Runs experiments on one dense model, in this process or in another."""
 
@@ -51,6 +73,7 @@ class Workplace:
             "moe.distillation.steps=20",
             "eval.lengths=[32]",
             "eval.windows=3",
+            "retrain=two_stages",
             "retrain.length=32",
             "retrain.checkpoint_every=2",
             "retrain.log_every=2",

@@ -44,6 +44,14 @@ def distances(perplexity: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(distance)
 
 
+def similarity_distances(similarity: ArrayLike) -> NDArray[np.float64]:
+    """1 − similarity, (n, n), symmetric with a zero diagonal; for similarities of at most 1."""
+    values = 1.0 - np.asarray(similarity, dtype=np.float64)
+    distance = np.clip((values + values.T) / 2.0, 0.0, 2.0)
+    np.fill_diagonal(distance, 0.0)
+    return np.asarray(distance)
+
+
 def silhouette(distance: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Mean silhouette (Rousseeuw 1987) of a partition under a distance matrix (n, n); labels (n,)."""
     if len(np.unique(labels)) < 2:
@@ -78,10 +86,22 @@ def cluster_domains(
     n = len(domains)
     values = np.asarray(matrix, dtype=np.float64)
     require(values.shape == (n, n), f"the matrix is {values.shape}, the domains are {n}")
+    distance = distances(values) if n > 1 else np.zeros((1, 1))
+    return cluster_distances(distance, domains, experts=experts, method=method)
+
+
+def cluster_distances(
+    distance: NDArray[np.float64], domains: Sequence[str], *, experts: int, method: Linkage = Linkage.complete
+) -> Clustering:
+    """:func:`cluster_domains` from distances (n, n), symmetric with a zero diagonal.
+
+    Raises:
+        UserError: more groups than domains.
+    """
+    n = len(domains)
     require(1 <= experts <= n, f"moe.experts ({experts}) must lie between 1 and the number of domains ({n})")
     if n == 1:
         return Clustering([[domains[0]]], np.zeros((0, 4)), 0.0, 0.0)
-    distance = distances(values)
     condensed = squareform(distance, checks=False)
     tree = linkage(condensed, method=method.value)
     labels = cut_tree(tree, n_clusters=experts)[:, 0]
@@ -96,6 +116,20 @@ def cluster_domains(
 def group_domains(matrix: ArrayLike, domains: Sequence[str], *, experts: int) -> list[list[str]]:
     """The groups of :func:`cluster_domains`, in the order in which their first domain appears."""
     return cluster_domains(matrix, domains, experts=experts).groups
+
+
+def adjusted_rand_index(one: Sequence[Sequence[str]], other: Sequence[Sequence[str]]) -> float:
+    """Agreement of two partitions of the same domains (Hubert and Arabie 1985): 1 if equal, 0 on average if random."""
+    table = np.array([[len(set(a) & set(b)) for b in other] for a in one])
+
+    def pairs(counts: NDArray[np.int64]) -> float:
+        return float((counts * (counts - 1) / 2).sum())
+
+    both, ours, theirs = pairs(table), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
+    total = pairs(np.array([table.sum()]))
+    expected = ours * theirs / total if total else 0.0
+    largest = (ours + theirs) / 2
+    return 1.0 if largest == expected else (both - expected) / (largest - expected)
 
 
 def random_groups(domains: Sequence[str], *, experts: int, seed: int) -> list[list[str]]:

@@ -26,6 +26,8 @@ def read_documents(file: Path, *, field: str, where: str) -> list[str]:
             documents = _read_jsonl(file, field, where)
         elif file.suffix == ".txt":
             documents = [file.read_text(encoding="utf-8")]
+            if "\0" in documents[0]:
+                raise UserError(f"{where}: {file} is a binary file, not text (it has NUL bytes)")
         else:
             raise UserError(f"{where}: {file} is none of {', '.join(SUFFIXES)}")
     except UnicodeDecodeError as error:
@@ -46,16 +48,28 @@ def _read_jsonl(file: Path, field: str, where: str) -> list[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: {file}:{number} is not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: {file}:{number} is not JSON ({getattr(error, 'msg', error)})") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 columns = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
                     f"{where}: {file}:{number} has no text column {field!r} (it has {columns}); set the column's name by the "
                     f"override `text_field` beside the path"
                 )
+            if not _encodable(row[field]):
+                raise UserError(
+                    f"{where}: {file}:{number} has half a surrogate pair (\\ud800 to \\udfff), which is no character"
+                )
             documents.append(row[field])
     return documents
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(file: Path, field: str, where: str) -> list[str]:

@@ -25,6 +25,8 @@ class EvaluationTexts:
     """{length: {domain: (N, length)}}"""
     sets: dict[str, Tensor] = field(default_factory=dict)
     """{"<set>@<length>": (N, length)}"""
+    documents: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {"domains": {}, "sets": {}})
+    """{"domains" or "sets": {name: what its windows are cut from}}"""
 
     def all(self) -> dict[str, Tensor]:
         """Every matrix under its key in the results."""
@@ -52,7 +54,8 @@ def evaluation_texts(
     training = training_documents(() if config.allow_overlap else seen)
     for domain in domains:
         refuse_overlap(training, domain.test, name=f"calibration_domains: {domain.name!r}")
-    for length in config.lengths:
+        texts.documents["domains"][domain.name] = domain.test
+    for length in config.lengths if domains else ():
         texts.domains[length] = {
             d.name: evaluation_windows(d.test, tokenize, length=length, windows=config.windows, name=d.name)
             for d in domains
@@ -60,6 +63,7 @@ def evaluation_texts(
     for name, entry in config.sets.items():
         documents = load_eval_set(name, entry)
         refuse_overlap(training, documents, name=f"eval.sets.{name}")
+        texts.documents["sets"][name] = documents
         if entry.separator is not None:
             documents = [entry.separator.join(documents)]
         for length in entry.lengths:
@@ -70,7 +74,7 @@ def evaluation_texts(
 
 
 def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, description: str) -> dict[str, float]:
-    """Perplexity under every key, and ``mean``: the geometric mean over the domains at the first length.
+    """Perplexity under every key, and ``mean``: the geometric mean over the domains, if any, at the first length.
 
     Further lengths have means of their own, ``mean@<length>``.
     """
@@ -82,7 +86,9 @@ def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, de
 
 
 def means(values: Mapping[str, float], texts: EvaluationTexts) -> dict[str, Any]:
-    """Geometric means over the domains, by length."""
+    """Geometric means over the domains, by length; none without domains."""
+    if not texts.domains:
+        return {}
     found = {
         f"mean@{length}": geometric_mean([values[f"{domain}@{length}"] for domain in by])
         for length, by in texts.domains.items()

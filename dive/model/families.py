@@ -1,10 +1,11 @@
 """Where each model family keeps its FFNs, and what its Mixture-of-Experts twin is called.
 
-Nothing outside this file knows a family by name.
+Nothing outside this file and :mod:`dive.model.architecture` knows a family by name.
 
 Shapes: L layers, D hidden width, F FFN channels of the dense model, W channels kept, E experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from dive.errors import UserError
+from dive.model.architecture import check_family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-SUPPORTED = ("llama", "mistral", "qwen3")
-"""``model_type`` of the dense models that can be turned into a Mixture-of-Experts."""
+TWINS = ("mixtral", "qwen3_moe")
+"""``model_type`` of what the supported families become."""
 
 
 def check_supported(config: "PretrainedConfig", path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` has no Mixture-of-Experts twin among the stock classes."""
-    if config.model_type not in SUPPORTED:
-        raise UserError(
-            f"model.path={path}: model_type {config.model_type!r} is not supported; choose one of {', '.join(SUPPORTED)}"
-        )
+    check_family(config.model_type, path)
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise UserError(
@@ -136,9 +135,35 @@ def ffn_modules(model: "PreTrainedModel", layer: int) -> tuple[nn.Module, nn.Mod
     return mlp, mlp.down_proj
 
 
+def ffn_projections(model: "PreTrainedModel", layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(``gate_proj``, ``up_proj``, ``down_proj``) of one layer of the dense model, for hooks."""
+    mlp: Any = decoder_layers(model)[layer].mlp
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
 def moe_block(model: "PreTrainedModel", layer: int) -> Any:
     """The sparse block of one layer of a twin: it has ``gate`` (router) and ``experts`` (fused 3-D weights)."""
     return decoder_layers(model)[layer].mlp
+
+
+def stock_layer_tensors(
+    config: "PretrainedConfig", layer: int, *, gate_up: Tensor, down: Tensor, router: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one sparse block as a twin's checkpoint has them on disk, which is what engines read.
+
+    Args:
+        config: of the twin.
+        gate_up: (E, 2 W, D)
+        down: (E, D, W)
+        router: (E, D)
+    """
+    qwen = config.model_type == "qwen3_moe"
+    block = f"model.layers.{layer}.{'mlp' if qwen else 'block_sparse_moe'}"
+    names = ("gate_proj", "up_proj", "down_proj") if qwen else ("w1", "w3", "w2")
+    yield f"{block}.gate.weight", router
+    for expert, (first, last) in enumerate(zip(gate_up, down, strict=True)):
+        for name, tensor in zip(names, (*first.chunk(2), last), strict=True):
+            yield f"{block}.experts.{expert}.{name}.weight", tensor
 
 
 def part_of(name: str) -> str:

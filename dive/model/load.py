@@ -1,8 +1,10 @@
 """Loading dense models from the package, a directory or the hub."""
 
 import hashlib
+import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +13,13 @@ import torch
 
 from dive.connection import hub_answers
 from dive.errors import UserError
+from dive.model.architecture import EMBEDDED, SUPPORTED, unsupported
 from dive.model.families import check_supported
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-EMBEDDED = Path(__file__).resolve().parent / "tiny"
-"""Directory of the model that comes with the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,9 @@ def locate_dense(
         )
     except (OSError, ValueError, KeyError) as error:
         if is_local:
+            family = _model_type(directory)
+            if family not in (None, *SUPPORTED) and not any_family:
+                raise UserError(unsupported(path, family)) from error
             raise UserError(f"{where}={path}: config.json cannot be read ({_first_line(error)})") from error
         if offline:
             raise UserError(_not_cached(path, revision, where)) from error
@@ -92,20 +95,59 @@ def locate_dense(
     if not any_family:
         check_supported(config, path)
     if is_local:
-        fingerprint = fingerprint_directory(directory)
+        try:
+            fingerprint = fingerprint_directory(directory)
+        except OSError as error:
+            raise UserError(f"{where}={path}: {error.filename} cannot be read ({error.strerror})") from error
     else:
         fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
     return DenseSource(location, revision, config, fingerprint, dtype, is_local or offline, where)
 
 
+def _model_type(directory: Path) -> str | None:
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(settings["model_type"]) if isinstance(settings, dict) and "model_type" in settings else None
+
+
 def _check_directory(directory: Path, named: str) -> None:
     if not (directory / "config.json").is_file():
         raise UserError(f"{named}: no config.json in this directory")
-    if not any(directory.glob("*.safetensors")):
-        pickled = (
-            "only pickled weights (.bin), which are not read: convert them" if any(directory.glob("*.bin")) else ""
-        )
-        raise UserError(f"{named}: {pickled or 'no weights: a *.safetensors file is missing'}")
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        if any(directory.glob("*.bin")):
+            raise UserError(
+                f"{named}: only pickled weights (.bin), which are not read; convert them into a directory NEW by: python -c "
+                f"\"from transformers import *; m = AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto'); "
+                f"m.save_pretrained('NEW'); AutoTokenizer.from_pretrained('{directory}').save_pretrained('NEW')\""
+            )
+        raise UserError(f"{named}: no weights: a *.safetensors file is missing")
+    _check_shards(directory, shards, named)
+
+
+def _check_shards(directory: Path, shards: Sequence[Path], named: str) -> None:
+    """Read the header of every shard: it says how long the file must be."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in shards:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{named}: {file.name} cannot be read or is truncated ({_first_line(error)}); copy or fetch it again"
+            ) from error
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{named}: {index.name} cannot be read ({_first_line(error)})") from error
+        missing = sorted(listed - {file.name for file in shards})
+        if missing:
+            raise UserError(f"{named}: {len(missing)} shards that {index.name} lists are missing (first: {missing[0]})")
 
 
 def _first_line(error: BaseException) -> str:
@@ -146,9 +188,11 @@ def load_tokenizer(source: DenseSource) -> "PreTrainedTokenizerBase":
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{source.where}={source.path}: no tokenizer there ({_first_line(error)})") from error
-    if len(tokenizer) > source.config.vocab_size:
+    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())  # ids may have gaps
+    if highest >= source.config.vocab_size:
         raise UserError(
-            f"{source.where}={source.path}: its tokenizer has {len(tokenizer)} tokens, its vocabulary {source.config.vocab_size}"
+            f"{source.where}={source.path}: its tokenizer has token ids up to {highest}, its config.json vocab_size="
+            f"{source.config.vocab_size}; the two are not of one model: put the model's own tokenizer there"
         )
     return tokenizer
 
@@ -169,6 +213,7 @@ def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch
             revision=source.revision,
             dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
             local_files_only=source.offline,
             trust_remote_code=False,

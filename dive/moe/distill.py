@@ -12,19 +12,16 @@ from torch.nn import functional
 from dive.config import DistillationConfig
 
 
-def expert_errors(
-    inputs: Tensor, target: Callable[[Tensor], Tensor], experts: Sequence[Callable[[Tensor], Tensor]]
-) -> Tensor:
-    """‖target(x) − expert_e(x)‖² of every token and expert, (T, E) float32.
+def expert_errors(inputs: Tensor, targets: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    """‖y − expert_e(x)‖² of every token and expert, (T, E) float32.
 
     Args:
         inputs: FFN inputs x, (T, D).
-        target: the dense FFN, (t, D) to (t, D).
-        experts: the pruned FFNs, likewise.
+        targets: y, what the dense FFN makes of them, (T, D).
+        experts: the pruned FFNs, (t, D) to (t, D).
     """
     chunks = []
-    for rows in inputs.split(2048):
-        wanted = target(rows)
+    for rows, wanted in zip(inputs.split(2048), targets.split(2048), strict=True):
         chunks.append(torch.stack([(wanted - expert(rows)).float().square().sum(dim=-1) for expert in experts], dim=-1))
     return torch.cat(chunks)
 

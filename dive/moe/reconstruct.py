@@ -3,8 +3,8 @@
 Shapes: L layers, E experts, D hidden width, F FFN channels of the dense model, W kept channels, G groups.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,35 +29,19 @@ from dive.model.families import (
     moe_block,
     moe_config,
 )
+from dive.model.layers import Track
+from dive.moe.coactivation import coactivation_masks
 from dive.moe.distill import expert_errors, fit_router
+from dive.moe.layer import ExpertLayer, convert, expert_function
 from dive.moe.plug import plug_routers, use_stock_experts
+from dive.moe.refine import CHUNK, layer_output, refine_layer
+from dive.progress import track
 from dive.pruning import compensation as compensate
-from dive.pruning.metrics import importance, keep_highest
+from dive.pruning.metrics import OBS_RIDGE, choose_channels, importance
 from dive.pruning.statistics import ChannelStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(slots=True)
-class ExpertLayer:
-    """One layer's experts and router."""
-
-    masks: Tensor
-    """(E, F) bool, true for the channels an expert kept."""
-    gate_up: Tensor
-    """(E, 2 W, D)"""
-    down: Tensor
-    """(E, D, W)"""
-    router: Tensor
-    """(E, D)"""
-    bias: Tensor | None = None
-    """(E, D), FLAP's compensation."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """For safetensors."""
-        named = {"masks": self.masks, "gate_up": self.gate_up, "down": self.down, "router": self.router}
-        return named if self.bias is None else named | {"bias": self.bias}
 
 
 def split_masks(channels: int, width: int, experts: int, *, seed: int) -> Tensor:
@@ -89,6 +73,7 @@ def build_layer(
     moe: MoEConfig,
     *,
     seed: int,
+    held_out: Sequence[ChannelStatistics] | None = None,
 ) -> ExpertLayer:
     """The experts of one layer from the statistics of its groups.
 
@@ -97,32 +82,28 @@ def build_layer(
         groups: statistics (L = 1) of each group; ``dive`` makes an expert of each, the other constructions
             ``moe.experts`` experts from their union.
         seed: of this layer.
-    """
-    channels = weights.down.shape[1]
-    width = pruning.width(channels)
-    if moe.construction is Construction.dive:
-        expert_statistics = list(groups)
-        masks = torch.stack(
-            [keep_highest(importance(pruning.metric, weights, s, seed=seed + i), width) for i, s in enumerate(groups)]
-        )
-    else:
-        union = sum(groups[1:], groups[0])
-        expert_statistics = [union] * moe.experts
-        if moe.construction is Construction.upcycle:
-            mask = keep_highest(importance(pruning.metric, weights, union, seed=seed), width)
-            masks = mask.expand(moe.experts, -1).clone()
-        else:
-            masks = split_masks(channels, width, moe.experts, seed=seed)
+        held_out: statistics of other tokens of each group, by which a ridge of null is chosen.
 
+    Raises:
+        UserError: the statistics lack what the settings need.
+    """
+    if moe.construction is Construction.dive:
+        statistics, others = list(groups), None if held_out is None else list(held_out)
+    else:
+        statistics = [sum(groups[1:], groups[0])] * moe.experts
+        others = None if held_out is None else [sum(held_out[1:], held_out[0])] * moe.experts
+    masks = _channels(weights, statistics, pruning, moe, seed=seed)
+    refits = [
+        _down(weights.down, s, mask, pruning, moe, None if others is None else others[i], common=masks.all(dim=0))
+        for i, (s, mask) in enumerate(zip(statistics, masks, strict=True))
+    ]
     layer = ExpertLayer(
         masks=masks,
         gate_up=torch.stack([torch.cat([weights.gate[mask], weights.up[mask]]) for mask in masks]),
-        down=torch.stack(
-            [_down(weights.down, s, mask, pruning, moe) for s, mask in zip(expert_statistics, masks, strict=True)]
-        ),
+        down=torch.stack(refits),
         router=torch.zeros(len(masks), weights.gate.shape[1], dtype=weights.gate.dtype),
         bias=torch.stack(
-            [compensate.bias(weights.down, s.mean[0], mask) for s, mask in zip(expert_statistics, masks, strict=True)]
+            [compensate.bias(weights.down, s.mean[0], mask) for s, mask in zip(statistics, masks, strict=True)]
         )
         if pruning.compensation is Compensation.bias
         else None,
@@ -131,30 +112,66 @@ def build_layer(
     return layer
 
 
-def _down(down: Tensor, statistics: ChannelStatistics, mask: Tensor, pruning: PruningConfig, moe: MoEConfig) -> Tensor:
+def _channels(
+    weights: FFN, statistics: Sequence[ChannelStatistics], pruning: PruningConfig, moe: MoEConfig, *, seed: int
+) -> Tensor:
+    """Channels of each expert, (E, F) bool; of statistics that all experts share where the construction is not ``dive``."""
+    channels = weights.down.shape[1]
+    width = pruning.width(channels)
+    shared = min(round(moe.shared * width), width - 1)
+    if moe.construction is Construction.random_split:
+        return split_masks(channels, width, moe.experts, seed=seed)
+    if moe.construction is Construction.coactivation:
+        union = statistics[0]
+        if union.coactivation is None:
+            raise UserError(
+                "moe.construction=coactivation needs co-activations: collect_statistics(..., active_channels=10)"
+            )
+        scores = importance(pruning.score_metric, weights, union, seed=seed)
+        return coactivation_masks(union.coactivation[0], scores, experts=moe.experts, width=width, shared=shared)
+    choose = partial(choose_channels, weights=weights, ridge=OBS_RIDGE if pruning.ridge is None else pruning.ridge)
+    if moe.construction is Construction.upcycle:
+        mask = choose(pruning, statistics=statistics[0], width=width, seed=seed)
+        return mask.expand(moe.experts, -1).clone()
+    always = None
+    if shared and len(statistics) > 1:
+        union = sum(statistics[1:], statistics[0])
+        always = choose(pruning, statistics=union, width=shared, seed=seed)
+    return torch.stack(
+        [choose(pruning, statistics=s, width=width, seed=seed + i, always=always) for i, s in enumerate(statistics)]
+    )
+
+
+def _down(
+    down: Tensor,
+    statistics: ChannelStatistics,
+    mask: Tensor,
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    held_out: ChannelStatistics | None,
+    *,
+    common: Tensor,
+) -> Tensor:
     if pruning.compensation is Compensation.least_squares:
         if statistics.second_moment is None:
             raise UserError(
                 "pruning.compensation=least_squares needs second moments: collect_statistics(..., second_moments=True)"
             )
-        return compensate.least_squares(down, statistics.second_moment[0], mask, ridge=pruning.ridge)
+        moment, ridge = statistics.second_moment[0], pruning.ridge
+        if ridge is None:
+            if held_out is None or held_out.second_moment is None:
+                raise UserError("pruning.ridge=null needs held-out statistics; set pruning.ridge to a number")
+            ridge = compensate.choose_ridge(down, moment, held_out.second_moment[0], mask)
+            moment = moment + held_out.second_moment[0]
+        return compensate.least_squares(down, moment, mask, ridge=ridge)
     kept = down[:, mask]
     if pruning.compensation is Compensation.none and moe.construction is Construction.random_split:
         # A random W of F channels gives W / F of the output on average; LLaMA-MoE scales it back.
         return kept * (len(mask) / int(mask.sum()))
+    if pruning.compensation is Compensation.none and moe.construction is Construction.coactivation:
+        # CMoE adds the chosen experts up; the stock classes average them, which is right for the common channels alone.
+        return torch.where(common[mask].to(kept.device), kept, kept * moe.top_k)
     return kept
-
-
-def expert_function(layer: ExpertLayer, expert: int, act: nn.Module) -> Callable[[Tensor], Tensor]:
-    """One expert as a function (T, D) to (T, D)."""
-    gate, up = layer.gate_up[expert].chunk(2)
-    pruned = FFN(gate, up, layer.down[expert], act)
-
-    def run(inputs: Tensor) -> Tensor:
-        output = pruned.channels(inputs) @ pruned.down.T
-        return output if layer.bias is None else output + layer.bias[expert]
-
-    return run
 
 
 def _router(
@@ -172,11 +189,8 @@ def _router(
     if len(sampled) != len(groups):
         raise UserError("moe.router_init=distilled needs FFN inputs: collect_statistics(..., inputs=2048)")
     inputs = torch.cat(sampled).to(weights.gate.device)
-    errors = expert_errors(
-        inputs,
-        lambda rows: weights.channels(rows) @ weights.down.T,
-        [expert_function(layer, e, weights.act) for e in range(experts)],
-    )
+    wanted = torch.cat([weights.channels(rows) @ weights.down.T for rows in inputs.split(CHUNK)])
+    errors = expert_errors(inputs, wanted, [expert_function(layer, e, weights.act) for e in range(experts)])
     return fit_router(inputs, errors, moe.distillation, seed=seed)
 
 
@@ -188,9 +202,75 @@ def build_layers(
     *,
     seed: int,
 ) -> Iterator[ExpertLayer]:
-    """Experts layer after layer, as the statistics of each layer's groups come in."""
-    for number, groups in enumerate(statistics):
-        yield build_layer(ffn(model, number), groups, pruning, moe, seed=seed + 1000 * number)
+    """Experts layer after layer, as the statistics of each layer's groups come in.
+
+    Args:
+        statistics: of each layer: of its groups, and with ``pruning.ridge`` null of as many held-out parts after them.
+    """
+    for number, found in enumerate(statistics):
+        groups = len(found) // 2 if pruning.ridge is None else len(found)
+        yield build_layer(
+            ffn(model, number),
+            found[:groups],
+            pruning,
+            moe,
+            seed=seed + 1000 * number,
+            held_out=found[groups:] or None,
+        )
+
+
+@torch.no_grad()
+def build_refined_layers(
+    model: "PreTrainedModel",
+    groups: Sequence[Tensor],
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    batch: int,
+    seed: int,
+) -> Iterator[ExpertLayer]:
+    """Experts layer after layer, refined on the tokens themselves, see :func:`dive.moe.refine.refine_layer`.
+
+    With ``sequential`` two tracks of hidden states are kept: the dense model's, and that of the layers rebuilt so far. A
+    layer learns from the second what the dense FFN makes of it, plus ``correction`` times what separates the two.
+
+    Args:
+        model: dense model.
+        groups: calibration tokens (N, T) int64 of each group.
+        batch: sequences per forward pass.
+        seed: of the first layer.
+    """
+    refinement = moe.refinement
+    batches = [part for group in groups for part in group.split(batch)]
+    owner = torch.cat([torch.full((group.numel(),), number) for number, group in enumerate(groups)])
+    dense = Track(model, batches)
+    rebuilt = Track(model, batches) if refinement.sequential else dense
+    description = f"building {moe.experts} experts" if moe.experts > 1 else "pruning"
+    for number in track(range(len(decoder_layers(model))), description, "layer"):
+        weights = _float32(ffn(model, number))
+        device = weights.down.device
+
+        def full_ffn(rows: Tensor, weights: FFN = weights, device: torch.device = device) -> Tensor:
+            parts = [weights.channels(part.to(device)) @ weights.down.T for part in rows.split(CHUNK)]
+            return torch.cat([part.cpu() for part in parts])
+
+        given = torch.cat([rows.float().cpu() for rows in dense.attend(number)])
+        made = full_ffn(given)
+        inputs, targets = given, made
+        if refinement.sequential:
+            inputs = torch.cat([rows.float().cpu() for rows in rebuilt.attend(number)])
+            behind = dense.states() - rebuilt.states()
+            targets = torch.lerp(full_ffn(inputs), made + behind, refinement.correction)
+        layer = refine_layer(weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number)
+        dense.add(made)
+        if refinement.sequential:
+            outputs = [layer_output(layer, weights.act, x.to(device), top_k=moe.top_k) for x in inputs.split(CHUNK)]
+            rebuilt.add(torch.cat([part.cpu() for part in outputs]))
+        yield convert(layer, model.dtype)
+
+
+def _float32(weights: FFN) -> FFN:
+    return FFN(weights.gate.float(), weights.up.float(), weights.down.float(), weights.act)
 
 
 def assemble(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: int) -> "PreTrainedModel":

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dive.config import Mode
+from dive.config import Gate, Mode
+from dive.moe.balance import overload, z_loss
 
 
 class Router(nn.Module):
@@ -18,6 +19,9 @@ class Router(nn.Module):
     In ``sparse`` mode it computes what the stock router does: softmax over all experts, the K largest, renormalised. In
     ``dense`` mode every expert runs and the gate is softmax(logits / temperature). In training, and with ``noise`` > 0,
     logits += randn · softplus(noise weight · x) · noise, as in the paper.
+
+    Training in sparse mode may weight the selected experts otherwise, see :class:`dive.config.Gate`: the renormalised gate
+    of a single expert is 1 and teaches the router nothing. Evaluation always is what the stock router does.
     """
 
     load: Tensor
@@ -33,6 +37,12 @@ class Router(nn.Module):
         self.top_k = top_k
         self.mode = Mode.sparse
         self.temperature = 1.0
+        self.gate = Gate.renormalised
+        self.exponent = 1.0
+        """Of the probability in ``Gate.switch``."""
+        self.balance, self.max_load, self.z_loss = 0.0, 1.0, 0.0
+        self.penalty: Tensor | None = None
+        """Of the last forward pass in training."""
         self.stock_class = type(stock)
         for name, shape in (("load", (experts,)), ("entropy", ()), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, device=self.weight.device), persistent=False)
@@ -54,11 +64,25 @@ class Router(nn.Module):
             gates = probabilities
             chosen = torch.arange(self.experts, device=rows.device).expand(len(rows), -1)
         else:
-            gates, chosen = torch.topk(probabilities, self.top_k, dim=-1)
-            gates = gates / gates.sum(dim=-1, keepdim=True)
+            selected, chosen = torch.topk(probabilities, self.top_k, dim=-1)
+            gates = selected / selected.sum(dim=-1, keepdim=True)
+            if self.training and self.gate is Gate.straight_through:
+                gates = gates + selected - selected.detach()
+            elif self.training and self.gate is Gate.switch:
+                gates = gates * selected.sum(dim=-1, keepdim=True) ** self.exponent
         if self.training:
+            self.penalty = self._penalty(logits, probabilities, chosen)
             self._observe(probabilities.detach(), gates.detach(), chosen)
         return logits, gates.to(logits.dtype), chosen
+
+    def _penalty(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor | None:
+        penalty = None
+        if self.balance and self.mode is Mode.sparse:
+            penalty = self.balance * overload(probabilities, chosen, max_load=self.max_load)
+        if self.z_loss:
+            extra = self.z_loss * z_loss(logits)
+            penalty = extra if penalty is None else penalty + extra
+        return penalty
 
     def _observe(self, probabilities: Tensor, gates: Tensor, chosen: Tensor) -> None:
         self.load += torch.zeros_like(self.load).scatter_add_(

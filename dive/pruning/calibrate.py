@@ -10,6 +10,7 @@ from dive.errors import UserError
 from dive.model.layers import walk_layers
 from dive.progress import track
 from dive.pruning.statistics import ChannelStatistics, batch_statistics, stack_layers
+from dive.pruning.taylor import taylor_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ def stream_statistics(
     batch: int = 16,
     second_moments: bool,
     inputs: int = 0,
+    taylor: bool = False,
+    active_channels: int = 0,
     description: str = "calibrating",
 ) -> Iterator[list[ChannelStatistics]]:
     """Yield, layer after layer, the statistics (L = 1) of each set of tokens; one layer's are alive at a time.
@@ -32,6 +35,8 @@ def stream_statistics(
         batch: sequences per forward pass.
         second_moments: also F × F second moments.
         inputs: FFN inputs to keep for each name, evenly spread over its tokens.
+        taylor: also Taylor scores, by a pass with gradients of its own before the first layer's statistics.
+        active_channels: also count co-activation of so many channels a token, F × F.
     """
     names = list(tokens)
     batches, owner, keep = [], [], []
@@ -50,9 +55,10 @@ def stream_statistics(
             # The same tokens are sampled however they are batched.
             keep.append(torch.arange(-first % stride, rows.numel(), stride) if inputs else None)
 
+    salience = taylor_scores(model, tokens, batch=batch) if taylor else None
     layers = int(model.config.num_hidden_layers)
     steps = iter(track(range(layers * len(batches)), description))
-    for _, run in walk_layers(model, batches):
+    for number, run in walk_layers(model, batches):
         merged = [ChannelStatistics(0, torch.empty(0), torch.empty(0)) for _ in names]
         for seen in run():
             chosen = keep[seen.index]
@@ -60,8 +66,12 @@ def stream_statistics(
                 seen.channels,
                 second_moment=second_moments,
                 inputs=None if chosen is None else seen.inputs[chosen.to(seen.inputs.device)],
+                active_channels=active_channels,
             )
             next(steps)
+        if salience is not None:
+            for name, statistics in zip(names, merged, strict=True):
+                statistics.taylor = salience[name][number : number + 1]
         yield merged
     next(steps, None)
 
@@ -73,6 +83,8 @@ def collect_statistics(
     batch: int = 16,
     second_moments: bool = True,
     inputs: int = 2048,
+    taylor: bool = False,
+    active_channels: int = 0,
 ) -> dict[str, ChannelStatistics]:
     """Statistics of every domain over all layers, in one forward pass.
 
@@ -84,13 +96,23 @@ def collect_statistics(
         batch: sequences per forward pass.
         second_moments: needed by ``compensation="least_squares"``.
         inputs: FFN inputs kept per domain and layer, for ``router_init="distilled"``.
+        taylor: needed by ``metric="taylor"``; one more pass, forward and backward.
+        active_channels: channels counted as active on a token, for ``construction=coactivation``; 0 counts none.
 
     Raises:
         UserError: a domain's tokens are not a non-empty int64 matrix.
     """
     by_layer: Sequence[list[ChannelStatistics]] = [
         [_to_host(statistics) for statistics in layer]
-        for layer in stream_statistics(model, tokens, batch=batch, second_moments=second_moments, inputs=inputs)
+        for layer in stream_statistics(
+            model,
+            tokens,
+            batch=batch,
+            second_moments=second_moments,
+            inputs=inputs,
+            taylor=taylor,
+            active_channels=active_channels,
+        )
     ]
     return {name: stack_layers(layer[i] for layer in by_layer) for i, name in enumerate(tokens)}
 
@@ -105,4 +127,6 @@ def _to_host(statistics: ChannelStatistics) -> ChannelStatistics:
         squared_deviations=statistics.squared_deviations.cpu(),
         second_moment=host(statistics.second_moment),
         inputs=host(statistics.inputs),
+        taylor=host(statistics.taylor),
+        coactivation=host(statistics.coactivation),
     )

@@ -30,6 +30,11 @@ class ChannelStatistics:
     """(L, F, F) float32, sum over tokens of x xᵀ; needed by least squares."""
     inputs: Tensor | None = None
     """(L, S, D), FFN inputs of some of the tokens, which routers are distilled on."""
+    taylor: Tensor | None = None
+    """(L, F) float64, sum over sequences of what removing a channel would change the loss by to first order, in nats; see
+    :func:`dive.pruning.taylor.taylor_scores`. Needed by the metric of that name."""
+    coactivation: Tensor | None = None
+    """(L, F, F) float32, tokens on which both channels are among the most active; needed by ``construction=coactivation``."""
 
     @property
     def variance(self) -> Tensor:
@@ -53,6 +58,8 @@ class ChannelStatistics:
             squared_deviations=self.squared_deviations[number : number + 1],
             second_moment=pick(self.second_moment),
             inputs=pick(self.inputs),
+            taylor=pick(self.taylor),
+            coactivation=pick(self.coactivation),
         )
 
     def __add__(self, other: "ChannelStatistics") -> "ChannelStatistics":
@@ -66,12 +73,12 @@ class ChannelStatistics:
             squared_deviations=self.squared_deviations
             + other.squared_deviations
             + delta.square() * (self.count * other.count / count),
-            second_moment=None
-            if self.second_moment is None or other.second_moment is None
-            else self.second_moment + other.second_moment,
+            second_moment=_add(self.second_moment, other.second_moment),
             inputs=None
             if self.inputs is None or other.inputs is None
             else torch.cat([self.inputs, other.inputs], dim=1),
+            taylor=_add(self.taylor, other.taylor),
+            coactivation=_add(self.coactivation, other.coactivation),
         )
 
     def __radd__(self, other: int) -> "ChannelStatistics":
@@ -80,13 +87,20 @@ class ChannelStatistics:
         return self
 
 
-def batch_statistics(channels: Tensor, *, second_moment: bool, inputs: Tensor | None) -> ChannelStatistics:
+def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
+
+
+def batch_statistics(
+    channels: Tensor, *, second_moment: bool, inputs: Tensor | None, active_channels: int = 0
+) -> ChannelStatistics:
     """Statistics of one layer over one batch.
 
     Args:
         channels: X, (T, F).
         second_moment: also x xᵀ, F² numbers.
         inputs: FFN inputs to keep, (S, D), or none.
+        active_channels: also count co-activation, F² numbers: a token's active channels are so many of the largest |x|.
     """
     values = channels.float()
     variance, mean = torch.var_mean(values, dim=0, correction=0)
@@ -96,7 +110,14 @@ def batch_statistics(channels: Tensor, *, second_moment: bool, inputs: Tensor | 
         squared_deviations=variance.double()[None] * len(values),
         second_moment=(values.T @ values)[None] if second_moment else None,
         inputs=None if inputs is None else inputs[None],
+        coactivation=_coactivation(values, active_channels)[None] if active_channels else None,
     )
+
+
+def _coactivation(channels: Tensor, active: int) -> Tensor:
+    largest = channels.abs().topk(min(active, channels.shape[1]), dim=1).indices
+    marks = torch.zeros_like(channels).scatter_(1, largest, 1.0)
+    return marks.T @ marks
 
 
 def stack_layers(layers: Iterable[ChannelStatistics]) -> ChannelStatistics:

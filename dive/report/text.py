@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dive.eval.tasks import headline
+
 
 def count(number: float) -> str:
     """1234567 as 1.23 M."""
@@ -32,6 +34,51 @@ def stage_table(results: Mapping[str, Any]) -> Table:
             count(stage["tokens"]) if stage["tokens"] else "–",
             f"{stage['seconds']:.1f} s" + (" (reused)" if stage["reused"] else ""),
         )
+    return table
+
+
+def task_tables(results: Mapping[str, Any]) -> list[Table]:
+    """The chosen or first metric of every task, a column a stage, in percent; no table without tasks."""
+    described, stages = results["evaluation"]["tasks"], [s for s in results["stages"] if "tasks" in s]
+    if not stages:
+        return []
+    table = Table(title="Tasks (± standard error)")
+    table.add_column("task")
+    table.add_column("examples", justify="right")
+    table.add_column("metric")
+    for stage in stages:
+        table.add_column(stage["name"], justify="right")
+    for task, metrics in stages[0]["tasks"].items():
+        if not metrics:
+            continue
+        how = described.get(task, {})
+        metric, _ = headline(metrics, how.get("metric"))
+        table.add_row(
+            task,
+            "–" if how.get("shots") is None else str(how["shots"]),
+            metric,
+            *(_percent(stage["tasks"][task], metric) for stage in stages),
+        )
+    table.add_section()
+    table.add_row("mean", "", "", *(f"{stage['tasks_mean']:.2%}" for stage in stages))
+    return [table]
+
+
+def _percent(metrics: Mapping[str, float], metric: str) -> str:
+    name, comma, behind = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{behind}")
+    return f"{metrics[metric]:.2%}" + (f" ± {error:.2%}" if error is not None else "")
+
+
+def perplexity_table(results: Mapping[str, Any]) -> Table:
+    """Perplexity on every text, a column a stage."""
+    stages = results["stages"]
+    table = Table(title="Perplexity")
+    table.add_column("text")
+    for stage in stages:
+        table.add_column(stage["name"], justify="right")
+    for key in stages[0]["perplexity"]:
+        table.add_row(key, *(f"{stage['perplexity'][key]:.2f}" for stage in stages))
     return table
 
 

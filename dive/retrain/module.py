@@ -26,6 +26,7 @@ from dive.moe.plug import routers
 from dive.progress import PLAIN_INTERVAL
 from dive.retrain.corpus import BlockRange, Blocks
 from dive.retrain.schedule import learning_rate_share
+from dive.retrain.teacher import hidden_distance, logit_distance
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TokenPerplexity(Metric):
 
 
 class MoERetraining(lightning.LightningModule):
-    """One stage of retraining: next-token cross-entropy alone, as in the paper."""
+    """One stage of retraining: next-token cross-entropy, alone as in the paper or with what the stage adds to it."""
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class MoERetraining(lightning.LightningModule):
         accumulation: int,
         seed: int,
         shard: bool,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class MoERetraining(lightning.LightningModule):
             accumulation: forward passes per optimiser step on each device.
             seed: of dropout and router noise.
             shard: apply FSDP2 to the layers when the strategy is set up.
+            teacher: the dense model, where the stage learns from it.
         """
         super().__init__()
         self.model = model
@@ -91,6 +94,7 @@ class MoERetraining(lightning.LightningModule):
         self.accumulation = accumulation
         self.seed = seed
         self.shard = shard
+        self.teacher = [teacher] if teacher is not None else []  # in a list: no submodule, not saved, not sharded
         self.steps = optimiser_steps(stage, retrain.length)
         self.trained_names = {f"model.{n}" for n, p in model.named_parameters() if p.requires_grad}
         self.perplexity = TokenPerplexity()
@@ -147,25 +151,69 @@ class MoERetraining(lightning.LightningModule):
         for router in routers(self.model):
             router.mode = self.stage.mode
             router.temperature = self.stage.temperature
+            router.gate = self.stage.gate
+            router.balance, router.max_load = self.stage.balance, self.stage.max_load
+            router.z_loss = self.stage.z_loss
+        for teacher in self.teacher:
+            teacher.to(self.device)
         self.model.train()
         self._started = self._since = time.monotonic()
         self._since_step = self.trainer.global_step
+
+    def on_train_start(self) -> None:
+        for values in self.curve:  # of before an interruption: the loggers of this process have not seen them
+            for logger in self.loggers:
+                log_values(logger, self.name, values)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids = batch["input_ids"]
         # Dropout and noise depend on the position in the data alone, so a resumed run repeats them.
         torch.manual_seed((self.seed * 1_000_003 + int(batch["index"][0])) % 2**63)
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        if not torch.isfinite(loss):
+        for router in routers(self.model):
+            router.exponent = 1.0 - self.trainer.global_step / self.steps
+        wants_hidden = self.stage.teacher.hidden > 0
+        output = self.model(input_ids=ids, use_cache=False, output_hidden_states=wants_hidden)
+        logits = output.logits[:, :-1].flatten(0, 1).float()
+        text = functional.cross_entropy(logits, ids[:, 1:].flatten())
+        loss = text
+        for teacher in self.teacher:
+            loss = self._learn_from(teacher, ids, loss, logits, output.hidden_states)
+        for router in routers(self.model):
+            if router.penalty is not None:
+                loss = loss + router.penalty
+                router.penalty = None
+        finite = bool(torch.isfinite(loss))
+        if not self.trainer.strategy.reduce_boolean_decision(finite):  # all stop, or the others would wait in vain
             raise UserError(
                 f"retrain.stages.{self.name}: the loss is {float(loss.detach())} at step {self.trainer.global_step}; lower "
                 f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"
             )
-        self.perplexity.update(loss.detach(), ids[:, 1:].numel())
+        self.perplexity.update(text.detach(), ids[:, 1:].numel())
+        return loss
+
+    def _learn_from(
+        self, teacher: PreTrainedModel, ids: Tensor, loss: Tensor, logits: Tensor, hidden: tuple[Tensor, ...] | None
+    ) -> Tensor:
+        """The loss with the teacher's part: logits (B · (T − 1), V), hidden states of every layer where they are wanted."""
+        settings = self.stage.teacher
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=settings.hidden > 0)
+        if settings.logits:
+            distance = logit_distance(
+                logits,
+                wanted.logits[:, :-1].flatten(0, 1),
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+            )
+            loss = (1.0 - settings.logits) * loss + settings.logits * distance
+        if hidden is not None:
+            loss = loss + settings.hidden * hidden_distance(hidden[1:], wanted.hidden_states[1:])
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._record_if_due()
+
+    def _record_if_due(self) -> None:
         step = self.trainer.global_step
         if step == self._since_step or (step % self.retrain.log_every and step != self.steps):
             return
@@ -216,6 +264,7 @@ class MoERetraining(lightning.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._record_if_due()  # callbacks save before on_train_batch_end is called here
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
         checkpoint["dive"] = {"stage": self.name, "key": self.key, "curve": self.curve, "seconds": self.seconds}
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dive import preemption
 from dive.artifacts import Artifact, Store, write_json
 from dive.config import Config, Strategy
 from dive.errors import UserError
@@ -23,7 +25,9 @@ from dive.report.text import show, trained_parameters_table
 from dive.retrain.corpus import Blocks
 from dive.retrain.freezing import apply_policy, plug_adapters, trained_table
 from dive.retrain.module import MoERetraining, log_values, optimiser_steps
+from dive.retrain.teacher import share_frozen
 from dive.trainer.build import build_trainer
+from dive.trainer.processes import connect, connected, from_first
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -55,6 +59,7 @@ def retrain_stage(
     name: str,
     config: Config,
     reconstructed: Callable[[], "PreTrainedModel"],
+    dense: Callable[[], "PreTrainedModel"],
     before: Sequence[RetrainedStage],
     blocks: Blocks,
     *,
@@ -70,12 +75,14 @@ def retrain_stage(
 
     Args:
         reconstructed: makes the model as it was before any retraining.
+        dense: gives the dense model, where the stage learns from it.
         before: the stages before this one, in order.
         blocks: the corpus; a stage begins where the one before it ended.
         depends: what identifies the reconstructed model and the corpus.
 
     Raises:
         UserError: the checkpoint to resume from is missing or of another stage, or the loss is not finite.
+        Preempted: SIGTERM or SIGUSR1 came; while the stage trains, a checkpoint is saved first.
     """
     retrain, stage = config.retrain, config.retrain.stages[name]
     steps = optimiser_steps(stage, retrain.length)
@@ -97,24 +104,30 @@ def retrain_stage(
         world = config.trainer.devices * config.trainer.num_nodes
         inputs["passes"] = (stage.accumulation or config.trainer.accumulation) * world
 
-    def compute(folder: Path) -> None:
+    def train() -> tuple[MoERetraining, dict[str, Tensor]]:
         master_weights = config.trainer.precision.endswith("-mixed")
         model = retrained_model(reconstructed, config, before, master_weights=master_weights)
         lightning.seed_everything(config.seed, verbose=False)
         apply_policy(model, stage.train, retrain.lora, master_weights=master_weights)
         if main_process:
             show(trained_parameters_table(name, trained_table(model)))
-        module = _fit(store, model, name, config, blocks, inputs, before, directory, wandb)
-        state = _gather(module)
-        if main_process:
-            earlier = load_file(before[-1].artifact.path / "trained.safetensors") if before else {}
-            save_file(earlier | state, folder / "trained.safetensors")
-            write_json(
-                folder / "curve.json",
-                {"seconds": module.seconds, "curve": module.curve, "sizes": {k: v.numel() for k, v in state.items()}},
-            )
+        teacher = dense() if stage.teacher.wanted else None
+        if teacher is not None and config.trainer.strategy in (Strategy.single, Strategy.ddp):
+            share_frozen(teacher, model)
+        module = _fit(store, model, teacher, name, config, blocks, inputs, before, directory, wandb)
+        return module, _gather(module)
 
-    artifact = _get(store, inputs, compute, main_process=main_process)
+    def write(folder: Path, module: MoERetraining, state: dict[str, Tensor]) -> None:
+        earlier = load_file(before[-1].artifact.path / "trained.safetensors") if before else {}
+        save_file(earlier | state, folder / "trained.safetensors")
+        write_json(
+            folder / "curve.json",
+            {"seconds": module.seconds, "curve": module.curve, "sizes": {k: v.numel() for k, v in state.items()}},
+        )
+
+    connect(config.trainer)
+    artifact = _lead(store, inputs, train, write) if main_process else _follow(store, inputs, train)
+    preemption.heed()
     if main_process:
         store.forget_partial("retrained", inputs)
     logged = json.loads((artifact.path / "curve.json").read_text())
@@ -131,20 +144,52 @@ def retrain_stage(
     )
 
 
-def _get(store: Store, inputs: Mapping[str, Any], compute: Callable[[Path], None], *, main_process: bool) -> Artifact:
-    """The artifact; several processes compute it together, and none goes on before the first one has written it."""
-    if main_process:
+FOUND, TRAIN, FAILED = range(3)
+"""What the first process tells the others: the stage is in the store, train it with me, I could not write it."""
+Train = Callable[[], tuple[MoERetraining, dict[str, Tensor]]]
+
+
+def _lead(
+    store: Store,
+    inputs: Mapping[str, Any],
+    train: Train,
+    write: Callable[[Path, MoERetraining, dict[str, Tensor]], None],
+) -> Artifact:
+    """The artifact, in the first process: it alone looks into the store and writes, and tells the others."""
+    trained = False
+
+    def compute(folder: Path) -> None:
+        nonlocal trained
+        from_first(TRAIN)
+        module, state = train()
+        trained = True
+        write(folder, module, state)
+
+    try:
         artifact = store.get("retrained", inputs, compute)
-        if not artifact.reused and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        return artifact
-    # Training is collective: another rank must not wait for the first one's lock, it must take part.
-    found = store.find("retrained", inputs)
+    except Exception:
+        if trained:  # the others have taken part and wait
+            from_first(FAILED)
+        raise
+    from_first(FOUND)
+    return artifact
+
+
+def _follow(store: Store, inputs: Mapping[str, Any], train: Train) -> Artifact:
+    """The artifact, in another process.
+
+    Whether to train is the first one's decision: another run may be computing the stage, and the first process waits for it.
+    A process that Lightning has just started is not connected yet: the first one trains what is not in the store.
+    """
+    decision = from_first(FOUND) if connected() else None
+    if decision is None and store.find("retrained", inputs) is None:
+        decision = TRAIN
+    if decision == TRAIN:
+        train()
+        decision = from_first(FOUND)
+    found = None if decision == FAILED else store.find("retrained", inputs)
     if found is None:
-        compute(Path("unused"))
-        torch.distributed.barrier()
-        found = store.find("retrained", inputs)
-    assert found is not None
+        raise UserError("the first process of this run could not write the stage; what it said tells why")
     return found
 
 
@@ -193,6 +238,7 @@ def retrained_model(
 def _fit(
     store: Store,
     model: "PreTrainedModel",
+    teacher: "PreTrainedModel | None",
     name: str,
     config: Config,
     blocks: Blocks,
@@ -220,6 +266,7 @@ def _fit(
         accumulation=accumulation,
         seed=config.seed,
         shard=config.trainer.strategy is Strategy.fsdp2,
+        teacher=teacher,
     )
     loggers = build_stage_loggers(config.logger, directory, name)
     trainer = build_trainer(
@@ -237,6 +284,10 @@ def _fit(
         trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as end:
         raise KeyboardInterrupt from end  # how Lightning ends on Ctrl-C
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
+            raise UserError(f"stage {name}: another process of this run has ended; what it said tells why") from error
+        raise
     return module
 
 
@@ -249,8 +300,12 @@ def find_checkpoint(resume: str | None, partial: Path, name: str) -> Path | None
     if resume is None:
         return None
     if resume == "last":
-        found = sorted(partial.glob("*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]))
-        return found[-1] if found else None
+        found = sorted(partial.glob("step=*.ckpt"), key=lambda file: int(file.stem.rpartition("=")[2]), reverse=True)
+        for file in found:
+            if zipfile.is_zipfile(file):  # its directory stands at the end: a file cut short has none
+                return file
+            log.warning("%s: %s is cut short and left aside", name, file)
+        return None
     path = Path(resume).expanduser()
     if not path.is_file():
         raise UserError(

@@ -17,11 +17,15 @@ from torch.distributed.fsdp import MixedPrecision
 
 from dive.config import Strategy, TrainerConfig
 from dive.errors import UserError
+from dive.trainer.preemption import SaveWhenPreempted
+
+PATIENCE = timedelta(hours=6)
+"""The first process evaluates and exports while the others wait."""
 
 
 def build_strategy(config: TrainerConfig, layer_class: type[nn.Module]) -> LightningStrategy | str:
     """The Lightning strategy; sharding ones shard by ``layer_class``."""
-    patience = timedelta(hours=6)  # the first process evaluates and exports while the others wait
+    patience = PATIENCE
     if config.strategy is Strategy.fsdp:
         half = config.precision.startswith("bf16")
         # Frozen and trained parameters of one layer mix, which FSDP1 allows with the original parameters alone.
@@ -82,13 +86,14 @@ def build_trainer(
         checkpoint_every: optimiser steps between them.
     """
     callbacks: list[Callback] = [
+        SaveWhenPreempted(checkpoints),
         ModelCheckpoint(
             dirpath=checkpoints,
             filename="{step}",
             every_n_train_steps=checkpoint_every,
             save_top_k=1,
             enable_version_counter=False,
-        )
+        ),
     ]
     show_bar = sys.stderr.isatty()
     if show_bar:

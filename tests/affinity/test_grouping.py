@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from dive.affinity.grouping import (
+    adjusted_rand_index,
     affinity,
+    cluster_distances,
     cluster_domains,
     distances,
     group_domains,
     random_groups,
     silhouette,
+    similarity_distances,
 )
 from dive.config import Linkage
 from dive.errors import UserError
@@ -155,3 +158,35 @@ def test_random_groups(domains: int, experts: int, sizes: list[int]) -> None:
     assert any(groups != random_groups(names, experts=experts, seed=seed) for seed in (1, 2))
     with pytest.raises(UserError, match="exceeds the number of domains"):
         random_groups(names, experts=domains + 1, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------- agreement
+
+
+def test_adjusted_rand_index_by_hand() -> None:
+    # The example of Hubert and Arabie's formula: contingency 1 1 0 / 1 2 1 / 0 0 4 over 10 domains.
+    # Pairs together in both 7, in the first 1 + 6 + 6 = 13, in the second 1 + 3 + 10 = 14, of 45 in all:
+    # (7 - 13 · 14 / 45) / (13.5 - 13 · 14 / 45).
+    one = [list("ab"), list("cdef"), list("ghij")]
+    other = [list("ac"), list("bde"), list("fghij")]
+    assert adjusted_rand_index(one, other) == pytest.approx((7 - 182 / 45) / (13.5 - 182 / 45))
+    assert adjusted_rand_index(other, one) == pytest.approx(adjusted_rand_index(one, other))
+
+
+def test_equal_partitions_agree_wholly_and_random_ones_not_on_average() -> None:
+    names = [str(i) for i in range(23)]
+    groups = random_groups(names, experts=8, seed=0)
+    assert adjusted_rand_index(groups, groups[::-1]) == 1.0
+    assert adjusted_rand_index([[n] for n in names], [[n] for n in names]) == 1.0
+    assert adjusted_rand_index([names], [names]) == 1.0
+    drawn = [adjusted_rand_index(groups, random_groups(names, experts=8, seed=seed)) for seed in range(1, 200)]
+    assert abs(float(np.mean(drawn))) < 0.02
+
+
+def test_similarities_become_distances() -> None:
+    # Not quite symmetric by rounding; the diagonal is no distance.
+    found = similarity_distances([[1.0, 0.5, -1.0], [0.5000002, 0.9999, 0.0], [-1.0, 0.0, 1.0]])
+    np.testing.assert_allclose(found, [[0, 0.5, 2.0], [0.5, 0, 1.0], [2.0, 1.0, 0]], atol=1e-6)
+    assert np.array_equal(found, found.T)
+    groups = cluster_distances(found, ["a", "b", "c"], experts=2).groups
+    assert groups == [["a", "b"], ["c"]]

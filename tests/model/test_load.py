@@ -102,7 +102,7 @@ def break_it(directory: Path, what: str) -> None:
         ("tensor missing", r"1 tensors missing, 0 of another shape \(first: model\.layers\.1\.mlp\.up_proj"),
         ("other shapes", "of another shape|cannot be read"),
         ("no tokenizer", "no tokenizer there"),
-        ("small vocabulary", "its tokenizer has .* tokens, its vocabulary 100"),
+        ("small vocabulary", "its tokenizer has token ids up to .*, its config.json vocab_size=100"),
     ],
 )
 def test_what_is_wrong_with_a_directory_is_said(saved: Path, what: str, message: str) -> None:

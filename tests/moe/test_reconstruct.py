@@ -20,7 +20,8 @@ from dive.config import (
 from dive.errors import UserError
 from dive.model.families import copy_shared_weights, decoder_layers, ffn, moe_block
 from dive.moe.distill import expert_errors, fit_router
-from dive.moe.reconstruct import assemble, build_layer, build_layers, expert_function, reconstruct, split_masks
+from dive.moe.layer import expert_function
+from dive.moe.reconstruct import assemble, build_layer, build_layers, reconstruct, split_masks
 from dive.pruning.calibrate import collect_statistics
 from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
@@ -165,7 +166,7 @@ def test_least_squares_comes_closer_than_bias_and_nothing(
         errors[compensation] = float(
             expert_errors(
                 group.inputs[0],
-                lambda rows: weights.channels(rows) @ weights.down.T,
+                weights.channels(group.inputs[0]) @ weights.down.T,
                 [expert_function(layer, 0, weights.act)],
             ).mean()
         )
@@ -241,7 +242,7 @@ def test_a_single_expert_has_nothing_to_route(dense: PreTrainedModel, tokens: To
 
 def test_expert_errors_by_hand() -> None:
     rows = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
-    found = expert_errors(rows, lambda x: x, [lambda x: 0 * x, lambda x: 3 * x])
+    found = expert_errors(rows, rows, [lambda x: 0 * x, lambda x: 3 * x])
     assert found.tolist() == [[5.0, 20.0], [1.0, 4.0]]  # ‖x‖² and ‖2 x‖²
 
 
@@ -281,7 +282,7 @@ def test_a_distilled_router_beats_a_random_one(build: Callable[..., PreTrainedMo
             inputs = torch.cat([g.inputs[number] for g in groups if g.inputs is not None])
             errors = expert_errors(
                 inputs,
-                lambda rows, weights=weights: weights.channels(rows) @ weights.down.T,
+                weights.channels(inputs) @ weights.down.T,
                 [expert_function(layer, e, weights.act) for e in range(3)],
             )
             chosen = (inputs @ layer.router.T).argmax(dim=1)

@@ -10,8 +10,9 @@ from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from dive.config import Mode
+from dive.config import Gate, Mode
 from dive.model.families import moe_block
+from dive.moe.balance import overload, z_loss
 from dive.moe.plug import plug_routers
 from dive.moe.reconstruct import reconstruct
 from dive.moe.router import Router
@@ -147,3 +148,55 @@ def test_a_whole_block_in_dense_mode_is_the_weighted_sum_of_all_experts(
         channels = torch.nn.functional.silu(hidden[0] @ gate.T) * (hidden[0] @ up.T)
         expected += weights[:, expert, None] * (channels @ block.experts.down_proj[expert].T)
     torch.testing.assert_close(block(hidden)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def trained_gate(gate: Gate, top_k: int, exponent: float = 1.0) -> tuple[Router, Tensor, Tensor, Tensor]:
+    """(router, gates, probabilities of the selected experts, gradient of Σ gates · 1…K in the router's weight)"""
+    router = Router(stock_router("mixtral", top_k), experts=EXPERTS, top_k=top_k).train()
+    router.gate, router.exponent = gate, exponent
+    logits, gates, chosen = router(rows())
+    (gates * torch.arange(1, top_k + 1)).sum().backward()
+    assert router.weight.grad is not None
+    return router, gates, torch.softmax(logits, dim=-1).gather(1, chosen), router.weight.grad
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_straight_through_gate_has_stock_values_and_a_gradient(top_k: int) -> None:
+    _, stock, _, without = trained_gate(Gate.renormalised, top_k)
+    _, gates, _, gradient = trained_gate(Gate.straight_through, top_k)
+    torch.testing.assert_close(gates, stock)
+    if top_k == 1:
+        assert float(without.abs().max()) < 1e-6  # the trap that it is for
+    assert float((gradient - without).abs().max()) > 1e-2
+
+
+def test_a_switch_gate_by_hand() -> None:
+    _, gates, selected, gradient = trained_gate(Gate.switch, 1, exponent=0.5)
+    torch.testing.assert_close(gates, selected**0.5)
+    assert float(gradient.abs().max()) > 1e-2
+    _, gates, selected, _ = trained_gate(Gate.switch, 2, exponent=1.0)
+    torch.testing.assert_close(gates, selected)
+    _, gates, *_ = trained_gate(Gate.switch, 1, exponent=0.0)
+    torch.testing.assert_close(gates, torch.ones_like(gates))
+
+
+@pytest.mark.parametrize("gate", list(Gate))
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_evaluation_is_the_stock_router_whatever_the_gate(gate: Gate, top_k: int) -> None:
+    router, *_ = trained_gate(gate, top_k)
+    router.eval()
+    for found, expected in zip(router(rows()), stock_router("mixtral", top_k)(rows()), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_penalties_are_those_of_the_last_pass_in_training() -> None:
+    router = Router(stock_router("mixtral", 1), experts=EXPERTS, top_k=1)
+    router.balance, router.max_load, router.z_loss = 0.5, 1.1, 0.25
+    logits, _, chosen = router.train()(rows())
+    expected = 0.5 * overload(torch.softmax(logits, dim=-1), chosen, max_load=1.1) + 0.25 * z_loss(logits)
+    assert router.penalty is not None
+    torch.testing.assert_close(router.penalty, expected)
+    assert float(expected.detach()) > 0
+    router.balance = router.z_loss = 0.0
+    router(rows())
+    assert router.penalty is None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dive.pruning.compensation import bias, least_squares
+from dive.pruning.compensation import RIDGES, bias, choose_ridge, least_squares
 
 DOWN = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 
@@ -114,3 +114,31 @@ def test_it_is_the_best_fit_and_better_than_the_bias(problem: tuple[Tensor, Tens
         moved = refitted.clone()
         moved[:, column] += 0.01
         assert error(moved) > best
+
+
+def test_another_target_is_fitted_by_its_cross_moment(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    down, activations, mask = problem
+    target = torch.randn(40, 5, generator=torch.Generator().manual_seed(3))
+    found = least_squares(down, activations.T @ activations, mask, ridge=0.0, cross=target.T @ activations)
+    expected, *_ = np.linalg.lstsq(activations[:, mask].double().numpy(), target.double().numpy(), rcond=None)
+    np.testing.assert_allclose(found.numpy(), expected.T, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+def test_the_ridge_is_the_one_with_the_smallest_error_on_other_tokens(crossed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator)
+    fit = torch.randn(14, 12, generator=generator) @ mixing  # hardly more tokens than channels: it over-fits
+    other = torch.randn(300, 12, generator=generator) @ mixing
+    down = torch.randn(5, 12, generator=generator)
+    mask = torch.arange(12) % 3 != 0
+    targets = [rows @ down.T + crossed * torch.randn(len(rows), 5, generator=generator) for rows in (fit, other)]
+    cross = (targets[0].T @ fit, targets[1].T @ other) if crossed else None
+
+    def error(ridge: float) -> float:
+        refit = least_squares(down, fit.T @ fit, mask, ridge=ridge, cross=None if cross is None else cross[0])
+        return float((targets[1] - other[:, mask] @ refit.T).square().sum())
+
+    chosen = choose_ridge(down, fit.T @ fit, other.T @ other, mask, cross=cross)
+    assert chosen == min(RIDGES, key=error)
+    assert chosen != RIDGES[0]

@@ -71,7 +71,7 @@ def model_and_statistics(
     build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor]
 ) -> tuple[PreTrainedModel, ChannelStatistics]:
     model = build()
-    return model, dive.collect_statistics(model, {"a": tokens(4, 16)})["a"]
+    return model, dive.collect_statistics(model, {"a": tokens(4, 16)}, taylor=True)["a"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Interrupted, resumed and distributed retraining end with the weights of an undisturbed run in one process."""
 
+import csv
 import signal
 import subprocess
 import time
@@ -13,6 +14,12 @@ from tests.workplace import Workplace
 
 STOCHASTIC = ("retrain.lora.dropout=0.1", "moe.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
 """Everything that draws random numbers in training."""
+TEACHER = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=0.1")
+ROUTERS = (
+    "retrain.stages.experts.gate=straight_through",
+    "retrain.stages.experts.balance=0.01",
+    "retrain.stages.experts.z_loss=0.001",
+)
 
 
 def exported(workplace: Workplace, name: str) -> dict[str, torch.Tensor]:
@@ -40,9 +47,15 @@ def kill_after_checkpoint(process: "subprocess.Popen[str]", store: Path, step: i
     raise AssertionError("the run ended before it could be stopped")
 
 
+def logged_steps(directory: Path) -> list[float]:
+    """Steps of the second stage that the file of its curve has."""
+    with (directory / "csv/experts/metrics.csv").open(newline="") as stream:
+        return [float(row["experts/step"]) for row in csv.DictReader(stream)]
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path: Path) -> None:
-    long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC)
+    long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC, *TEACHER, *ROUTERS)
     finish(workplace.start("undisturbed", f"store={tmp_path / 'a'}", *long))
     kill_after_checkpoint(
         workplace.start("killed", f"store={tmp_path / 'b'}", *long), tmp_path / "b", 6, signal.SIGKILL
@@ -53,6 +66,8 @@ def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path:
     expected, found = exported(workplace, "undisturbed"), exported(workplace, "killed")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not list((tmp_path / "b/partial").iterdir())
+    steps = [logged_steps(workplace.root / name) for name in ("undisturbed", "killed")]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow
@@ -71,7 +86,7 @@ def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: str) -> None:
-    same = ("moe.top_k=2", "trainer.accumulation=2")
+    same = ("moe.top_k=2", "trainer.accumulation=2", TEACHER[0], ROUTERS[0])
     finish(workplace.start("one", f"store={workplace.root / 'one-store'}", *same))
     output = finish(
         workplace.start(

@@ -1,0 +1,109 @@
+"""What pruning alone costs: a model pruned in several ways, on text that it wrote itself, without retraining.
+
+    python benchmarks/one_shot.py                                  # the embedded model
+    python benchmarks/one_shot.py --model DIR --ratio 0.5
+
+The model's own samples are its training distribution, so its perplexity on them is as low as it gets and every loss is the
+pruning's. Prints one table; everything else goes to ``--out``, and the same command again computes nothing.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from dive.cli import CONF, register_schema, to_typed
+from dive.config import Config
+from dive.errors import UserError
+from dive.model.load import document_tokens, load_dense
+from dive.pipeline import run
+
+OFF = ["moe.refinement.rounds=0", "moe.refinement.steps=0", "moe.refinement.sequential=false"]
+SEQUENTIAL = [*OFF, "moe.refinement.sequential=true"]
+TOKENS = ["moe.refinement.start=kmeans"]
+METHODS = {
+    "scores (WIFV), nothing made up for": ("1", ["pruning.metric=wifv", "pruning.compensation=none", *OFF]),
+    "FLAP: scores and a bias": ("1", ["pruning.metric=wifv", "pruning.compensation=bias", *OFF]),
+    "scores, least squares": ("1", ["pruning.metric=wifv", *OFF]),
+    "scores, layer after layer": ("1", ["pruning.metric=wifv", *SEQUENTIAL]),
+    "elimination (OBS), least squares": ("1", OFF),
+    "elimination, layer after layer": ("1", SEQUENTIAL),
+    "the same, ridge chosen": ("1", [*SEQUENTIAL, "pruning.ridge=null"]),
+    "the same, local gradient steps": ("1", ["moe.refinement.rounds=0"]),
+    "8 token-refined experts, no gradient steps": ("8", [*TOKENS, "moe.refinement.rounds=4", "moe.refinement.steps=0"]),
+    "8 token-refined experts, local gradient steps": ("8", TOKENS),
+}
+
+
+def sample(model_path: str, out: Path, *, tokens: dict[str, int], length: int, seed: int) -> None:
+    """Write ``<out>/sampled/{train,test}.jsonl``: documents sampled at temperature 1 from the boundary token on."""
+    model, tokenizer = load_dense(model_path)
+    start = torch.tensor(document_tokens(tokenizer, "")[:1], dtype=torch.int64)
+    ends = [t for t in {tokenizer.eos_token_id, tokenizer.bos_token_id} if t is not None]
+    torch.manual_seed(seed)
+    folder = out / "sampled"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, wanted in tokens.items():
+        rows: list[str] = []
+        while len(rows) * length < wanted:
+            prompts = start.repeat(256, 1)
+            found = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+                eos_token_id=ends or None,
+                pad_token_id=tokenizer.eos_token_id or 0,
+            )
+            rows += [text for text in tokenizer.batch_decode(found, skip_special_tokens=True) if text.strip()]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="directory or hub id of a dense model")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of every FFN's channels that goes")
+    parser.add_argument("--width-multiple", type=int, default=8, help="kept widths are rounded to this")
+    parser.add_argument("--samples", type=int, default=512, help="calibration sequences of 256 tokens")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", type=Path, default=Path("outputs/one_shot"))
+    settings = parser.parse_args()
+    text = settings.out / f"text-{settings.seed}"
+    if not (text / "sampled" / "test.jsonl").is_file():
+        sample(settings.model, text, tokens={"train": 2 * settings.samples * 256, "test": 16384}, length=255,
+               seed=settings.seed)  # fmt: skip
+    register_schema("config", Config)
+    rows: list[tuple[str, float]] = []
+    for name, (experts, overrides) in METHODS.items():
+        with initialize_config_dir(str(CONF), version_base=None):
+            composed = compose(
+                "config",
+                [
+                    *("model=local", f"model.path={settings.model}", "retrain=none", "logger=csv", "eval.windows=null"),
+                    *("calibration_domains=local", f"calibration_domains.path={text}"),
+                    *(f"calibration_domains.samples={settings.samples}", f"pruning.ratio={settings.ratio}"),
+                    *(f"pruning.width_multiple={settings.width_multiple}", f"seed={settings.seed}"),
+                    *(f"moe.experts={experts}", f"store={settings.out / 'store'}", *overrides),
+                ],
+            )
+        results = run(to_typed(composed, Config), settings.out / f"{len(rows):02d}", [])
+        stages = {stage["name"]: stage["perplexity"]["mean"] for stage in results["stages"]}
+        if not rows:
+            rows.append(("dense", stages["dense"]))
+        rows.append((name, stages["reconstructed"]))
+    print(f"\n| {settings.ratio:.0%} of every FFN pruned, nothing retrained | perplexity |\n| --- | --- |")
+    for name, value in rows:
+        print(f"| {name} | {value:.2f} |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

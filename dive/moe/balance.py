@@ -1,0 +1,28 @@
+"""Losses that keep routers in bounds.
+
+Shapes: T tokens, E experts, K experts a token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def overload(probabilities: Tensor, chosen: Tensor, *, max_load: float) -> Tensor:
+    """Penalty on experts with more than ``max_load`` times the mean load; zero where there are none.
+
+    Σ_e max(E f_e − max_load, 0) · E P_e with f_e the share of the selections and P_e the mean probability of expert e: the
+    balance loss of Switch Transformers (arXiv 2101.03961, eq. 4), but of the overloaded experts alone, so that domains may
+    keep experts of their own.
+
+    Args:
+        probabilities: (T, E), softmax over all experts.
+        chosen: (T, K) int64.
+    """
+    experts = probabilities.shape[1]
+    load = torch.bincount(chosen.reshape(-1), minlength=experts) * (experts / chosen.numel())
+    return ((load - max_load).clamp_min(0.0) * probabilities.mean(dim=0) * experts).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of the router's logits (T, E) (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return torch.logsumexp(logits.float(), dim=-1).square().mean()

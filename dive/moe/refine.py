@@ -1,0 +1,253 @@
+"""Experts refined on tokens, one layer at a time: k-means whose centroids are pruned FFNs, then local gradient steps.
+
+Shapes: T tokens, D hidden width, F channels of the dense FFN, W channels of an expert, E experts, K experts a token.
+"""
+
+import logging
+import math
+
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+
+from dive.config import MoEConfig, PruningConfig, RefinementConfig, Start
+from dive.model.families import FFN
+from dive.moe.balance import overload
+from dive.moe.distill import expert_errors, fit_router
+from dive.moe.experts import grouped_linear
+from dive.moe.layer import ExpertLayer, expert_function
+from dive.pruning.compensation import choose_ridge, least_squares
+from dive.pruning.metrics import OBS_RIDGE, choose_channels
+from dive.pruning.statistics import ChannelStatistics, batch_statistics
+
+log = logging.getLogger(__name__)
+
+CHUNK = 8192
+"""Tokens whose channels are alive at a time."""
+KMEANS_TOKENS = 32768
+HELD_OUT = 4
+"""One token in this many is held out where the ridge is chosen."""
+
+
+def refine_layer(
+    weights: FFN,
+    inputs: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    seed: int,
+) -> ExpertLayer:
+    """The experts of one layer, from the tokens themselves.
+
+    Each expert's channels and refit are derived from its tokens; a router is fitted to the experts' errors; tokens go to
+    the expert their router picks; and so on, ``rounds`` times. Then ``steps`` gradient steps on all of it.
+
+    Args:
+        weights: of the dense FFN, float32.
+        inputs: what the FFN is given, (T, D) float32, on any device.
+        targets: what it should return, (T, D).
+        groups: (T,) int64, the group of domains a token is from.
+        seed: of this layer.
+    """
+    settings = moe.refinement
+    assignment = first_assignment(inputs, groups, settings.start, experts=moe.experts, seed=seed)
+    sample = sampled_rows(len(inputs), moe.distillation.tokens, seed=seed)
+    device = weights.down.device
+    for last in [False] * (settings.rounds if moe.experts > 1 else 0) + [True]:
+        layer = derive_experts(weights, inputs, targets, assignment, pruning, experts=moe.experts, seed=seed)
+        if moe.experts == 1:
+            break
+        rows, wanted = inputs[sample].to(device), targets[sample].to(device)
+        errors = expert_errors(rows, wanted, [expert_function(layer, e, weights.act) for e in range(moe.experts)])
+        layer.router = fit_router(rows, errors, moe.distillation, seed=seed)
+        if not last:
+            assignment = torch.cat(
+                [(part.to(device) @ layer.router.T).argmax(dim=-1).cpu() for part in inputs.split(CHUNK)]
+            )
+    if settings.steps:
+        layer = train_layer(layer, weights.act, inputs, targets, settings, top_k=moe.top_k, seed=seed)
+    return layer
+
+
+def first_assignment(inputs: Tensor, groups: Tensor, start: Start, *, experts: int, seed: int) -> Tensor:
+    """Expert of each token before the first round, (T,) int64."""
+    if experts == 1:
+        return torch.zeros(len(inputs), dtype=torch.int64)
+    if start is Start.groups:
+        return groups
+    if start is Start.random:
+        return torch.randint(experts, (len(inputs),), generator=torch.Generator().manual_seed(seed))
+    rows = sampled_rows(len(inputs), KMEANS_TOKENS, seed=seed)
+    centroids, _ = kmeans2(inputs[rows].double().cpu().numpy(), experts, minit="++", rng=seed)
+    centres = torch.from_numpy(centroids).to(inputs)
+    return torch.cat([torch.cdist(part, centres).argmin(dim=-1).cpu() for part in inputs.split(CHUNK)])
+
+
+def sampled_rows(count: int, wanted: int, *, seed: int) -> Tensor:
+    """Indices of ``wanted`` of ``count`` tokens, in random order; all of them if there are fewer."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]
+
+
+def token_statistics(weights: FFN, inputs: Tensor, targets: Tensor, rows: Tensor) -> tuple[ChannelStatistics, Tensor]:
+    """(statistics with second moments, Σ y xᵀ (D, F)) of some rows: x the FFN's channels, y the target."""
+    device = weights.down.device
+    merged = ChannelStatistics(0, torch.empty(0), torch.empty(0))
+    cross = torch.zeros_like(weights.down)
+    for part in rows.split(CHUNK):
+        channels = weights.channels(inputs[part].to(device))
+        merged += batch_statistics(channels, second_moment=True, inputs=None)
+        cross += targets[part].to(device).T @ channels
+    return merged, cross
+
+
+def derive_experts(
+    weights: FFN,
+    inputs: Tensor,
+    targets: Tensor,
+    assignment: Tensor,
+    pruning: PruningConfig,
+    *,
+    experts: int,
+    seed: int,
+) -> ExpertLayer:
+    """One pruned and refitted FFN for each expert's tokens; the routers are zero. One expert's moments are alive at a time.
+
+    An expert with fewer tokens than channels to keep starts over from random ones, as k-means does.
+    """
+    width = pruning.width(weights.down.shape[1])
+    masks, gate_up, down = [], [], []
+    for expert in range(experts):
+        rows = (assignment == expert).nonzero().squeeze(1)
+        if len(rows) < width:
+            rows = sampled_rows(len(inputs), max(len(inputs) // experts, 1), seed=seed + expert)
+        held = rows[HELD_OUT - 1 :: HELD_OUT] if pruning.ridge is None else rows[:0]
+        fitted = rows if pruning.ridge is not None else rows[torch.arange(len(rows)) % HELD_OUT != HELD_OUT - 1]
+        statistics, cross = token_statistics(weights, inputs, targets, fitted)
+        moment = _moment(statistics)
+        ridge = pruning.ridge
+        chosen = choose_channels(
+            pruning,
+            weights,
+            statistics,
+            width=width,
+            ridge=OBS_RIDGE if ridge is None else ridge,
+            cross=cross,
+            seed=seed + expert,
+        )
+        if ridge is None:
+            other, other_cross = token_statistics(weights, inputs, targets, held)
+            ridge = choose_ridge(weights.down, moment, _moment(other), chosen, cross=(cross, other_cross))
+            moment, cross = moment + _moment(other), cross + other_cross
+        masks.append(chosen)
+        gate_up.append(torch.cat([weights.gate[chosen], weights.up[chosen]]))
+        down.append(least_squares(weights.down, moment, chosen, ridge=ridge, cross=cross))
+    return ExpertLayer(
+        masks=torch.stack(masks),
+        gate_up=torch.stack(gate_up),
+        down=torch.stack(down),
+        router=weights.gate.new_zeros(experts, weights.gate.shape[1]),
+    )
+
+
+def _moment(statistics: ChannelStatistics) -> Tensor:
+    assert statistics.second_moment is not None
+    return statistics.second_moment[0]
+
+
+def selected_outputs(layer: ExpertLayer, act: nn.Module, rows: Tensor, chosen: Tensor) -> Tensor:
+    """Outputs of each token's chosen experts, (T, K, D), for chosen (T, K) int64."""
+    top_k = chosen.shape[1]
+    expert_of_row, order = torch.sort(chosen.reshape(-1), stable=True)
+    per_expert = torch.bincount(expert_of_row, minlength=len(layer.masks))
+    offsets = torch.cumsum(per_expert, dim=0, dtype=torch.int32)
+    gate, up = grouped_linear(rows[order // top_k], layer.gate_up, offsets).chunk(2, dim=-1)
+    output = grouped_linear(act(gate) * up, layer.down, offsets)
+    return torch.empty_like(output).index_copy(0, order, output).view(len(rows), top_k, -1)
+
+
+def layer_output(layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int) -> Tensor:
+    """The sparse block as the stock class computes it: the K likeliest experts, gates renormalised; (T, D) to (T, D)."""
+    if len(layer.masks) == 1:
+        return expert_function(layer, 0, act)(rows)
+    logits, chosen = (rows @ layer.router.T).topk(top_k, dim=-1)
+    gates = torch.softmax(logits, dim=-1)
+    return (selected_outputs(layer, act, rows, chosen) * gates[..., None]).sum(dim=1)
+
+
+def train_layer(
+    layer: ExpertLayer,
+    act: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    settings: RefinementConfig,
+    *,
+    top_k: int,
+    seed: int,
+) -> ExpertLayer:
+    """Gradient steps on one layer's experts and router against its targets, in float32.
+
+    With K > 1 the loss is the squared error of the block's output. With K = 1 its gate is constant, so the loss is the
+    expected error over the two likeliest experts, Σ p_k ‖y − expert_k(x)‖²: its minimum sends each token to the better one.
+
+    Args:
+        inputs: (T, D) float32.
+        targets: (T, D).
+        top_k: experts a token.
+        seed: of the order of the tokens.
+    """
+    device = layer.down.device
+    experts = len(layer.masks)
+    scale = inputs.square().mean().sqrt().clamp_min(1e-12).to(device)
+    gate_up = layer.gate_up.clone().requires_grad_()
+    down = layer.down.clone().requires_grad_()
+    router = (layer.router * scale).requires_grad_()
+    optimiser = torch.optim.Adam(
+        [
+            {"params": [gate_up, down], "lr": settings.learning_rate},
+            {"params": [router], "lr": settings.router_learning_rate},
+        ],
+        betas=(0.9, 0.95),
+    )
+    steps = settings.steps
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / 10) * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    energy = targets.square().sum(dim=-1).mean().clamp_min(1e-30).to(device)
+    training = ExpertLayer(masks=layer.masks, gate_up=gate_up, down=down, router=router)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    batch = min(settings.batch, len(inputs))
+    with torch.enable_grad():
+        for _ in range(steps):
+            if len(order) < batch:
+                order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
+            rows, order = order[:batch], order[batch:]
+            x, y = inputs[rows].to(device), targets[rows].to(device)
+            if experts == 1:
+                outputs = selected_outputs(training, act, x, torch.zeros(len(x), 1, dtype=torch.int64, device=device))
+                loss = (outputs[:, 0] - y).square().sum(dim=-1).mean() / energy
+            else:
+                logits = x / scale @ router.T
+                highest, chosen = logits.topk(max(top_k, 2), dim=-1)
+                gates = torch.softmax(highest, dim=-1)
+                outputs = selected_outputs(training, act, x, chosen)
+                if top_k == 1:
+                    errors = ((outputs - y[:, None]).square().sum(dim=-1) * gates).sum(dim=-1)
+                else:
+                    errors = ((outputs * gates[..., None]).sum(dim=1) - y).square().sum(dim=-1)
+                loss = errors.mean() / energy
+                if settings.balance:
+                    probabilities = torch.softmax(logits, dim=-1)
+                    penalty = overload(probabilities, chosen[:, :top_k], max_load=settings.max_load)
+                    loss = loss + settings.balance * penalty
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return ExpertLayer(
+        masks=layer.masks, gate_up=gate_up.detach(), down=down.detach(), router=(router / scale).detach()
+    )

@@ -1,0 +1,24 @@
+"""What a run will cost, before it runs: ``python -m dive.plan model=llama2-7b moe.experts=8 [any override]``."""
+
+from pathlib import Path
+
+from dive.cli import run
+from dive.config import Config
+
+
+def main(config: Config) -> None:
+    """Print the plan; nothing is loaded, asked for or written."""
+    from dive.model.architecture import locate_architecture
+    from dive.plan.capacity import Capacity, here
+    from dive.plan.stages import plan
+    from dive.plan.table import full_text
+    from dive.report.text import show
+
+    planned = plan(config, locate_architecture(config.model))
+    named = planned.job.device.memory
+    on_this_disk = here(Path(config.store), Path("outputs"), device=named)
+    show(*full_text(planned, on_this_disk if named is None else Capacity(device=named)))
+
+
+if __name__ == "__main__":
+    run(main, "config", Config, writes=False)

@@ -1,0 +1,149 @@
+"""Whether this machine has room for a run."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from dive.config import Freezing
+from dive.errors import UserError
+from dive.plan.stages import Plan, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Room, in bytes; unknown where none."""
+
+    host: float | None = None
+    """Memory that processes can still take."""
+    device: float | None = None
+    """Memory of one device."""
+    store: float | None = None
+    """Free on the store's disk."""
+    outputs: float | None = None
+    """Free on the disk of the run's outputs; none if that is the store's."""
+    stored: Mapping[str, float] = field(default_factory=dict)
+    """{kind of artifact: bytes of it in the store}, which a run may find again."""
+
+
+def here(store: Path, outputs: Path, *, device: float | None) -> Capacity:
+    """Room on this machine.
+
+    Args:
+        store: directory of the store, whether it is there yet or not.
+        outputs: directory of the run, likewise.
+        device: memory of one device, if the run has one.
+    """
+    kinds = [folder for folder in store.iterdir() if folder.is_dir()] if store.is_dir() else []
+    return Capacity(
+        host=_host(),
+        device=device,
+        store=shutil.disk_usage(_existing(store)).free,
+        outputs=None if _same_disk(store, outputs) else shutil.disk_usage(_existing(outputs)).free,
+        stored={folder.name: float(sum(_size(file) for file in folder.rglob("*"))) for folder in kinds},
+    )
+
+
+def _host() -> float:
+    free = float(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, float(Path(limit).read_text()) - float(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # no such control group, or no limit
+    return free
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:
+        return 0  # another run's, gone by now
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def shortages(plan: Plan, capacity: Capacity) -> list[str]:
+    """One line for each thing there is too little of, which names the override that mends it.
+
+    Of the disk what already lies in the store counts as found again, kind by kind: the same command must be able to go on
+    where the first one filled the disk.
+    """
+    found = []
+    config = plan.job.config
+    for place, room in (("host", capacity.host), ("device", capacity.device)):
+        worst = max(plan.stages, key=lambda stage: _peak(stage, place))
+        needed = _peak(worst, place)
+        if room is not None and needed > room:
+            items = worst.memory.host if place == "host" else worst.memory.device
+            largest = max(items, key=lambda name: items[name])
+            found.append(
+                f"{worst.name} needs {needed / 1e9:.1f} GB of {place} memory ({largest}: {items[largest] / 1e9:.1f} GB), "
+                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, largest)}"
+            )
+    kept: dict[str, float] = {}
+    for stage in plan.stages:
+        kept[stage.kind] = kept.get(stage.kind, 0.0) + stage.written
+    export = kept.pop("export")
+    missing = sum(max(size - capacity.stored.get(kind, 0.0), 0.0) for kind, size in kept.items())
+    needed = missing + max(plan.checkpoints - capacity.stored.get("partial", 0.0), 0.0)
+    if capacity.outputs is None:
+        needed += export
+    elif export > capacity.outputs:
+        found.append(
+            f"the export takes {export / 1e9:.1f} GB of disk, {capacity.outputs / 1e9:.1f} GB are free; set hydra.run.dir=DIR on "
+            "a larger disk"
+        )
+    if capacity.store is not None and needed > capacity.store:
+        found.append(
+            f"store={config.store}: the run writes {needed / 1e9:.1f} GB, {capacity.store / 1e9:.1f} GB are free; set store=DIR "
+            "on a larger disk, raise pruning.ratio or lower moe.experts"
+        )
+    return found
+
+
+def _peak(stage: Stage, place: str) -> float:
+    return stage.memory.host_peak if place == "host" else stage.memory.device_peak
+
+
+def _remedy(plan: Plan, stage: Stage, largest: str) -> str:
+    config = plan.job.config
+    if largest.startswith(("activations", "logits")):
+        if stage.kind == "retrained":
+            return "raise trainer.accumulation, or set trainer.gradient_checkpointing=true"
+        batch = "eval.batch" if stage.kind == "evaluation" else "calibration_domains.batch"
+        return f"lower {batch}"
+    if largest.startswith("hidden states"):
+        return "lower calibration_domains.samples"
+    if largest.startswith("second moments"):
+        return "lower moe.experts, or set pruning.compensation=none"
+    if largest.startswith(("Adam", "gradients")) and any(
+        part.train.experts is Freezing.full for part in config.retrain.stages.values()
+    ):
+        return "set retrain=lora"
+    if plan.job.weight == 4:
+        return "set model.dtype=bfloat16, raise pruning.ratio or lower moe.experts"
+    return f"raise pruning.ratio ({config.pruning.ratio}) or lower moe.experts ({config.moe.experts})"
+
+
+def refuse(plan: Plan, capacity: Capacity) -> None:
+    """Stop a run that has no room, unless ``plan.enforce=false``.
+
+    Raises:
+        UserError: says what there is too little of, and which override mends it.
+    """
+    found = shortages(plan, capacity)
+    if found and plan.job.config.plan.enforce:
+        raise UserError(f"{found[0]} (plan.enforce=false runs it all the same)")

@@ -1,0 +1,91 @@
+"""What building the experts costs: second moments, least squares, routers, refinement. One layer at a time.
+
+Shapes: D hidden width, F FFN channels, W channels kept, E experts, G groups, N calibration tokens.
+"""
+
+from dataclasses import dataclass
+
+from dive.config import Config, DistillationConfig
+from dive.plan import flops
+from dive.plan.parameters import Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """Rounds in which tokens choose their expert and experts are derived anew from their tokens, then gradient steps."""
+
+    rounds: int = 2
+    steps: int = 300
+    batch: int = 4096
+    """Tokens a step."""
+    active: int = 2
+    """Experts a token meets in these steps."""
+
+
+def refinement(config: Config) -> Refinement | None:
+    """``moe.refinement`` of a configuration that uses it; experts are derived once more than there are rounds."""
+    found = config.moe.refinement
+    if not found.needs_tokens:
+        return None
+    active = 1 if config.moe.experts == 1 else max(config.moe.top_k, 2)
+    return Refinement(rounds=found.rounds + 1, steps=found.steps, batch=found.batch, active=active)
+
+
+def moments(s: Shapes, tokens: int) -> int:
+    """FLOPs of the F × F second moments of N tokens (float32)."""
+    return 2 * tokens * s.channels**2
+
+
+def solve(s: Shapes) -> int:
+    """FLOPs of one expert's least squares (float64): W G_S, Cholesky factor, two triangular solves."""
+    return 2 * s.hidden * s.channels * s.width + s.width**3 // 3 + 2 * s.hidden * s.width**2
+
+
+def moment_bytes(s: Shapes) -> int:
+    """One group's second moments (float32)."""
+    return 4 * s.channels**2
+
+
+def solve_bytes(s: Shapes) -> int:
+    """What one expert's least squares holds at its peak (float64): moments, weights, rows and columns of the kept channels."""
+    f, w, d = s.channels, s.width, s.hidden
+    return 8 * (f * f + d * f + w * w + f * w + d * w)
+
+
+def router_fit(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
+    """FLOPs of one router: errors of every expert on the sampled tokens, then the fit."""
+    errors = tokens * (2 * s.ffn + 2 * s.experts * s.expert)
+    return errors + settings.steps * min(settings.batch, tokens) * 4 * s.router
+
+
+def refine(s: Shapes, settings: Refinement, tokens: int, length: int) -> int:
+    """FLOPs of one layer's refinement, without the solves of :func:`refine_solves`.
+
+    Errors of every expert on every token, channels and second moments of each expert's own tokens, a round; gradient steps; and
+    the rebuilt layer's forward pass, whose output feeds the next.
+    """
+    errors = tokens * 2 * s.experts * s.expert
+    channels = tokens * 2 * (s.ffn - s.hidden * s.channels)  # gate and up
+    steps = settings.steps * settings.batch * 3 * 2 * settings.active * s.expert
+    prefix = tokens * flops.sparse_layer(s, length, active=s.top_k)
+    return settings.rounds * (errors + channels + moments(s, tokens)) + steps + prefix
+
+
+def refine_solves(s: Shapes, settings: Refinement) -> int:
+    """FLOPs of the least squares of one layer's refinement (float64)."""
+    return settings.rounds * s.experts * solve(s)
+
+
+def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:
+    """Inputs and targets of the FFN (float32), and the hidden states of the rebuilt prefix, of all tokens.
+
+    Args:
+        weight: bytes of a hidden state's element.
+    """
+    return tokens * s.hidden * (4 + 4 + weight)
+
+
+def refine_device_bytes(s: Shapes, settings: Refinement) -> int:
+    """Second moments of one expert, and what the gradient steps hold: experts, gradients and Adam's states in float32."""
+    activations = settings.batch * settings.active * (4 * s.width + 3 * s.hidden) * 4
+    return max(moment_bytes(s), s.experts * s.expert * 16 + activations)

@@ -1,0 +1,155 @@
+"""What the configuration asks for, in numbers: tokens, batches, element types, where tensors rest."""
+
+import math
+from dataclasses import dataclass
+
+from dive.calibration_domains.texts import domain_names
+from dive.config import (
+    ArchitectureConfig,
+    Compensation,
+    Config,
+    Construction,
+    DeviceConfig,
+    Dtype,
+    Grouping,
+    RouterInit,
+    StageConfig,
+)
+from dive.plan.parameters import Shapes, shapes
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to be planned."""
+
+    config: Config
+    architecture: ArchitectureConfig
+    shapes: Shapes
+    domains: int
+    """Number of calibration domains."""
+    device_name: str
+    device: DeviceConfig
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether weights rest in a memory of their own."""
+        return self.device.memory is not None
+
+    @property
+    def dtype(self) -> str:
+        """Element type of the weights."""
+        stated = self.config.model.dtype
+        return self.architecture.dtype if stated is Dtype.auto else stated.value
+
+    @property
+    def weight(self) -> int:
+        """Bytes of a weight."""
+        return BYTES[self.dtype]
+
+    @property
+    def training_dtype(self) -> str:
+        """Element type that training computes in: of mixed precision, or of the weights."""
+        precision = self.config.trainer.precision
+        return self.dtype if precision.startswith("32") else ("bfloat16" if precision.startswith("bf16") else "float16")
+
+    @property
+    def trained_weight(self) -> int:
+        """Bytes of a trained parameter: mixed precision keeps them in float32."""
+        return 4 if self.config.trainer.precision.endswith("-mixed") else self.weight
+
+    @property
+    def world(self) -> int:
+        """Processes of retraining."""
+        return self.config.trainer.devices * self.config.trainer.num_nodes
+
+    # ------------------------------------------------------------------------------------------------------- calibration
+
+    @property
+    def mines(self) -> bool:
+        """Whether groups are mined, which takes a calibration pass and the cross-domain perplexities."""
+        config = self.config
+        return (
+            config.affinity.grouping is Grouping.mined
+            and config.moe.construction is Construction.dive
+            and config.moe.experts > 1
+        )
+
+    @property
+    def refits(self) -> bool:
+        """Whether second moments are taken and solved with."""
+        return self.config.pruning.compensation is Compensation.least_squares
+
+    @property
+    def distils(self) -> bool:
+        """Whether routers are fitted to the experts' errors."""
+        return self.config.moe.router_init is RouterInit.distilled and self.config.moe.experts > 1
+
+    @property
+    def sequences(self) -> int:
+        """Calibration sequences of all domains."""
+        return self.domains * self.config.calibration_domains.samples
+
+    def group_sequences(self, groups: int) -> list[int]:
+        """Calibration sequences of each group; groups that are still to be mined count as equally large."""
+        domains = self.config.calibration_domains
+        given = self.config.affinity.groups
+        sizes = [len(g) for g in given] if given is not None and len(given) == groups else None
+        if sizes is None:
+            sizes = [self.domains // groups + (i < self.domains % groups) for i in range(groups)]
+        if domains.group_samples is None:
+            return [size * domains.samples for size in sizes]
+        return [
+            sum(
+                min(domains.group_samples // size + (i < domains.group_samples % size), domains.samples)
+                for i in range(size)
+            )
+            for size in sizes
+        ]
+
+    @property
+    def groups(self) -> int:
+        """Groups of domains that experts are built from."""
+        return self.config.moe.experts if self.config.moe.construction is Construction.dive else 1
+
+    # -------------------------------------------------------------------------------------------------------- evaluation
+
+    @property
+    def evaluation_windows(self) -> list[tuple[int, int]]:
+        """(windows, tokens of each) of every evaluation text; the domains' at the first length come first."""
+        config = self.config.eval
+        windows = config.windows or self.config.plan.windows
+        of_domains = [(self.domains * windows, length) for length in config.lengths]
+        return of_domains + [(windows, length) for entry in config.sets.values() for length in entry.lengths]
+
+    # -------------------------------------------------------------------------------------------------------- retraining
+
+    def steps(self, stage: StageConfig) -> int:
+        """Optimiser steps."""
+        return math.ceil(stage.tokens / (stage.batch * self.config.retrain.length))
+
+    def micro_batch(self, stage: StageConfig) -> int:
+        """Sequences of one forward pass on one device."""
+        return stage.batch // ((stage.accumulation or self.config.trainer.accumulation) * self.world)
+
+
+def describe_job(config: Config, architecture: ArchitectureConfig, name: str) -> Job:
+    """The numbers of a configuration.
+
+    Args:
+        name: of the device, or ``auto``.
+
+    Raises:
+        UserError: the pruning ratio leaves no channel, or a calibration domain is unknown.
+    """
+    if name == "auto":
+        name = "cpu" if config.trainer.accelerator == "cpu" else "h100"
+    return Job(
+        config=config,
+        architecture=architecture,
+        shapes=shapes(architecture, config),
+        domains=len(domain_names(config.calibration_domains)),
+        device_name=name,
+        device=config.plan.devices[name],
+    )

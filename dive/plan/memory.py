@@ -1,0 +1,218 @@
+"""What fills the memory in each stage, as this implementation goes about it.
+
+``rest`` is what weights and activations rest in: the device's memory, or the host's where the run is on CPUs.
+
+Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G groups, V vocabulary, n tokens of one pass.
+"""
+
+from dataclasses import dataclass, field
+
+from dive.config import Construction, Freezing, Mode, StageConfig
+from dive.plan import construction
+from dive.plan.job import BYTES, Job
+from dive.plan.parameters import trained
+
+PROCESS = 0.55e9
+"""Bytes of host memory of a process that has imported everything, before it loads a model."""
+RETAINED = 0.15e9
+"""Bytes that the C library keeps of what earlier stages gave back; measured, and the same for small and large models."""
+CONTEXT = 0.6e9
+"""Bytes of device memory that CUDA and its libraries take for themselves."""
+LOGITS = 12
+"""Bytes of every logit at the peak of the loss: two float32 copies and the logarithm of the softmax."""
+
+
+@dataclass(slots=True)
+class Memory:
+    """{what: bytes} at the peak of a stage."""
+
+    host: dict[str, float] = field(default_factory=lambda: {"process": PROCESS})
+    device: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def host_peak(self) -> float:
+        """Bytes."""
+        return sum(self.host.values())
+
+    @property
+    def device_peak(self) -> float:
+        """Bytes."""
+        return sum(self.device.values())
+
+
+def _memory(job: Job, rest: dict[str, float], host: dict[str, float] | None = None, *, first: bool = False) -> Memory:
+    found = Memory()
+    if not first:
+        found.host["allocator"] = RETAINED
+    if job.on_gpu:
+        found.device = {"context": CONTEXT} | rest
+    else:
+        found.host |= rest
+    for name, size in (host or {}).items():
+        found.host[name] = found.host.get(name, 0.0) + size
+    return found
+
+
+def _attention(job: Job) -> float:
+    """Numbers a token, at the peak of an attention block: queries and keys before and after RoPE, values, output."""
+    s = job.shapes
+    return 2 * s.hidden + 3 * s.queries + 3 * s.keys
+
+
+def dense_layer(job: Job, tokens: int) -> float:
+    """Activations of one dense layer without gradients: residual and normed inputs, and three of F channels."""
+    s = job.shapes
+    return tokens * job.weight * (2 * s.hidden + max(_attention(job), 2 * s.hidden + 3 * s.channels))
+
+
+def sparse_layer(job: Job, tokens: int, active: int) -> float:
+    """The same of one layer of experts: gate and up in one, their product, rows sorted by expert, outputs."""
+    s = job.shapes
+    return tokens * job.weight * (2 * s.hidden + max(_attention(job), active * (4 * s.width + 3 * s.hidden)))
+
+
+def calibration(job: Job) -> Memory:
+    """One pass of the dense model over all domains, layer after layer."""
+    s, domains = job.shapes, job.config.calibration_domains
+    tokens = domains.batch * domains.length
+    statistics = job.domains * s.layers * s.channels * 16
+    rest = {"dense model": float(job.weight * s.dense), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
+    return _memory(
+        job, rest, {"hidden states": _hidden(job, job.sequences), "statistics": float(statistics)}, first=True
+    )
+
+
+def _extra(job: Job) -> float:
+    """Bytes a token that the statistics add: channels in float32."""
+    return 0.0 if job.weight == 4 else 4.0 * job.shapes.channels
+
+
+def _hidden(job: Job, sequences: int) -> float:
+    """Hidden states of all calibration tokens between two layers, on the host."""
+    return float(sequences * job.config.calibration_domains.length * job.shapes.hidden * job.weight)
+
+
+def mining(job: Job) -> Memory:
+    """The dense model pruned by masks, on every domain's text."""
+    s, domains = job.shapes, job.config.calibration_domains
+    tokens = min(domains.batch, job.config.affinity.samples) * domains.length
+    masks = job.domains * s.layers * s.channels * (1 + 16)
+    rest = {
+        "dense model": float(job.weight * s.dense),
+        "activations": dense_layer(job, tokens) + tokens * job.weight * s.channels,
+        "logits": float(tokens * s.vocabulary * LOGITS),
+    }
+    return _memory(job, rest, {"masks and statistics": float(masks)}, first=True)
+
+
+def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
+    """A pass over the calibration tokens, and one layer's experts at a time."""
+    s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
+    tokens = domains.batch * domains.length
+    sums = (groups + 2) * construction.moment_bytes(s) if job.refits else 0  # two more while one is added
+    sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
+    layer = experts * s.expert * job.weight
+    solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
+    errors = min(2048, sampled) * job.weight * (3 * s.channels + 4 * s.hidden)
+    fit = sampled * s.hidden * 4 * 2
+    # Taking moments, solving and fitting follow each other; the moments stay.
+    rest = {
+        "dense model": float(job.weight * s.dense),
+        "second moments": float(sums),
+        "sampled inputs": float(sampled * s.hidden * job.weight * 2),
+        "last batch": float(tokens * (s.hidden + s.channels) * job.weight),
+        "activations, solve or fit": max(
+            dense_layer(job, tokens) + tokens * _extra(job), 2.0 * layer + solve, 2.0 * layer + errors + fit
+        ),
+    }
+    host = {"hidden states": _hidden(job, sequences)}
+    settings = construction.refinement(job.config) if experts > 1 else None
+    if settings is not None:
+        rest["refinement"] = float(construction.refine_device_bytes(s, settings))
+        host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
+    return _memory(job, rest, host)
+
+
+def evaluation(job: Job) -> Memory:
+    """The Mixture-of-Experts beside the dense model, which stays loaded."""
+    s, batch = job.shapes, job.config.eval.batch
+    tokens = max(min(batch, windows) * length for windows, length in job.evaluation_windows)
+    rest = _both(job) | {
+        "activations": max(dense_layer(job, tokens), sparse_layer(job, tokens, s.top_k)),
+        "logits": float(tokens * s.vocabulary * LOGITS),
+    }
+    return _memory(job, rest, {"one layer's file": float(2 * s.experts * s.expert * job.weight)})
+
+
+def _both(job: Job) -> dict[str, float]:
+    s = job.shapes
+    return {
+        "dense model": float(job.weight * s.dense),
+        "Mixture-of-Experts": float(job.weight * (s.total + s.biases)),
+    }
+
+
+def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memory:
+    """One process: weights, adapters, gradients, Adam's two states, what the backward pass needs, logits.
+
+    FSDP shards what is trained; the weights are put together on every process before they are sharded.
+    """
+    s, config = job.shapes, job.config
+    tokens = job.micro_batch(stage) * config.retrain.length
+    plugged = trained(s, [*(b.train for b in before), stage.train])
+    extra = sum(size for name, size in plugged.items() if name.endswith(".lora")) + s.noise_weights
+    mixed = config.trainer.precision.endswith("-mixed")
+    masters = sum(size for name, size in plugged.items() if not name.endswith(".lora")) if mixed else 0
+    learned = sum(trained(s, [stage.train]).values())
+    rest = _both(job) | {
+        "adapters": float(extra * job.trained_weight + masters * (4 - job.weight)),
+        "gradients": float(learned * job.trained_weight),
+        "Adam": float(2 * learned * job.trained_weight),
+        "activations": saved_activations(job, stage, tokens),
+        "logits": float(tokens * s.vocabulary * LOGITS),
+    }
+    compute = BYTES[job.training_dtype]
+    if compute != job.weight:
+        rest["weights cast"] = float(compute * s.total)
+    if stage.teacher.wanted:
+        rest["teacher"] = dense_layer(job, tokens) + tokens * s.vocabulary * LOGITS
+    processes = config.trainer.devices
+    found = _memory(job, rest)
+    if processes > 1:
+        found.host = {f"{name} × {processes} processes": size * processes for name, size in found.host.items()}
+    return found
+
+
+def saved_activations(job: Job, stage: StageConfig, tokens: int) -> float:
+    """What the forward pass keeps for the backward pass, and the latter's working set of one layer, in bytes.
+
+    Norms keep their inputs in the residual stream's type; a router and a block of experts keep what is listed here. With gradient
+    checkpointing a layer's input is kept, and one layer's at a time.
+    """
+    s, config = job.shapes, job.config
+    compute = BYTES[job.training_dtype]
+    residual = max(compute, job.trained_weight)
+    active = s.experts if stage.mode is Mode.dense else s.top_k
+    weights_trained = stage.train.experts is not Freezing.frozen
+    norms_trained = stage.train.norms is not Freezing.frozen
+    of_residual = (3 + 2 * norms_trained) * s.hidden
+    of_attention = 2 * (s.queries + s.keys)
+    of_experts = active * ((2 + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
+    if weights_trained and stage.train.experts is Freezing.lora:
+        of_experts += active * 3 * s.rank
+        if config.retrain.lora.dropout > 0:
+            of_experts += active * (2 * s.hidden + s.width)
+    layer = tokens * (residual * of_residual + compute * (of_attention + of_experts))
+    working = tokens * compute * active * (3 * s.width + 3 * s.hidden)
+    if config.trainer.gradient_checkpointing:
+        return s.layers * tokens * residual * s.hidden + layer + working
+    return s.layers * layer + working
+
+
+def export(job: Job) -> Memory:
+    """Writing the model, reading it back and comparing: the dense model, and two of the Mixture-of-Experts."""
+    s = job.shapes
+    copy = float(job.weight * (s.total + s.biases))
+    if job.config.moe.construction is Construction.dive and s.bias:
+        return _memory(job, _both(job))
+    return _memory(job, _both(job) | {"read back": copy}, {"in the files' layout": copy})

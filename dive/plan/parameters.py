@@ -1,0 +1,162 @@
+"""Parameters of the dense model and of its Mixture-of-Experts, from shapes.
+
+Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, R rank, Q and K widths of all query and all
+key heads, V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dive.config import PARTS, ArchitectureConfig, Compensation, Config, Freezing, FreezingConfig, MoEConfig
+from dive.model.architecture import head_norms
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Sizes that everything else is computed from."""
+
+    layers: int
+    hidden: int
+    channels: int
+    width: int
+    experts: int
+    top_k: int
+    queries: int
+    """Q"""
+    keys: int
+    """K"""
+    vocabulary: int
+    tied: bool
+    head_norms: int
+    """Weights of the norms on query and key heads, a layer (Qwen3)."""
+    noise: bool
+    """Whether routers have noise weights in training."""
+    bias: bool
+    """Whether experts have FLAP's bias."""
+    rank: int
+
+    @property
+    def attention(self) -> int:
+        """Weights of one layer's projections."""
+        return 2 * self.hidden * (self.queries + self.keys)
+
+    @property
+    def ffn(self) -> int:
+        """Weights of one layer's dense FFN."""
+        return 3 * self.hidden * self.channels
+
+    @property
+    def expert(self) -> int:
+        """Weights of one expert of one layer, without bias."""
+        return 3 * self.hidden * self.width
+
+    @property
+    def norms(self) -> int:
+        """Weights of one layer's norms."""
+        return 2 * self.hidden + self.head_norms
+
+    @property
+    def shared(self) -> int:
+        """Everything but FFNs, experts and routers."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.hidden + self.layers * (self.attention + self.norms)
+
+    @property
+    def dense(self) -> int:
+        """Parameters of the dense model."""
+        return self.shared + self.layers * self.ffn
+
+    @property
+    def total(self) -> int:
+        """Parameters of the Mixture-of-Experts as a stock class has them; ``results.json`` gives this number."""
+        return self.shared + self.layers * (self.router + self.experts * self.expert)
+
+    @property
+    def router(self) -> int:
+        """Weights of one layer's router, without noise weights."""
+        return self.experts * self.hidden
+
+    @property
+    def active(self) -> int:
+        """Of these, the parameters that one token meets: everything but the experts, and ``top_k`` of them."""
+        return self.shared + self.layers * (self.router + self.top_k * self.expert)
+
+    @property
+    def noise_weights(self) -> int:
+        """What the routers have beside in training (``moe.noise``)."""
+        return self.layers * self.router if self.noise else 0
+
+    @property
+    def biases(self) -> int:
+        """What the experts have beside with ``pruning.compensation=bias``, and in that export."""
+        return self.layers * self.router if self.bias else 0
+
+    @property
+    def expert_adapters(self) -> int:
+        """LoRA weights of one expert of one layer: A and B on gate, up and down."""
+        return 3 * self.rank * (self.hidden + self.width)
+
+
+def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | None = None) -> Shapes:
+    """Sizes of a configuration.
+
+    Args:
+        moe: in place of the configuration's own.
+
+    Raises:
+        UserError: the pruning ratio leaves no channel, or all.
+    """
+    moe = moe or config.moe
+    return Shapes(
+        layers=architecture.num_hidden_layers,
+        hidden=architecture.hidden_size,
+        channels=architecture.intermediate_size,
+        width=config.pruning.width(architecture.intermediate_size),
+        experts=moe.experts,
+        top_k=moe.top_k,
+        queries=architecture.num_attention_heads * architecture.head_dim,
+        keys=architecture.num_key_value_heads * architecture.head_dim,
+        vocabulary=architecture.vocab_size,
+        tied=architecture.tie_word_embeddings,
+        head_norms=head_norms(architecture),
+        noise=moe.noise > 0,
+        bias=config.pruning.compensation is Compensation.bias,
+        rank=config.retrain.lora.rank,
+    )
+
+
+def full_sizes(s: Shapes) -> dict[str, int]:
+    """{part of the freezing policy: its parameters in training}, adapters apart; FLAP's biases are never trained."""
+    return {
+        "router": s.layers * s.router + s.noise_weights,
+        "experts": s.layers * s.experts * s.expert,
+        "norms": s.layers * s.norms + s.hidden,
+        "attention": s.layers * s.attention,
+        "embeddings": s.vocabulary * s.hidden,
+        "head": 0 if s.tied else s.vocabulary * s.hidden,
+    }
+
+
+def adapter_sizes(s: Shapes) -> dict[str, int]:
+    """{part: parameters of its low-rank adapters}."""
+    linear = 2 * (s.hidden + s.queries) + 2 * (s.hidden + s.keys)
+    return {
+        "experts": s.layers * s.experts * s.expert_adapters,
+        "attention": s.layers * s.rank * linear,
+        "embeddings": s.rank * (s.vocabulary + s.hidden),
+        "head": s.rank * (s.vocabulary + s.hidden),
+    }
+
+
+def trained(s: Shapes, policies: Iterable[FreezingConfig]) -> dict[str, int]:
+    """{tensors: how many of them} that any of these stages trains; ``part`` in full, ``part.lora`` its adapters."""
+    full, adapters = full_sizes(s), adapter_sizes(s)
+    found: dict[str, int] = {}
+    for policy in policies:
+        for part in PARTS:
+            choice: Freezing = getattr(policy, part)
+            if choice is Freezing.full:
+                found[part] = full[part]
+            elif choice is Freezing.lora:
+                found[f"{part}.lora"] = adapters[part]
+    return found

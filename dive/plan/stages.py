@@ -1,0 +1,290 @@
+"""The stages of a run and what each costs."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
+from dive.plan import construction, flops, memory
+from dive.plan.job import Job, describe_job
+from dive.plan.memory import Memory
+from dive.plan.parameters import trained
+
+
+@dataclass(slots=True)
+class Stage:
+    """One stage."""
+
+    name: str
+    kind: str
+    """Of the artifact in the store that it makes, or ``export``."""
+    tokens: int
+    """That it reads, repetitions included."""
+    flops: Mapping[str, float]
+    """{element type: operations}, see :mod:`dive.plan.flops`"""
+    memory: Memory
+    moved: float = 0.0
+    """Bytes of weights and optimiser states that the device's memory gives and takes."""
+    linked: float = 0.0
+    """Bytes between host and device."""
+    written: float = 0.0
+    """Bytes that stay on the disk."""
+    temporary: float = 0.0
+    """Bytes on the disk beside them while it runs."""
+    trained: int = 0
+    """Parameters."""
+    processes: int = 1
+    seconds: float = 0.0
+    """On the named device."""
+
+    @property
+    def operations(self) -> float:
+        """FLOPs of all element types."""
+        return sum(self.flops.values())
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a run will cost."""
+
+    job: Job
+    parameters: dict[str, int]
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def host(self) -> float:
+        """Peak of the host's memory, bytes."""
+        return max(stage.memory.host_peak for stage in self.stages)
+
+    @property
+    def device(self) -> float:
+        """Peak of one device's memory, bytes; 0 on CPUs."""
+        return max(stage.memory.device_peak for stage in self.stages)
+
+    @property
+    def store(self) -> float:
+        """Bytes that the run leaves in the store."""
+        return sum(stage.written for stage in self.stages if stage.kind != "export")
+
+    @property
+    def export(self) -> float:
+        """Bytes of the exported model."""
+        return sum(stage.written for stage in self.stages if stage.kind == "export")
+
+    @property
+    def checkpoints(self) -> float:
+        """Bytes of a running stage's checkpoints at most; they go when it ends."""
+        return max(stage.temporary for stage in self.stages)
+
+    @property
+    def disk(self) -> float:
+        """Bytes on the disk at most, taking the largest checkpoints as lying beside everything else."""
+        return self.store + self.export + self.checkpoints
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages on the named device."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def summary(self) -> dict[str, Any]:
+        """For ``results.json``."""
+        return {
+            "device": self.job.device_name,
+            "utilisation": self.job.device.utilisation,
+            "parameters": self.parameters,
+            "host_bytes": self.host,
+            "device_bytes": self.device,
+            "disk_bytes": {"store": self.store, "export": self.export, "checkpoints": self.checkpoints},
+            "seconds": self.seconds,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "tokens": stage.tokens,
+                    "flops": stage.operations,
+                    "host_bytes": stage.memory.host_peak,
+                    "device_bytes": stage.memory.device_peak,
+                    "disk_bytes": stage.written,
+                    "seconds": stage.seconds,
+                }
+                for stage in self.stages
+            ],
+        }
+
+
+def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None = None) -> Plan:
+    """What a run of this configuration will cost, were nothing of it in the store yet.
+
+    Args:
+        device: one of ``plan.devices``, in place of ``plan.device``.
+
+    Raises:
+        UserError: the pruning ratio leaves no channel, or a calibration domain is unknown.
+    """
+    job = describe_job(config, architecture, device or config.plan.device)
+    s = job.shapes
+    stages: list[Stage] = []
+    if job.mines:
+        stages += [_calibration(job), _mining(job)]
+    stages.append(_building(job, "pruning", experts=1, groups=1, sequences=job.sequences))
+    if s.experts > 1:
+        sequences = sum(job.group_sequences(job.groups))
+        stages.append(_building(job, "building experts", experts=s.experts, groups=job.groups, sequences=sequences))
+    before: list[StageConfig] = []
+    for name, retrained in config.retrain.stages.items():
+        stages.append(_retraining(job, name, retrained, before))
+        before.append(retrained)
+    stages += [_evaluation(job), _export(job)]
+    for stage in stages:
+        stage.seconds = seconds(stage, job.device, config.plan.disk)
+    every = trained(s, [retrained.train for retrained in before])
+    return Plan(
+        job,
+        {
+            "dense": s.dense,
+            "total": s.total,
+            "active": s.active,
+            "noise": s.noise_weights,
+            "bias": s.biases,
+            "trained": sum(every.values()),
+        },
+        stages,
+    )
+
+
+def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
+    """Time of a stage: arithmetic at the stated utilisation, weights read, transfers and files, one after another."""
+    peaks = {
+        "bfloat16": device.bfloat16,
+        "float16": device.bfloat16,
+        "float32": device.float32,
+        "float64": device.float64,
+    }
+    arithmetic = sum(count / (peaks[kind] * device.utilisation) for kind, count in stage.flops.items())
+    moving = stage.moved / device.bandwidth + (stage.linked / device.link if device.memory is not None else 0.0)
+    return (arithmetic + moving) / stage.processes + stage.written / disk
+
+
+def _sum(*parts: tuple[str, float]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind, count in parts:
+        found[kind] = found.get(kind, 0.0) + count
+    return {kind: count for kind, count in found.items() if count}
+
+
+def _calibration(job: Job) -> Stage:
+    s, domains = job.shapes, job.config.calibration_domains
+    tokens = job.sequences * domains.length
+    passes = math.ceil(domains.samples / domains.batch) * job.domains
+    return Stage(
+        "calibration",
+        "statistics",
+        tokens,
+        {job.dtype: tokens * s.layers * flops.dense_layer(s, domains.length)},
+        memory.calibration(job),
+        moved=float(passes * s.dense * job.weight),
+        linked=float(2 * s.layers * tokens * s.hidden * job.weight),
+        written=float(job.domains * s.layers * s.channels * 16),
+    )
+
+
+def _mining(job: Job) -> Stage:
+    s, domains, affinity = job.shapes, job.config.calibration_domains, job.config.affinity
+    pairs = job.domains**2
+    tokens = pairs * affinity.samples * domains.length
+    passes = pairs * math.ceil(affinity.samples / domains.batch)
+    return Stage(
+        "mining",
+        "matrix",
+        tokens,
+        {job.dtype: tokens * flops.dense_forward(s, domains.length)},
+        memory.mining(job),
+        moved=float(passes * s.dense * job.weight),
+    )
+
+
+def _building(job: Job, name: str, *, experts: int, groups: int, sequences: int) -> Stage:
+    s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
+    tokens = sequences * domains.length
+    parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
+    if job.refits:
+        parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
+        parts.append(("float64", float(s.layers * experts * construction.solve(s))))
+    if job.distils and experts > 1:
+        sampled = min(moe.distillation.tokens, tokens)
+        parts.append(("float32", float(s.layers * construction.router_fit(s, moe.distillation, sampled))))
+    settings = construction.refinement(job.config) if experts > 1 else None
+    if settings is not None:
+        parts.append(("float32", float(s.layers * construction.refine(s, settings, tokens, domains.length))))
+        parts.append(("float64", float(s.layers * construction.refine_solves(s, settings))))
+    of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
+    return Stage(
+        name,
+        "experts",
+        tokens,
+        _sum(*parts),
+        memory.building(job, experts=experts, groups=groups, sequences=sequences),
+        moved=float(math.ceil(sequences / domains.batch) * s.dense * job.weight),
+        linked=float(2 * s.layers * tokens * s.hidden * job.weight),
+        written=float(s.layers * of_layer),
+    )
+
+
+def _retraining(job: Job, name: str, stage: StageConfig, before: list[StageConfig]) -> Stage:
+    s, config = job.shapes, job.config
+    steps, length = job.steps(stage), config.retrain.length
+    tokens = steps * stage.batch * length
+    each = flops.training(s, stage, length, checkpointing=config.trainer.gradient_checkpointing)
+    if stage.teacher.wanted:
+        each += flops.dense_forward(s, length)
+    learned = sum(trained(s, [stage.train]).values())
+    kept = sum(trained(s, [*(b.train for b in before), stage.train]).values())
+    passes = math.ceil(tokens / (job.micro_batch(stage) * length))
+    checkpoint = 3 * learned * job.trained_weight  # with Adam's states
+    return Stage(
+        name,
+        "retrained",
+        tokens,
+        {job.training_dtype: float(tokens * each)},
+        memory.retraining(job, stage, before),
+        moved=float(passes * 2 * s.total * job.weight + steps * job.world * 28 * learned),
+        written=float(kept * job.trained_weight),
+        temporary=float((2 if steps > 2 * config.retrain.checkpoint_every else 1) * checkpoint)
+        if steps >= config.retrain.checkpoint_every
+        else 0.0,
+        trained=learned,
+        processes=job.world,
+    )
+
+
+def _evaluation(job: Job) -> Stage:
+    """Every model of the run: dense, one pruned expert, reconstructed, and each retrained stage's."""
+    s, config = job.shapes, job.config
+    pruned = s.dense - s.layers * (s.ffn - s.expert)
+    count = tokens = 0.0
+    for windows, length in job.evaluation_windows:
+        each = windows * length
+        sparse = flops.sparse_forward(s, length, active=s.top_k)
+        single = flops.head(s) + s.layers * (flops.attention(s, length) + 2 * s.expert + 2 * s.hidden)
+        models = 1 + len(config.retrain.stages)
+        count += each * (flops.dense_forward(s, length) + single + models * sparse)
+        tokens += each * (2 + models)
+    windows, length = job.evaluation_windows[0]  # how the domains are routed
+    models = 1 + len(config.retrain.stages)
+    count += models * windows * length * (flops.sparse_forward(s, length, active=s.top_k) - flops.head(s))
+    tokens += models * windows * length
+    passes = sum(math.ceil(windows / config.eval.batch) for windows, _ in job.evaluation_windows)
+    return Stage(
+        "evaluation",
+        "evaluation",
+        int(tokens),
+        {job.dtype: count},
+        memory.evaluation(job),
+        moved=float(passes * job.weight * (s.dense + pruned + (1 + models) * s.total)),
+    )
+
+
+def _export(job: Job) -> Stage:
+    s = job.shapes
+    size = float(job.weight * (s.total + s.biases))
+    return Stage("export", "export", 0, {}, memory.export(job), moved=4 * size, written=size)

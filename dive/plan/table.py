@@ -1,0 +1,188 @@
+"""Plans as text."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from dive.config import PlanTable
+from dive.plan import construction, flops
+from dive.plan.capacity import Capacity, shortages
+from dive.plan.stages import Plan
+from dive.report.text import count
+
+
+def size(number: float) -> str:
+    """13500000000 bytes as 13.5 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def operations(number: float) -> str:
+    """1.2e15 as 1.2 PFLOP."""
+    for unit, scale in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number / 1e6:.3g} MFLOP" if number else "–"
+
+
+def duration(seconds: float) -> str:
+    """5400 seconds as 1.5 h."""
+    for unit, scale in (("years", 365.25 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def precise(number: int) -> str:
+    """3384207360 as 3.384 B."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.4g} {unit}"
+    return str(number)
+
+
+def headline(plan: Plan) -> list[str]:
+    """The first lines of a run: parameters, memory, disk, time."""
+    p, job = plan.parameters, plan.job
+    with_extras = p["total"] + p["noise"] + p["bias"]
+    names = " and ".join(name for name, key in (("router noise", "noise"), ("expert biases", "bias")) if p[key])
+    extras = f" ({precise(with_extras)} with {names})" if names else ""
+    tokens = sum(stage.tokens for stage in plan.stages if stage.kind == "retrained")
+    memory = f"{size(plan.host)} of host memory"
+    if job.on_gpu:
+        memory += f", {size(plan.device)} of each device's"
+    disk = f"{size(plan.store)} store, {size(plan.export)} export, {size(plan.checkpoints)} checkpoints"
+    return [
+        f"plan     {precise(p['dense'])} dense → {precise(p['total'])} total{extras}, {precise(p['active'])} active, "
+        f"{precise(p['trained'])} trained on {count(tokens)} tokens",
+        f"         {memory}; disk: {disk}; "
+        f"about {duration(plan.seconds)} on {job.device_name} at {job.device.utilisation:.0%} of its peak"
+        + (f" × {job.world}" if job.world > 1 else ""),
+    ]
+
+
+def stage_table(plan: Plan) -> Table:
+    """Every stage's tokens, operations, memory, disk and time."""
+    table = Table(title=f"Plan for {plan.job.config.model.name} on {plan.job.device_name}")
+    table.add_column("stage")
+    for name in ("trained", "tokens", "operations", "host memory", "device memory", "disk", "time"):
+        table.add_column(name, justify="right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name,
+            f"{stage.trained:,}" if stage.trained else "–",
+            count(stage.tokens) if stage.tokens else "–",
+            operations(stage.operations),
+            size(stage.memory.host_peak),
+            size(stage.memory.device_peak) if plan.job.on_gpu else "–",
+            size(stage.written) if stage.written else "–",
+            duration(stage.seconds),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        f"{plan.parameters['trained']:,}",
+        count(sum(stage.tokens for stage in plan.stages)),
+        operations(sum(stage.operations for stage in plan.stages)),
+        size(plan.host),
+        size(plan.device) if plan.job.on_gpu else "–",
+        size(plan.disk),
+        duration(plan.seconds),
+    )
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """What fills the memory at each stage's peak."""
+    table = Table(title=f"Memory of {plan.job.config.model.name} on {plan.job.device_name}")
+    for name in ("stage", "where", "what", "bytes"):
+        table.add_column(name, justify="right" if name == "bytes" else "left")
+    for stage in plan.stages:
+        for where, items in (("host", stage.memory.host), ("device", stage.memory.device)):
+            for what, number in items.items():
+                if number:
+                    table.add_row(stage.name, where, what, size(number))
+        table.add_section()
+    return table
+
+
+def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, str]]]:
+    """(title, rows of step, operations of one layer and of all, device memory, host memory) of building the experts."""
+    job = plan.job
+    s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
+    tokens = sum(job.group_sequences(job.groups)) * domains.length
+    settings = construction.refinement(job.config) or construction.Refinement()
+    hidden = tokens * s.hidden * job.weight
+    sampled = min(moe.distillation.tokens, tokens)
+    costs: list[tuple[str, float, float, float]] = [
+        ("dense layer forward", tokens * flops.dense_layer(s, domains.length), 0.0, hidden),
+        ("second moments, one group at a time", construction.moments(s, tokens), construction.moment_bytes(s), 0.0),
+        (
+            f"second moments, {job.groups} groups at once",
+            construction.moments(s, tokens),
+            job.groups * construction.moment_bytes(s),
+            0.0,
+        ),
+        ("least squares, one expert", construction.solve(s), construction.solve_bytes(s), 0.0),
+        (f"least squares, {s.experts} experts", s.experts * construction.solve(s), construction.solve_bytes(s), 0.0),
+        ("router", construction.router_fit(s, moe.distillation, sampled), 0.0, 0.0),
+        (
+            f"refinement: {settings.rounds} rounds, {settings.steps} steps of {settings.batch} tokens",
+            construction.refine(s, settings, tokens, domains.length),
+            construction.refine_device_bytes(s, settings),
+            construction.refine_host_bytes(s, tokens, job.weight),
+        ),
+        ("least squares of the refinement", construction.refine_solves(s, settings), construction.solve_bytes(s), 0.0),
+    ]
+    rows = [
+        (
+            what,
+            operations(number),
+            operations(number * s.layers),
+            size(on_device) if on_device else "–",
+            size(on_host) if on_host else "–",
+        )
+        for what, number, on_device, on_host in costs
+    ]
+    title = f"{job.config.model.name}: building {s.experts} experts of {s.width} of {s.channels} channels from {tokens:,} tokens"
+    return title, rows
+
+
+def construction_table(plan: Plan) -> Table:
+    """What reconstruction and refinement cost."""
+    title, rows = construction_rows(plan)
+    table = Table(title=title)
+    for name in ("step", "one layer", "all layers", "device memory", "host memory"):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def full_text(plan: Plan, capacity: Capacity) -> Sequence[Table | str]:
+    """What ``python -m dive.plan`` prints."""
+    config = plan.job.config.plan
+    if config.table is PlanTable.construction:
+        return [construction_table(plan)]
+    table = memory_table(plan) if config.table is PlanTable.memory else stage_table(plan)
+    return [*headline(plan), table, *notes(plan), *shortages(plan, capacity)]
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the figures take for granted."""
+    job = plan.job
+    device = job.device
+    found = [
+        f"{job.device_name}: {device.bfloat16:.3g} FLOP/s in bfloat16, {device.float32:.3g} in float32, at "
+        f"{device.utilisation:.0%}; {size(device.bandwidth)}/s of memory bandwidth"
+        + (f", {size(device.memory)} of memory" if device.memory is not None else "")
+    ]
+    if job.config.eval.windows is None:
+        found.append(
+            f"eval.windows=null: {job.config.plan.windows} windows of each text taken for granted (plan.windows)"
+        )
+    if not job.on_gpu and "float16" in job.dtype + job.training_dtype:
+        found.append(f"{job.dtype} on a CPU is slow: model.dtype=float32, or trainer=gpu plan.device=h100")
+    return found

@@ -1,0 +1,259 @@
+"""Token-refined experts: against plain constructions, the stock block and hand-made problems."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dive.config import (
+    Compensation,
+    Construction,
+    DistillationConfig,
+    Metric,
+    MoEConfig,
+    PruningConfig,
+    RefinementConfig,
+    RouterInit,
+    Start,
+)
+from dive.errors import UserError
+from dive.model.families import FFN, ffn, moe_block
+from dive.moe.distill import expert_errors
+from dive.moe.layer import ExpertLayer, expert_function
+from dive.moe.reconstruct import assemble, build_layer, build_refined_layers
+from dive.moe.refine import (
+    derive_experts,
+    first_assignment,
+    layer_output,
+    refine_layer,
+    selected_outputs,
+    train_layer,
+)
+from dive.pruning.calibrate import collect_statistics
+
+Build = Callable[..., PreTrainedModel]
+Tokens = Callable[..., Tensor]
+HIDDEN, CHANNELS, TOKENS = 8, 24, 600
+PRUNING = PruningConfig(ratio=0.5, width_multiple=1, metric=Metric.wifv, ridge=1e-3)
+
+
+@pytest.fixture
+def weights() -> FFN:
+    draw = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=draw) / columns**0.5
+
+    return FFN(matrix(CHANNELS, HIDDEN), matrix(CHANNELS, HIDDEN), matrix(HIDDEN, CHANNELS), torch.nn.SiLU())
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """Three clouds of tokens, so that experts have something to specialise in."""
+    draw = torch.Generator().manual_seed(1)
+    centres = 4.0 * torch.randn(3, HIDDEN, generator=draw)
+    return centres.repeat(TOKENS // 3, 1) + torch.randn(TOKENS, HIDDEN, generator=draw)
+
+
+def outputs(weights: FFN, rows: Tensor) -> Tensor:
+    return weights.channels(rows) @ weights.down.T
+
+
+def settings(experts: int = 3, top_k: int = 1, **refinement: object) -> MoEConfig:
+    return MoEConfig(
+        experts=experts,
+        top_k=top_k,
+        distillation=DistillationConfig(steps=60),
+        refinement=RefinementConfig(**refinement),  # type: ignore[arg-type]
+    )
+
+
+def relative_error(layer: ExpertLayer, weights: FFN, rows: Tensor, top_k: int = 1) -> float:
+    wanted = outputs(weights, rows)
+    found = layer_output(layer, weights.act, rows, top_k=top_k)
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+def test_selected_outputs_are_the_experts_one_by_one(weights: FFN, inputs: Tensor) -> None:
+    assignment = torch.arange(TOKENS) % 3
+    layer = derive_experts(weights, inputs, outputs(weights, inputs), assignment, PRUNING, experts=3, seed=0)
+    rows = inputs[:10]
+    chosen = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 2], [0, 2]] * 2)
+    found = selected_outputs(layer, weights.act, rows, chosen)
+    for token in range(10):
+        for place in range(2):
+            one = expert_function(layer, int(chosen[token, place]), weights.act)(rows[token : token + 1])[0]
+            torch.testing.assert_close(found[token, place], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_layers_output_is_the_stock_blocks(build: Build, tokens: Tokens, top_k: int) -> None:
+    model = build()
+    groups = [tokens(4, 16, seed=1), tokens(4, 16, seed=2), tokens(4, 16, seed=3)]
+    moe = settings(top_k=top_k, rounds=1)
+    layers = list(build_refined_layers(model, groups, PruningConfig(ratio=0.5), moe, batch=4, seed=0))
+    stock = assemble(model, layers, top_k=top_k)
+    rows = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
+    for number in range(2):
+        found = layer_output(layers[number], ffn(model, number).act, rows, top_k=top_k)
+        torch.testing.assert_close(found, moe_block(stock, number)(rows[None])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", [Metric.wifv, Metric.obs])
+def test_without_refinement_it_is_the_construction_from_statistics(
+    build: Build, tokens: Tokens, metric: Metric
+) -> None:
+    model = build()
+    domains = {"a": tokens(6, 16, seed=1), "b": tokens(6, 16, seed=2)}
+    found = collect_statistics(model, domains)
+    pruning = PruningConfig(ratio=0.5, metric=metric, ridge=0.01)
+    moe = settings(experts=2)
+    layers = list(build_refined_layers(model, list(domains.values()), pruning, moe, batch=4, seed=0))
+    for number, layer in enumerate(layers):
+        groups = [s.layer(number) for s in found.values()]
+        expected = build_layer(ffn(model, number), groups, pruning, moe, seed=1000 * number)
+        assert torch.equal(layer.masks, expected.masks)
+        torch.testing.assert_close(layer.gate_up, expected.gate_up)
+        torch.testing.assert_close(layer.down, expected.down, rtol=1e-3, atol=1e-3)
+
+
+def test_rounds_and_steps_each_bring_the_layer_closer(weights: FFN, inputs: Tensor) -> None:
+    targets, groups = outputs(weights, inputs), torch.arange(TOKENS) // 200  # groups that say nothing about the token
+    pruning = PruningConfig(ratio=0.75, width_multiple=1)
+
+    def error(**refinement: object) -> float:
+        layer = refine_layer(weights, inputs, targets, groups, pruning, settings(**refinement), seed=0)
+        return relative_error(layer, weights, inputs)
+
+    plain, rounds, both = error(), error(rounds=3), error(rounds=3, steps=100, batch=200)
+    assert rounds < 0.9 * plain
+    assert both < 0.7 * rounds
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_steps_help_tokens_they_have_not_seen(weights: FFN, inputs: Tensor, top_k: int) -> None:
+    targets, groups = outputs(weights, inputs), torch.arange(TOKENS) % 3
+    pruning = PruningConfig(ratio=0.75, width_multiple=1)
+    seen, unseen = slice(0, 450), slice(450, TOKENS)
+    errors = []
+    for steps in (0, 150):
+        moe = settings(top_k=top_k, rounds=1, batch=150)
+        moe.refinement.steps = steps
+        layer = refine_layer(weights, inputs[seen], targets[seen], groups[seen], pruning, moe, seed=0)
+        errors.append(relative_error(layer, weights, inputs[unseen], top_k))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_balance_keeps_the_load_below_its_limit(weights: FFN, inputs: Tensor) -> None:
+    rows = torch.cat([inputs[0::3], inputs[0::3], inputs[0::3], inputs[1::3], inputs[2::3]])  # 3/5 of one kind
+    groups = torch.arange(len(rows)) % 3
+    loads = []
+    for balance in (0.0, 1.0):
+        moe = settings(rounds=1, steps=150, batch=500, balance=balance, max_load=1.2)
+        layer = refine_layer(weights, rows, outputs(weights, rows), groups, PRUNING, moe, seed=0)
+        chosen = (rows @ layer.router.T).argmax(dim=1)
+        loads.append(float(torch.bincount(chosen, minlength=3).max() * 3 / len(rows)))
+    assert loads[0] > 1.4
+    assert loads[1] < 1.35
+
+
+def test_one_expert_needs_no_router(weights: FFN, inputs: Tensor) -> None:
+    moe = settings(experts=1, rounds=2, steps=50, batch=200)
+    targets, groups = outputs(weights, inputs), torch.zeros(TOKENS, dtype=torch.int64)
+    trained = refine_layer(weights, inputs, targets, groups, PRUNING, moe, seed=0)
+    moe.refinement.steps = 0
+    refitted = refine_layer(weights, inputs, targets, groups, PRUNING, moe, seed=0)
+    assert not trained.router.any()
+    assert relative_error(trained, weights, inputs) < relative_error(refitted, weights, inputs)
+
+
+def test_an_expert_without_tokens_starts_over(weights: FFN, inputs: Tensor) -> None:
+    nobody = torch.zeros(TOKENS, dtype=torch.int64)
+    layer = derive_experts(weights, inputs, outputs(weights, inputs), nobody, PRUNING, experts=3, seed=0)
+    wanted = outputs(weights, inputs)
+    errors = expert_errors(inputs, wanted, [expert_function(layer, e, weights.act) for e in range(3)]).mean(dim=0)
+    assert float(errors.max() / errors.min()) < 2.0
+
+
+def test_the_ridge_is_chosen_where_none_is_given(weights: FFN, inputs: Tensor) -> None:
+    pruning = PruningConfig(ratio=0.5, width_multiple=1, ridge=None)
+    found = derive_experts(
+        weights, inputs, outputs(weights, inputs), torch.arange(TOKENS) % 3, pruning, experts=3, seed=0
+    )
+    assert relative_error(found, weights, inputs) < 1.0
+    assert torch.isfinite(found.down).all()
+
+
+def test_first_assignments(inputs: Tensor) -> None:
+    groups = torch.arange(TOKENS) // 200
+    assert torch.equal(first_assignment(inputs, groups, Start.groups, experts=3, seed=0), groups)
+    assert not first_assignment(inputs, groups, Start.groups, experts=1, seed=0).any()
+    dealt = first_assignment(inputs, groups, Start.random, experts=3, seed=0)
+    assert torch.bincount(dealt).min() > 150
+    assert torch.equal(dealt, first_assignment(inputs, groups, Start.random, experts=3, seed=0))
+    clouds = torch.arange(TOKENS) % 3
+    found = first_assignment(inputs, groups, Start.kmeans, experts=3, seed=0)
+    pairs = {(int(cloud), int(cluster)) for cloud, cluster in zip(clouds, found, strict=True)}
+    assert len(pairs) == 3  # each cloud is one cluster
+    assert torch.equal(found, first_assignment(inputs, groups, Start.kmeans, experts=3, seed=0))
+
+
+def test_the_sequential_target_makes_up_for_the_layers_before(build: Build, tokens: Tokens) -> None:
+    model = build(num_hidden_layers=5, initializer_range=0.15)
+    groups = [tokens(16, 16, seed=1), tokens(16, 16, seed=2)]
+    ids = torch.cat(groups)
+    wanted = model.model(input_ids=ids).last_hidden_state
+    distance = {}
+    for name, moe in {
+        "one shot": settings(experts=2),
+        "sequential": settings(experts=2, sequential=True, correction=1.0),
+    }.items():
+        layers = list(build_refined_layers(model, groups, PruningConfig(ratio=0.5, ridge=1e-3), moe, batch=8, seed=0))
+        rebuilt = assemble(model, layers, top_k=1)
+        distance[name] = float((rebuilt.model(input_ids=ids).last_hidden_state - wanted).square().mean())
+    assert distance["sequential"] < 0.95 * distance["one shot"]
+
+
+def test_the_same_seed_refines_to_the_same_layer(weights: FFN, inputs: Tensor) -> None:
+    moe = settings(rounds=1, steps=20, batch=100)
+    targets, groups = outputs(weights, inputs), torch.arange(TOKENS) % 3
+
+    def layer(seed: int) -> ExpertLayer:
+        return refine_layer(weights, inputs, targets, groups, PRUNING, moe, seed=seed)
+
+    one, again, other = layer(1), layer(1), layer(2)
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name])
+    assert not torch.equal(one.down, other.down)
+
+
+def test_training_leaves_what_it_was_given_alone(weights: FFN, inputs: Tensor) -> None:
+    layer = derive_experts(
+        weights, inputs, outputs(weights, inputs), torch.arange(TOKENS) % 3, PRUNING, experts=3, seed=0
+    )
+    before = {name: tensor.clone() for name, tensor in layer.tensors().items()}
+    trained = train_layer(
+        layer, weights.act, inputs, outputs(weights, inputs), RefinementConfig(steps=3, batch=64), top_k=1, seed=0
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.tensors().items())
+    assert not torch.equal(trained.down, layer.down)
+    assert not trained.down.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"construction": Construction.random_split}, "moe.refinement goes with moe.construction=dive"),
+        ({"router_init": RouterInit.random}, "moe.router_init=distilled"),
+    ],
+)
+def test_contradictions_are_refused(moe: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MoEConfig(refinement=RefinementConfig(rounds=1), **moe)  # type: ignore[arg-type]
+
+
+def test_refined_experts_need_least_squares() -> None:
+    with pytest.raises(UserError, match="least_squares"):
+        PruningConfig(metric=Metric.obs, compensation=Compensation.bias)

@@ -1,0 +1,78 @@
+"""A run without room is refused, and one that goes on is not."""
+
+from pathlib import Path
+
+import pytest
+
+from dive.errors import UserError
+from dive.model.architecture import locate_architecture
+from dive.plan.capacity import Capacity, here, refuse, shortages
+from dive.plan.stages import Plan, plan
+from tests.model.test_architecture import typed
+
+
+def planned(*overrides: str) -> Plan:
+    config = typed(*overrides)
+    return plan(config, locate_architecture(config.model))
+
+
+def test_with_room_for_all_nothing_is_short() -> None:
+    assert shortages(planned(), Capacity(host=1e12, device=1e12, store=1e12)) == []
+    refuse(planned(), Capacity(host=1e12, store=1e12))
+
+
+def test_unknown_room_is_not_held_against_a_run() -> None:
+    assert shortages(planned("model=llama2-13b"), Capacity()) == []
+
+
+def test_too_little_memory_names_what_fills_it_and_the_override() -> None:
+    found = shortages(planned("model=llama2-7b", "plan.device=h100"), Capacity(device=20e9))
+    assert len(found) == 1
+    assert "device memory" in found[0]
+    assert "there is 20.0 GB" in found[0]
+    assert "trainer.accumulation" in found[0]
+    with pytest.raises(UserError, match=r"plan\.enforce=false"):
+        refuse(planned("model=llama2-7b", "plan.device=h100"), Capacity(device=20e9))
+    refuse(planned("model=llama2-7b", "plan.device=h100", "plan.enforce=false"), Capacity(device=20e9))
+
+
+def test_weights_in_float32_on_a_small_host() -> None:
+    found = shortages(
+        planned("model=llama2-7b", "model.dtype=float32", "retrain=none", "eval.batch=1"), Capacity(host=2e10)
+    )
+    assert "model.dtype=bfloat16" in found[0]
+
+
+def test_the_disk_counts_store_checkpoints_and_export() -> None:
+    it = planned("model=llama2-7b", "plan.device=h100")
+    assert shortages(it, Capacity(store=it.disk + 1)) == []
+    assert "set store=DIR" in shortages(it, Capacity(store=it.disk - 1))[0]
+
+
+def test_the_export_may_lie_on_another_disk() -> None:
+    it = planned("model=llama2-7b", "plan.device=h100")
+    assert shortages(it, Capacity(store=it.disk - it.export + 1, outputs=it.export + 1)) == []
+    assert "hydra.run.dir" in shortages(it, Capacity(store=it.disk, outputs=it.export - 1))[0]
+
+
+def test_what_lies_in_the_store_is_not_written_again() -> None:
+    it = planned("model=llama2-7b", "plan.device=h100")
+    experts = sum(stage.written for stage in it.stages if stage.kind == "experts")
+    full = Capacity(store=it.disk - experts + 1)
+    assert shortages(it, full)
+    assert shortages(it, Capacity(store=full.store, stored={"experts": experts})) == []
+    # of one kind alone: experts in abundance make no room for checkpoints
+    assert shortages(it, Capacity(store=it.export, stored={"experts": 100 * experts}))
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    (store / "experts" / "abc").mkdir(parents=True)
+    (store / "experts" / "abc" / "layer_000.safetensors").write_bytes(bytes(1000))
+    found = here(store, tmp_path / "not" / "there" / "yet", device=None)
+    assert found.stored == {"experts": 1000.0}
+    assert found.outputs is None  # the same disk
+    assert found.host is not None
+    assert found.store is not None
+    assert found.host > 1e6
+    assert found.store > 1e6

@@ -1,0 +1,92 @@
+"""``python -m dive.plan`` from the command line, and the figures of docs/cost.md."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dive.cli import PACKAGE
+from dive.model.architecture import locate_architecture
+from dive.plan.stages import plan
+from dive.plan.table import construction_rows, duration, operations, precise, size
+from tests.model.test_architecture import typed
+from tests.workplace import environment
+
+DOCS = (PACKAGE.parent / "docs" / "cost.md").read_text(encoding="utf-8")
+
+
+def command(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def test_the_plan_of_a_hub_model_needs_no_network_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = command("-m", "dive.plan", "model=tinyllama", "experiment=paper_1_8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for figure in ("1.1 B dense", "3.385 B with", "719.8 M active", "21.36 M trained", "21,358,592", "720,896"):
+        assert figure in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys, runpy; sys.argv = ['plan', 'model=llama2-7b', 'moe.experts=8']; "
+        "runpy.run_module('dive.plan', run_name='__main__'); "
+        "print('LOADED', sorted({'torch', 'transformers', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+    done = command("-c", script, cwd=tmp_path)
+    assert "LOADED []" in done.stdout, done.stderr
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    for overrides, message in (
+        (["plan.device=abacus"], "plan.device (abacus) is none of auto, h100, a100-80, rtx4090, cpu"),
+        (["pruning.width_multiple=1024"], "pruning.width_multiple"),
+    ):
+        done = command("-m", "dive.plan", *overrides, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_does_not_fit_is_refused_before_texts_are_read(tmp_path: Path) -> None:
+    done = command("-m", "dive.train", "eval.batch=1000000", "eval.windows=1000000", "logger=csv", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.match(
+        r"error: evaluation needs [0-9.]+ GB of host memory \(logits: .*\), there is .*lower eval.batch", done.stderr
+    )
+    assert not list((tmp_path / "outputs" / "store").iterdir())
+
+
+def tables() -> list[tuple[str, list[list[str]]]]:
+    """(command, rows) of every table of the document."""
+    found = []
+    for block in re.finditer(r"```bash\n([^`]*)```\n+\|.*\n\|[ :|-]*\n((?:\|.*\n)+)", DOCS):
+        rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block[2].splitlines()]
+        found.append((block[1].replace("\\\n", " ").strip(), rows))
+    return found
+
+
+@pytest.mark.parametrize(("line", "rows"), tables(), ids=[line.split()[3] for line, _ in tables()])
+def test_the_documents_tables_are_what_its_commands_print(line: str, rows: list[list[str]]) -> None:
+    overrides = shlex.split(line.partition("dive.plan")[2])
+    assert "plan.table=construction" in overrides
+    config = typed(*overrides)
+    _, printed = construction_rows(plan(config, locate_architecture(config.model)))
+    assert [list(row) for row in printed] == rows
+
+
+def test_there_are_tables() -> None:
+    assert len(tables()) == 2
+
+
+def test_units() -> None:
+    assert (size(484_704_256), size(999), size(1.35e10)) == ("485 MB", "999 B", "13.5 GB")
+    assert (operations(1.2e15), operations(0), operations(2e6)) == ("1.2 PFLOP", "–", "2 MFLOP")
+    assert (duration(5400), duration(0.25), duration(90)) == ("1.5 h", "0.25 s", "1.5 min")
+    assert (precise(3_384_207_360), precise(21_358_592), precise(12)) == ("3.384 B", "21.36 M", "12")

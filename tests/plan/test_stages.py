@@ -1,0 +1,107 @@
+"""Tokens, time and disk of the stages, by hand."""
+
+import pytest
+
+from dive.config import DeviceConfig
+from dive.model.architecture import locate_architecture
+from dive.plan.memory import Memory
+from dive.plan.stages import Plan, Stage, plan, seconds
+from tests.model.test_architecture import typed
+
+
+def planned(*overrides: str) -> Plan:
+    config = typed(*overrides)
+    return plan(config, locate_architecture(config.model))
+
+
+def by_name(it: Plan) -> dict[str, Stage]:
+    return {stage.name: stage for stage in it.stages}
+
+
+def test_tokens_of_the_default_run() -> None:
+    stages = by_name(planned())
+    assert list(stages) == [
+        "calibration",
+        "mining",
+        "pruning",
+        "building experts",
+        "router",
+        "experts",
+        "evaluation",
+        "export",
+    ]
+    assert stages["calibration"].tokens == 16 * 32 * 256
+    assert stages["mining"].tokens == 16 * 16 * 8 * 256
+    assert stages["building experts"].tokens == 16 * 32 * 256
+    assert (stages["router"].tokens, stages["experts"].tokens) == (16384, 114688)
+    # dense, pruned, reconstructed and two stages; and the routing of the last three
+    assert stages["evaluation"].tokens == (5 + 3) * 16 * 12 * 256
+
+
+def test_given_groups_are_not_mined() -> None:
+    stages = by_name(planned("calibration_domains=paper", "affinity=published/tinyllama_50"))
+    assert "mining" not in stages
+    assert "calibration" not in stages
+    # 1024 sequences a group, split evenly: 8 domains × 128, 1 × 1024, 3 × 341 + 1, ...
+    assert stages["building experts"].tokens == 8 * 1024 * 256
+
+
+def test_one_expert_is_pruning_alone() -> None:
+    assert "building experts" not in by_name(planned("moe.experts=1"))
+
+
+def test_a_stage_is_rounded_up_to_whole_steps() -> None:
+    stages = by_name(planned("retrain.stages.router.tokens=5000"))
+    assert stages["router"].tokens == 2 * 16 * 256
+
+
+def test_disk() -> None:
+    it = planned("model=tinyllama", "experiment=paper_1_8")
+    stages = by_name(it)
+    assert stages["calibration"].written == 16 * 22 * 5632 * 16  # 16 embedded domains, mean and deviations in float64
+    layer = 8 * 3 * 2048 * 2816 * 2 + 2 * 8 * 2048 * 2 + 8 * 5632  # experts, router and bias, masks
+    assert stages["building experts"].written == 22 * layer
+    assert stages["experts"].written == 21_358_592 * 2  # 32-true keeps them in bfloat16
+    assert stages["experts"].temporary == 2 * 3 * 21_358_592 * 2  # with Adam's states; the old beside the new
+    assert it.export == 2 * (3_384_207_360 + 360_448)
+
+
+def test_seconds() -> None:
+    device = DeviceConfig(
+        bfloat16=100.0, float32=10.0, float64=1.0, utilisation=0.5, bandwidth=1000.0, link=10.0, memory=1e9
+    )
+    stage = Stage(
+        "x",
+        "experts",
+        0,
+        {"bfloat16": 500.0, "float32": 50.0, "float64": 5.0},
+        Memory(),
+        moved=2000.0,
+        linked=30.0,
+        written=40.0,
+        processes=2,
+    )
+    assert seconds(stage, device, 20.0) == (10 + 10 + 10 + 2 + 3) / 2 + 2
+
+
+def test_training_divides_by_the_processes() -> None:
+    one, eight = (
+        planned("model=tinyllama", "trainer=gpu"),
+        planned("model=tinyllama", "trainer=ddp", "trainer.devices=8"),
+    )
+    first, second = by_name(one)["experts"], by_name(eight)["experts"]
+    assert second.operations == first.operations
+    assert second.seconds < first.seconds / 3
+    assert by_name(eight)["mining"].seconds == by_name(one)["mining"].seconds
+
+
+def test_a_faster_device_is_faster() -> None:
+    times = [planned("model=llama2-7b", f"plan.device={name}").seconds for name in ("h100", "a100-80", "cpu")]
+    assert times == sorted(times)
+
+
+def test_the_summary_is_for_json() -> None:
+    found = planned().summary()
+    assert found["device"] == "cpu"
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
+    assert found["parameters"]["trained"] > 0
