@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from torch import nn
 from dive.artifacts import write_json
 from dive.errors import UserError, disk_trouble
 from dive.model.families import decoder_layers, moe_block, moe_class, moe_config, stock_layer_tensors
-from dive.model.load import load_tokenizer, load_weights, locate_dense, resolve_device
+from dive.model.load import DenseSource, fingerprint_directory, load_weights, locate_dense
 from dive.model.shards import ShardWriter
 from dive.moe.layer import ExpertLayer
 from dive.moe.plug import plug_routers, unplug, use_stock_experts
@@ -183,6 +184,7 @@ def save_streamed(
         if writer.parameters != total:
             raise UserError(f"{target}: {writer.parameters} parameters were written, {type(twin).__name__} has {total}")
         tokenizer.save_pretrained(working)
+        copy_sentencepiece(tokenizer, working)
         if card is not None:
             (working / "README.md").write_text(card, encoding="utf-8")
         twin.config.dtype = str(kind).removeprefix("torch.")
@@ -321,38 +323,43 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     return model.requires_grad_(False).eval()
 
 
-def load_checkpoint(
-    path: str, *, where: str = "checkpoint", dtype: str = "auto", device: str = "auto"
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A finished model and its tokenizer: what :func:`save` or :func:`save_with_expert_bias` wrote, or any dense one.
+def open_checkpoint(
+    path: str, *, revision: str | None = None, dtype: str, device: torch.device, where: str = "checkpoint"
+) -> tuple[DenseSource, Callable[[], "PreTrainedModel"]]:
+    """A finished model that was found, and what loads its weights: a stock directory or hub id, or one with expert biases.
 
     Args:
         path: a directory, a hub id, or ``embedded``.
-        where: override to name in errors.
+        revision: commit, branch or tag on the hub.
         dtype: of the weights, or ``auto`` for the checkpoint's own.
-        device: ``auto``, ``cpu``, ``cuda``, ...
+        where: override to name in errors.
 
     Raises:
-        UserError: it cannot be found or read.
+        UserError: nothing there, or not readable.
     """
-    from transformers import AutoTokenizer
+    directory = Path(path).expanduser()
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    if _model_type(directory) != BIASED_MODEL_TYPE:
+        source = locate_dense(path, revision, dtype=dtype, where=where, any_family=True)
+        return source, partial(load_weights, source, dtype=wanted, device=device)
+    fingerprint = fingerprint_directory(directory)
+    source = DenseSource(
+        str(directory), None, expert_bias_config(directory), fingerprint, dtype, offline=True, where=where
+    )
 
-    chosen = resolve_device(device)
-    if _is_biased(Path(path)):
-        model = load_with_expert_bias(path)
-        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
-        return model.to(chosen), AutoTokenizer.from_pretrained(path, local_files_only=True)
-    source = locate_dense(path, dtype=dtype, where=where, any_family=True)
-    tokenizer = load_tokenizer(source)
-    return load_weights(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device=chosen), tokenizer
+    def load() -> "PreTrainedModel":
+        model = load_with_expert_bias(directory)
+        return model.to(device=device, dtype=model.dtype if wanted == "auto" else wanted)
+
+    return source, load
 
 
-def _is_biased(directory: Path) -> bool:
+def _model_type(directory: Path) -> str | None:
     try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("model_type") == BIASED_MODEL_TYPE
+        found = json.loads((directory / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads it next says what is wrong
+    return found if isinstance(found, str) else None
 
 
 @contextmanager

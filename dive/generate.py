@@ -43,18 +43,22 @@ def generate(config: GenerateConfig) -> None:
     Raises:
         UserError: a model cannot be loaded, or the text would be longer than its positions.
     """
-    from dive.export import load_checkpoint
-    from dive.model.generation import continue_text
+    from dive.eval.generation import continue_text
+    from dive.export import open_checkpoint
+    from dive.model.load import load_tokenizer, resolve_device
     from dive.progress import quiet_libraries
 
     quiet_libraries()
     models = {"checkpoint": config.checkpoint} | ({"compare": config.compare} if config.compare else {})
     for option, path in models.items():
-        model, tokenizer = load_checkpoint(path, where=option, dtype=config.dtype.value, device=config.device)
+        source, load = open_checkpoint(
+            path, dtype=config.dtype.value, device=resolve_device(config.device), where=option
+        )
+        tokenizer = load_tokenizer(source)
         if len(models) > 1:
             print(f"--- {path}")
         continue_text(
-            model,
+            load(),
             tokenizer,
             config.prompt,
             max_new_tokens=config.max_new_tokens,

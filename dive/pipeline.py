@@ -60,7 +60,8 @@ from dive.eval.generation import Beginnings, continue_greedily
 from dive.eval.routing import mask_overlap, routing_share
 from dive.eval.tasks import Metrics, TaskSuite, headline, load_tasks
 from dive.export import has_expert_bias, save, save_streamed, save_with_expert_bias
-from dive.logger.build import build_wandb
+from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluation
+from dive.logger.wandb_run import close, log_results
 from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import count_parameters, moe_config
 from dive.model.load import (
@@ -492,11 +493,11 @@ class Run:
         if "routing" in found:
             self.results["routing"] = found["routing"]
         log.info("%s: perplexity %.2f", name, found["perplexity"]["mean"])
+        values = {f"eval/{name}/{key}": value for key, value in found["perplexity"].items()}
+        for task, metrics in found.get("tasks", {}).items():
+            values |= {f"eval/{name}/{task}/{key}": value for key, value in metrics.items()}
         for logger in self.loggers:
-            summary = {f"eval/{name}/{key}": value for key, value in found["perplexity"].items()}
-            for task, metrics in found.get("tasks", {}).items():
-                summary |= {f"eval/{name}/{task}/{key}": value for key, value in metrics.items()}
-            logger.experiment.summary.update(summary)
+            log_evaluation(logger, values, tokens=sum(stage["tokens"] for stage in self.results["stages"]))
         self.write()
 
     def write(self) -> None:
@@ -550,8 +551,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         directory.mkdir(parents=True, exist_ok=True)
         write_config(config, directory)
         if config.logger.wandb is not None:
-            wandb = build_wandb(config.logger.wandb, directory, plain(config))
-            record.loggers.append(wandb)
+            wandb = build_wandb(config.logger.wandb, directory, plain(config), store.root)
+        record.loggers = build_evaluation_loggers(config.logger, directory, wandb)
 
     streamed = config.model.load is Load.streamed
     if streamed:
@@ -664,7 +665,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         if wandb is not None:
             if report is not None:
                 wandb.experiment.save(str(report), base_path=str(directory), policy="now")
-            wandb.experiment.finish()
+            log_results(wandb.experiment, record.results, directory)
+            close(wandb.experiment, plain(config), store.root)
         show(*([] if streamed else [stage_table(record.results)]), *task_tables(record.results))
         show(
             *([] if report is None else [f"report   {report}"]),

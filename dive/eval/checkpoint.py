@@ -2,36 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from dive.artifacts import Store, plain, write_json
 from dive.calibration_domains.texts import domain_names, fingerprint, load_domains
-from dive.config import Dtype, EvaluateConfig
+from dive.config import EvaluateConfig
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import evaluation_texts
 from dive.eval.tasks import load_tasks
-from dive.export import BIASED_MODEL_TYPE, expert_bias_config, load_with_expert_bias
+from dive.export import open_checkpoint
 from dive.model.architecture import SUPPORTED
 from dive.model.families import TWINS, count_parameters
-from dive.model.load import (
-    DenseSource,
-    document_tokens,
-    fingerprint_directory,
-    load_tokenizer,
-    load_weights,
-    locate_dense,
-    resolve_device,
-)
+from dive.model.load import DenseSource, document_tokens, load_tokenizer, resolve_device
 from dive.pipeline import check_lengths, check_names, measure, package_versions, task_results
 from dive.progress import quiet_libraries
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 STAGE = "checkpoint"
 """Name of the one stage in the results."""
@@ -52,7 +39,9 @@ def evaluate_checkpoint(config: EvaluateConfig, directory: Path, overrides: Sequ
     """
     start = time.monotonic()
     quiet_libraries()
-    source, model = open_checkpoint(config, resolve_device(config.device))
+    source, model = open_checkpoint(
+        config.checkpoint, revision=config.revision, dtype=config.dtype.value, device=resolve_device(config.device)
+    )
     wants_domains = config.calibration_domains is not None
     check_lengths({"eval.lengths": config.eval.lengths if wants_domains else []}, config.eval, source)
     check_names(config.eval, domain_names(config.calibration_domains) if config.calibration_domains else [])
@@ -93,39 +82,6 @@ def evaluate_checkpoint(config: EvaluateConfig, directory: Path, overrides: Sequ
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "results.json", results)
     return results
-
-
-def open_checkpoint(
-    config: EvaluateConfig, device: torch.device
-) -> tuple[DenseSource, Callable[[], "PreTrainedModel"]]:
-    """A model that was found, and what loads its weights: a stock directory or hub id, or one with expert biases.
-
-    Raises:
-        UserError: nothing there, or not readable.
-    """
-    path = Path(config.checkpoint).expanduser()
-    dtype = config.dtype.value
-    wanted = "auto" if config.dtype is Dtype.auto else getattr(torch, dtype)
-    if _model_type(path) != BIASED_MODEL_TYPE:
-        source = locate_dense(config.checkpoint, config.revision, dtype=dtype, where="checkpoint", any_family=True)
-        return source, partial(load_weights, source, dtype=wanted, device=device)
-    source = DenseSource(
-        str(path), None, expert_bias_config(path), fingerprint_directory(path), dtype, offline=True, where="checkpoint"
-    )
-
-    def load() -> "PreTrainedModel":
-        model = load_with_expert_bias(path)
-        return model.to(device=device, dtype=model.dtype if wanted == "auto" else wanted)
-
-    return source, load
-
-
-def _model_type(directory: Path) -> str | None:
-    try:
-        found = json.loads((directory / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None  # whoever reads it next says what is wrong
-    return found if isinstance(found, str) else None
 
 
 def _parameters(source: DenseSource) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from dive.config import LoggerConfig, WandbConfig
 from dive.errors import UserError
+from dive.logger.wandb_run import define_axes, run_id
 
 
 def wandb_logged_in() -> bool:
@@ -22,24 +24,48 @@ def wandb_logged_in() -> bool:
         return False
 
 
-def build_wandb(config: WandbConfig, directory: Path, settings: dict[str, Any]) -> WandbLogger:
+def build_wandb(config: WandbConfig, directory: Path, settings: dict[str, Any], store: Path) -> WandbLogger:
     """One run for all stages, offline where nobody is logged in or WANDB_MODE says so.
+
+    The same command after an interruption goes on in the same run.
 
     Args:
         settings: the composed configuration, recorded with the run.
+        store: of the artifacts, where the ids of unfinished runs stand.
     """
+    import wandb
+
     mode = os.environ.get("WANDB_MODE")
-    offline = mode == "offline" or (mode is None and not wandb_logged_in())
-    return WandbLogger(
+    run = wandb.init(
         project=config.project,
         entity=config.entity,
         group=config.group,
         name=config.name,
         tags=config.tags,
-        save_dir=directory,
-        offline=offline,
+        dir=directory,
+        id=run_id(settings, store),
+        resume="allow",
+        reinit="finish_previous",  # the job of a sweep that failed in this process leaves its run open
+        mode="offline" if mode is None and not wandb_logged_in() else None,
         config=settings,
     )
+    define_axes(run, settings["retrain"]["stages"])
+    return WandbLogger(project=config.project, save_dir=directory, experiment=run)
+
+
+def build_evaluation_loggers(config: LoggerConfig, directory: Path, wandb: WandbLogger | None) -> list[Logger]:
+    """Loggers of the evaluations between the stages: W&B's summary, and TensorBoard's scalars in ``tensorboard/eval``."""
+    boards = build_stage_loggers(LoggerConfig(tensorboard=config.tensorboard), directory, "eval")
+    return boards if wandb is None else [*boards, wandb]
+
+
+def log_evaluation(logger: Logger, values: Mapping[str, float], *, tokens: int) -> None:
+    """Log what one model was measured at after ``tokens`` retraining tokens."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.summary.update(dict(values))
+    else:
+        logger.log_metrics(dict(values), step=tokens)
+        logger.save()
 
 
 def build_stage_loggers(config: LoggerConfig, directory: Path, stage: str) -> list[Logger]:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.loggers.logger import Logger
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.nn import functional
@@ -279,7 +280,9 @@ class MoERetraining(lightning.LightningModule):
 
 
 def log_values(logger: Logger, stage: str, values: dict[str, float]) -> None:
-    """Log one point of a stage's curve under ``<stage>/<name>``."""
+    """Log one point of a stage's curve under ``<stage>/<name>``; W&B has the points before it where it goes on in a run."""
+    if isinstance(logger, WandbLogger) and values["step"] <= logger.experiment.summary.get(f"{stage}/step", -1):
+        return
     logger.log_metrics({f"{stage}/{name}": value for name, value in values.items()}, step=int(values["step"]))
 
 

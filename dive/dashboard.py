@@ -1,0 +1,61 @@
+"""A workspace in Weights & Biases for a project's runs: ``python -m dive.dashboard entity=ME project=dive``."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from dive.cli import run
+from dive.config import require
+from dive.errors import UserError
+
+
+@dataclass(slots=True, kw_only=True)
+class DashboardConfig:
+    """Which project, and the retraining stages that its runs have."""
+
+    entity: str = MISSING
+    """User or team."""
+    project: str = "dive"
+    name: str = "DIVE"
+    """Of the workspace."""
+    stages: list[str] = field(default_factory=lambda: ["experts"])
+    """Names of the retraining stages, in order; the paper's recipes have router, experts and further."""
+    dry_run: bool = False
+    """List the sections and their panels, and save nothing."""
+
+    def __post_init__(self) -> None:
+        require(len(set(self.stages)) == len(self.stages), "stages names a stage twice")
+
+
+def dashboard(config: DashboardConfig) -> None:
+    """Save the workspace and print its address.
+
+    Raises:
+        UserError: wandb-workspaces is not installed, nobody is logged in, or W&B refuses.
+    """
+    from dive.logger.build import wandb_logged_in
+    from dive.logger.dashboard import workspace
+    from dive.report.text import show
+
+    try:
+        made = workspace(config.entity, config.project, name=config.name, stages=config.stages)
+    except ModuleNotFoundError as error:
+        raise UserError("dive.dashboard needs wandb-workspaces: pip install 'dive-moe[dashboard]'") from error
+    for section in made.sections:
+        show(f"{section.name}: {len(section.panels)} panels")
+    if config.dry_run:
+        show("dry_run=true: nothing saved")
+        return
+    if not wandb_logged_in():
+        raise UserError("nobody is logged in to W&B; run `wandb login`, or set dry_run=true to look")
+    import requests
+    import wandb
+
+    try:
+        show(made.save().url)
+    except (wandb.Error, wandb.errors.CommError, requests.RequestException, ValueError, OSError) as error:
+        raise UserError(f"entity={config.entity} project={config.project}: W&B refuses ({error})") from error
+
+
+if __name__ == "__main__":
+    run(dashboard, "dashboard", DashboardConfig)
