@@ -67,7 +67,7 @@ NEEDED = {
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
 }
-OTHER_SCHEMAS = {"config", "pretrain", "evaluate", "generate", "push"}
+OTHER_SCHEMAS = {"config", "pretrain", "evaluate", "generate", "push", "dashboard"}
 
 
 def options() -> list[str]:
