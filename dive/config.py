@@ -403,6 +403,13 @@ class RefinementConfig:
         require(self.max_load >= 1.0, f"moe.refinement.max_load ({self.max_load}) must be at least 1")
 
 
+class Storage(Enum):
+    """What experts rest in while they are retrained."""
+
+    materialised = "materialised"
+    shared = "shared"
+
+
 @dataclass(slots=True, kw_only=True)
 class MoEConfig:
     """The Mixture-of-Experts that is built."""
@@ -421,6 +428,9 @@ class MoEConfig:
     """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
+    storage: Storage = Storage.materialised
+    """``shared``: while retraining, experts are index sets into the dense model's FFNs, and adapters. Down projections that
+    least squares refitted are each expert's own. The export is the same."""
 
     @property
     def needs_groups(self) -> bool:
@@ -457,6 +467,11 @@ class MoEConfig:
         require(
             not refined or self.router_init is RouterInit.distilled or self.experts == 1,
             "moe.refinement needs routers that know their experts: set moe.router_init=distilled, or moe=plain",
+        )
+        require(
+            self.storage is Storage.materialised or self.refinement.steps == 0,
+            "moe.storage=shared: moe.refinement.steps change the experts' gate and up projections, which are then no longer the "
+            "dense model's; set moe.refinement.steps=0, moe=plain, or moe.storage=materialised",
         )
 
 
@@ -942,6 +957,8 @@ class Config:
         )
         if self.model.load is Load.streamed:
             self._check_streamed()
+        if self.moe.storage is Storage.shared:
+            self._check_shared()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
             parts = (stage.accumulation or self.trainer.accumulation) * world
@@ -950,6 +967,20 @@ class Config:
                 f"retrain.stages.{name}.batch ({stage.batch}) does not divide into {parts} parts "
                 "(accumulation × trainer.devices × trainer.num_nodes)",
             )
+
+    def _check_shared(self) -> None:
+        """Experts that are one tensor cannot be trained apart, or sharded apart from the dense model."""
+        for name, stage in self.retrain.stages.items():
+            require(
+                stage.train.experts is not Freezing.full,
+                f"moe.storage=shared: retrain.stages.{name}.train.experts=full trains what the experts share; set it to lora, or "
+                "moe.storage=materialised",
+            )
+        require(
+            self.trainer.strategy in (Strategy.single, Strategy.ddp),
+            f"moe.storage=shared: trainer={self.trainer.strategy.value} shards the weights; set trainer=ddp, or "
+            "moe.storage=materialised",
+        )
 
     def _check_streamed(self) -> None:
         """What needs the whole model in memory."""

@@ -52,6 +52,7 @@ from dive.config import (
     MoEConfig,
     PruningConfig,
     RouterInit,
+    Storage,
     require,
 )
 from dive.eval.contamination import contamination
@@ -74,7 +75,7 @@ from dive.model.load import (
 )
 from dive.model.streamed import load_streamed
 from dive.moe.layer import ExpertLayer
-from dive.moe.reconstruct import assemble, build_layers, build_refined_layers
+from dive.moe.reconstruct import assemble, assemble_shared, build_layers, build_refined_layers
 from dive.plan.actual import Meter
 from dive.plan.capacity import here, refuse
 from dive.plan.stages import Plan, plan
@@ -305,6 +306,7 @@ def build_experts(
     construction = plain(moe)
     unused = {
         "noise": True,
+        "storage": True,
         "top_k": not (scales_by_top_k or refined),
         "refinement": not refined,
         "distillation": not wants_inputs,
@@ -592,13 +594,17 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
     def assembled(layers: Artifact, top_k: int) -> "PreTrainedModel":
         return assemble(dense(), read_experts(layers), top_k=top_k)
 
+    def stored(layers: Artifact, top_k: int) -> "PreTrainedModel":  # as it is retrained and measured
+        build = assemble_shared if config.moe.storage is Storage.shared else assemble
+        return build(dense(), read_experts(layers), top_k=top_k)
+
     record.stage(
         "pruned",
         measured_as("pruned", {"experts": pruned.key, "top_k": 1}, model=partial(assembled, pruned, 1), routing=False),
         made=pruned,
     )
     top_k = config.moe.top_k
-    reconstructed = partial(assembled, experts, top_k)
+    reconstructed = partial(stored, experts, top_k)
     record.stage(
         "reconstructed",
         measured_as("reconstructed", {"experts": experts.key, "top_k": top_k}, model=reconstructed, routing=True),
@@ -649,7 +655,8 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
         if streamed:
             record.results["export"] = export_streamed(dense(), experts, tokenizer, record, config, source)
         else:
-            final = retrained_model(reconstructed, config, finished) if finished else reconstructed()
+            materialised = partial(assembled, experts, top_k)
+            final = retrained_model(materialised, config, finished) if finished else materialised()
             final_key = {"stage": finished[-1].artifact.key} if finished else {"experts": experts.key, "top_k": top_k}
             beginnings = choose_beginnings(config, texts, groups)
             if beginnings is not None:

@@ -19,6 +19,7 @@ from dive.calibration_domains.sampling import evaluation_windows
 from dive.errors import UserError
 from dive.eval.perplexity import perplexity
 from dive.model.load import document_tokens
+from dive.report.run import read_curves
 from tests.conftest import Build
 from tests.workplace import WORDS, Workplace
 
@@ -383,3 +384,35 @@ def test_a_diverging_stage_says_so(workplace: Workplace) -> None:
         UserError, match=r"retrain\.stages\.experts: the loss is .* retrain\.stages\.experts\.learning_rate"
     ):
         workplace.run("diverging", "retrain.stages.experts.learning_rate=1e30", "trainer.gradient_clip=null")
+
+
+def test_shared_storage_retrains_to_the_same_model(workplace: Workplace, tmp_path: Path) -> None:
+    settings = ["moe=plain", "retrain.stages.experts.train.experts=lora"]
+    one = workplace.run("materialised", *settings)
+    other = workplace.run("shared", *settings, "moe.storage=shared")
+    for mine, theirs in zip(other["stages"], one["stages"], strict=True):
+        assert mine["perplexity"]["mean"] == pytest.approx(theirs["perplexity"]["mean"], rel=1e-4)
+    curves = [
+        read_curves(workplace.root / name, ["experts"])[0]["scalars"]["loss"] for name in ("materialised", "shared")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert one["parameters"] == other["parameters"]
+    exported = [load_file(f"{found['export']}/model.safetensors") for found in (one, other)]
+    assert list(exported[0]) == list(exported[1])
+    for name, tensor in exported[0].items():
+        assert (tensor - exported[1][name]).norm() <= 0.02 * tensor.norm(), (
+            name
+        )  # Adam divides small differences by small ones
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"moe\.refinement\.steps.*moe=plain"),
+        (["moe=plain", "retrain.stages.experts.train.experts=full"], r"experts=full.*lora"),
+        (["moe=plain", "trainer=fsdp2", "retrain.stages.experts.train.experts=lora"], r"trainer=fsdp2.*trainer=ddp"),
+    ],
+)
+def test_what_shared_storage_cannot_do_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^moe\.storage=shared: .*{message}"):
+        workplace.compose("moe.storage=shared", *overrides)

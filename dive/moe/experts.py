@@ -54,12 +54,19 @@ class GroupedLoRA(nn.Module):
     """
 
     def __init__(
-        self, weight: Tensor, in_features: int, out_features: int, *, rank: int, alpha: float, dropout: float
+        self,
+        like: Tensor,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        alpha: float,
+        dropout: float,
     ) -> None:
         super().__init__()
-        experts = weight.shape[0]
-        self.a = nn.Parameter(weight.new_empty(experts, rank, in_features))
-        self.b = nn.Parameter(weight.new_zeros(experts, out_features, rank))
+        self.a = nn.Parameter(like.new_empty(experts, rank, in_features))
+        self.b = nn.Parameter(like.new_zeros(experts, out_features, rank))
         bound = 1.0 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5), as in the paper's implementation
         nn.init.uniform_(self.a, -bound, bound)
         self.scale = alpha / rank
@@ -79,7 +86,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """Experts of one layer on their selected tokens.
 
     Args:
-        self: the stock experts module; ``lora_gate``, ``lora_up``, ``lora_down`` and ``down_bias`` are used where present.
+        self: the stock experts module, or :class:`dive.moe.shared.SharedExperts`; ``lora_gate``, ``lora_up``, ``lora_down``
+            and ``down_bias`` are used where present.
         hidden_states: (T, D)
         top_k_index: (T, K) int64
         top_k_weights: (T, K)
@@ -93,13 +101,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     per_expert = torch.bincount(expert_of_row, minlength=self.num_experts)
     offsets = torch.cumsum(per_expert, dim=0, dtype=torch.int32)
 
-    gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
+    if stores_indices := hasattr(self, "index"):  # dive.moe.shared.SharedExperts
+        gate, up = self.to_channels(rows, offsets)
+    else:
+        gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
     lora = hasattr(self, "lora_gate")
     if lora:
         gate = gate + self.lora_gate(rows, offsets)
         up = up + self.lora_up(rows, offsets)
     channels = self.act_fn(gate) * up
-    output = grouped_linear(channels, self.down_proj, offsets)
+    output = self.to_hidden(channels, offsets) if stores_indices else grouped_linear(channels, self.down_proj, offsets)
     if lora:
         output = output + self.lora_down(channels, offsets)
     if hasattr(self, "down_bias"):

@@ -49,11 +49,18 @@ def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
         experts = moe_block(model, number).experts
         if hasattr(experts, "lora_gate"):
             continue
-        _, width2, hidden = experts.gate_up_proj.shape
-        make = partial(GroupedLoRA, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout)
-        experts.lora_gate = make(experts.gate_up_proj, hidden, width2 // 2)
-        experts.lora_up = make(experts.gate_up_proj, hidden, width2 // 2)
-        experts.lora_down = make(experts.down_proj, width2 // 2, hidden)
+        width, hidden = experts.intermediate_dim, experts.hidden_dim
+        make = partial(
+            GroupedLoRA,
+            next(experts.parameters()),
+            experts.num_experts,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+        )
+        experts.lora_gate = make(hidden, width)
+        experts.lora_up = make(hidden, width)
+        experts.lora_down = make(width, hidden)
         experts.train(experts.training)  # new modules are in training mode, whatever they are plugged into
 
 

@@ -36,6 +36,7 @@ from dive.moe.distill import expert_errors, fit_router
 from dive.moe.layer import ExpertLayer, convert, expert_function
 from dive.moe.plug import plug_routers, use_stock_experts
 from dive.moe.refine import CHUNK, layer_output, refine_layer
+from dive.moe.shared import SharedExperts
 from dive.progress import track
 from dive.pruning import compensation as compensate
 from dive.pruning.metrics import OBS_RIDGE, choose_channels, importance
@@ -302,6 +303,31 @@ def assemble(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: 
         plug_routers(moe)
     else:
         use_stock_experts(moe)
+    return moe
+
+
+@torch.no_grad()
+def assemble_shared(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: int) -> "PreTrainedModel":
+    """As :func:`assemble`, with experts that are index sets into the dense model's own FFNs; its routers are plugged.
+
+    Raises:
+        UserError: the experts are no slices of the dense FFNs.
+    """
+    moe: PreTrainedModel | None = None
+    for number, layer in enumerate(layers):
+        if moe is None:
+            experts = len(layer.masks)
+            config = moe_config(dense.config, width=1, experts=experts, top_k=min(top_k, experts))
+            moe = empty_moe(config, dense.dtype).to(dense.device)  # experts of one channel, until theirs come
+            copy_shared_weights(dense, moe)
+        block = moe_block(moe, number)
+        block.experts = SharedExperts(ffn(dense, number), layer).eval()
+        block.gate.weight.copy_(layer.router)
+    if moe is None:
+        raise ValueError("no layers")
+    moe.generation_config = dense.generation_config
+    moe.requires_grad_(False)
+    plug_routers(moe)
     return moe
 
 

@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import Construction, Freezing, Mode, StageConfig
+from dive.config import Construction, Freezing, Mode, StageConfig, Storage
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -148,11 +148,23 @@ def evaluation(job: Job) -> Memory:
     return _memory(job, rest, {"loading": float(loading * job.weight)})
 
 
-def _both(job: Job) -> dict[str, float]:
-    s = job.shapes
-    return {
-        "dense model": float(job.weight * s.dense),
-        "Mixture-of-Experts": float(job.weight * (s.total + s.biases)),
+def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False) -> dict[str, float]:
+    """The dense model and its Mixture-of-Experts, as the latter rests in a stage of training, in evaluation or in the export."""
+    s, moe = job.shapes, job.config.moe
+    found = {"dense model": float(job.weight * s.dense)}
+    if moe.storage is Storage.materialised or exported:
+        return found | {"Mixture-of-Experts": float(job.weight * (s.total + s.biases))}
+    own = s.shared + s.biases + s.layers * s.router
+    slices = moe.construction in (Construction.dive, Construction.upcycle) and not job.refits
+    own += 0 if slices else s.layers * s.experts * s.expert // 3
+    if stage is not None:  # what it leaves frozen is the dense model's
+        own -= s.layers * s.attention if stage.train.attention is Freezing.frozen else 0
+        frozen = Freezing.frozen in (stage.train.embeddings, stage.train.head)
+        own -= s.vocabulary * s.hidden * (1 if s.tied else 2) if frozen else 0
+    return found | {
+        "Mixture-of-Experts": float(job.weight * own),
+        "indices": 8.0 * s.layers * s.experts * s.width,
+        "one layer's gathered experts": float(job.weight * s.experts * s.expert // 3),
     }
 
 
@@ -168,7 +180,7 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
     mixed = config.trainer.precision.endswith("-mixed")
     masters = sum(size for name, size in plugged.items() if not name.endswith(".lora")) if mixed else 0
     learned = sum(trained(s, [stage.train]).values())
-    rest = _both(job) | {
+    rest = _both(job, stage) | {
         "adapters": float(extra * job.trained_weight + masters * (4 - job.weight)),
         "gradients": float(learned * job.trained_weight),
         "Adam": float(2 * learned * job.trained_weight),
@@ -218,5 +230,5 @@ def export(job: Job) -> Memory:
     s = job.shapes
     copy = float(job.weight * (s.total + s.biases))
     if job.config.moe.construction is Construction.dive and s.bias:
-        return _memory(job, _both(job))
-    return _memory(job, _both(job) | {"read back": copy}, {"in the files' layout": copy})
+        return _memory(job, _both(job, exported=True))
+    return _memory(job, _both(job, exported=True) | {"read back": copy}, {"in the files' layout": copy})

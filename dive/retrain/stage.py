@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dive import preemption
 from dive.artifacts import Artifact, Store, write_json
-from dive.config import Config, Strategy
+from dive.config import Config, Storage, Strategy
 from dive.errors import UserError
 from dive.logger.build import build_stage_loggers
 from dive.model.families import decoder_layers
@@ -99,6 +99,8 @@ def retrain_stage(
         "log_every": retrain.log_every,
         "seed": config.seed,
     }
+    if config.moe.storage is not Storage.materialised:
+        inputs["storage"] = config.moe.storage  # the same to rounding
     if retrain.lora.dropout or config.moe.noise:
         # What is drawn at random depends on how a step is cut into passes.
         world = config.trainer.devices * config.trainer.num_nodes
@@ -112,8 +114,9 @@ def retrain_stage(
         if main_process:
             show(trained_parameters_table(name, trained_table(model)))
         teacher = dense() if stage.teacher.wanted else None
-        if teacher is not None and config.trainer.strategy in (Strategy.single, Strategy.ddp):
-            share_frozen(teacher, model)
+        shared = config.moe.storage is Storage.shared  # the dense model is in memory, taught by or not
+        if shared or (teacher is not None and config.trainer.strategy in (Strategy.single, Strategy.ddp)):
+            share_frozen(dense(), model)
         module = _fit(store, model, teacher, name, config, blocks, inputs, before, directory, wandb)
         return module, _gather(module)
 

@@ -36,7 +36,7 @@ def with_lora(module: Any, *, dropout: float = 0.0, spread: float | None = 0.2) 
     """Adapters with B drawn at random; as they are made (B zero) without a spread."""
     width, hidden = module.down_proj.shape[-1], module.down_proj.shape[1]
     for name, (inside, outside) in zip(PROJECTIONS, ((hidden, width), (hidden, width), (width, hidden)), strict=True):
-        adapter = GroupedLoRA(module.down_proj, inside, outside, rank=4, alpha=8.0, dropout=dropout)
+        adapter = GroupedLoRA(module.down_proj, EXPERTS, inside, outside, rank=4, alpha=8.0, dropout=dropout)
         if spread is not None:
             nn.init.normal_(adapter.b, std=spread)
         setattr(module, name, adapter)
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_eager() -> None:
 
 
 def test_lora_by_hand() -> None:
-    adapter = GroupedLoRA(torch.empty(2, 1), 2, 2, rank=1, alpha=3.0, dropout=0.0)
+    adapter = GroupedLoRA(torch.empty(1), 2, 2, 2, rank=1, alpha=3.0, dropout=0.0)
     adapter.a.data = torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]])
     adapter.b.data = torch.tensor([[[1.0], [-1.0]], [[2.0], [0.5]]])
     # Expert 0: A x = 1 + 2 = 3, B · 3 · (alpha / rank = 3) = 9, -9. Expert 1: A x = 1, → 6, 1.5.

@@ -116,3 +116,24 @@ def test_saved_activations_are_what_autograd_keeps(build: Build, stage: StageCon
     working = 200 * 4 * active * (3 * 96 + 3 * 64)
     planned = memory.saved_activations(job, stage, 200) - working
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_shared_experts_need_little_beside_the_dense_model() -> None:
+    settings = [
+        "model=llama2-7b",
+        "plan.device=h100",
+        "moe=plain",
+        "retrain=lora",
+        "pruning.ratio=0.5",
+        "pruning.metric=wifv",
+    ]
+    found = {}
+    for storage in ("materialised", "shared"):
+        for compensation in ("least_squares", "none"):
+            job = job_of(*settings, f"moe.storage={storage}", f"pruning.compensation={compensation}")
+            stage = job.config.retrain.stages["experts"]
+            found[storage, compensation] = memory.retraining(job, stage, []).device["Mixture-of-Experts"]
+    assert found["materialised", "none"] == found["materialised", "least_squares"] > 2 * 19e9
+    norms, router, down = 65 * 4096, 32 * 8 * 4096, 32 * 8 * 4096 * 5504
+    assert found["shared", "none"] == 2 * (norms + router)
+    assert found["shared", "least_squares"] == 2 * (norms + router + down)
