@@ -199,7 +199,7 @@ def limit_files(size: int) -> Callable[[], None]:
     [
         (12_000, r"store=.*: writing experts failed"),
         (40_000, r"store=.*: writing retrained failed|checkpoint cannot be written"),
-        (60_000, r"checkpoint cannot be written"),
+        (100_000, r"checkpoint cannot be written"),
     ],
 )
 def test_a_full_disk_is_named_and_recovered_from(workplace: Workplace, tmp_path: Path, size: int, message: str) -> None:
