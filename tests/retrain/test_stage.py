@@ -106,6 +106,26 @@ def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(workplace: Workplace, tmp_path: Path, strategy: str) -> None:
+    long = ("retrain.stages.experts.tokens=102400", "retrain.checkpoint_every=20")
+    finish(workplace.start(f"{strategy}-undisturbed", f"store={tmp_path / 'a'}", *long))
+    two = (f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+    process = workplace.start(f"{strategy}-two", f"store={tmp_path / 'b'}", *long, *two)
+    kill_after_checkpoint(process, tmp_path / "b", 20, signal.SIGTERM)
+    output = finish(workplace.start(f"{strategy}-one", f"store={tmp_path / 'b'}", *long))
+    assert "experts: going on from" in output
+    expected, found = exported(workplace, f"{strategy}-undisturbed"), exported(workplace, f"{strategy}-one")
+    for name in expected:  # 400 steps of Adam let the rounding of two processes' sums grow
+        assert (found[name] - expected[name]).norm() <= 0.01 * expected[name].norm(), name
+    curves = [logged(workplace.root / f"{strategy}-{run}") for run in ("undisturbed", "one")]
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
+    losses = [[float(loss) for _, loss in curve] for curve in curves]
+    differ = [one != pytest.approx(other, rel=1e-3) for one, other in zip(*losses, strict=True)]
+    assert sum(differ) <= 1  # the point that was under way holds the first process's part of the steps before the signal
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["single", "fsdp2"])
 def test_mixed_precision_trains_in_float32_and_exports_in_bfloat16(
     workplace: Workplace, tmp_path: Path, strategy: str
