@@ -141,9 +141,7 @@ def measure(
     """Seconds of every variant in each round, and the load of the busiest expert over the mean."""
     generator = torch.Generator().manual_seed(settings.seed + 1)
     shape = (1, settings.tokens, settings.hidden)
-    hidden, gradient = (
-        torch.randn(shape, generator=generator).to(settings.device, settings.dtype) for _ in range(2)
-    )
+    hidden, gradient = (torch.randn(shape, generator=generator).to(settings.device, settings.dtype) for _ in range(2))
     runs: dict[str, Callable[[], Tensor]] = {}
     load = float("nan")
     for name in settings.variants:
@@ -162,7 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=1024, help="D")
     parser.add_argument("--channels", type=int, default=2816, help="F of the dense model")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--settings", nargs="+", default=["1:0.5", "2:0.75"], help="TOP_K:RATIO, RATIO is what is pruned")
+    parser.add_argument(
+        "--settings", nargs="+", default=["1:0.5", "2:0.75"], help="TOP_K:RATIO, RATIO is what is pruned"
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--dropout", type=float, default=0.0, help="of LoRA")
@@ -194,9 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{settings.tokens / median:.0f} | {median_ratio(found, seconds['dense']):.2f} | {full} | {loop} | "
                     f"{f'{load:.2f}' if name == 'ours' else ''} |"
                 )
-    print(f"\n{settings.experts} experts, D {settings.hidden}, F {settings.channels}, {settings.tokens} tokens, ", end="")
+    print(
+        f"\n{settings.experts} experts, D {settings.hidden}, F {settings.channels}, {settings.tokens} tokens, ", end=""
+    )
     print(f"{settings.dtype}, LoRA rank {settings.rank}; {settings.rounds} rounds; {machine(settings.device)}\n")
-    print("| top-k | width | trained | block | step | tokens/s | / dense | / dense, full | loop / it | busiest expert |")
+    print(
+        "| top-k | width | trained | block | step | tokens/s | / dense | / dense, full | loop / it | busiest expert |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(rows))
     return 0

@@ -1,10 +1,10 @@
-"""Gated FFNs of all experts on a CPU, expert after expert, with a backward pass of their own.
+"""The experts of a layer on a CPU, expert after expert, with a backward pass of their own.
 
 Grouped products run one matrix product an expert on a CPU as well, but every step between two of them goes over the rows of
-all experts, through memory. Here an expert's rows go through the whole FFN while they are in the cache, adapters are added in
-place, and no gradient is copied or filled with zeros first.
+all experts, through memory. Here an expert's rows go through the whole FFN while they are in the cache: gathered, weighted and
+added to the result in one go, the adapters added in place, and no gradient copied, or filled with zeros first.
 
-Shapes: S rows sorted by expert, E experts, D hidden width, W channels of an expert, R rank.
+Shapes: T tokens, K experts a token, S = T · K selected pairs, E experts, D hidden width, W channels of an expert, R rank.
 """
 
 from typing import Any
@@ -12,41 +12,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
 Adapters = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """A (E, R, in) and B (E, out, R) of gate, of up and of down."""
 
 
-def gated_ffns(
-    rows: Tensor,
+def run_experts(
+    hidden: Tensor,
+    chosen: Tensor,
+    gates: Tensor,
     gate_up: Tensor,
     down: Tensor,
-    per_expert: Tensor,
     act: nn.Module,
+    *,
+    bias: Tensor | None = None,
     adapters: Adapters | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Apply each expert's FFN, with its low-rank adapters, to its rows.
+    """Sum of each token's experts, times their gates.
 
     Args:
-        rows: (S, D), sorted by expert.
+        hidden: (T, D), of one element type with the weights.
+        chosen: (T, K) int64, experts of each token.
+        gates: (T, K)
         gate_up: (E, 2 W, D)
         down: (E, D, W)
-        per_expert: (E,), rows of each expert.
-        act: of the gate.
+        act: of the gate projection.
+        bias: (E, D), added to an expert's output; not trained.
         adapters: of one element type with the weights.
         scale: of the adapters.
 
     Returns:
-        (S, D)
+        (T, D), of the gates' element type if that is wider.
     """
-    output: Tensor = _GatedFFNs.apply(rows, gate_up, down, per_expert.tolist(), act, scale, *(adapters or ()))
+    experts, order = torch.sort(chosen.reshape(-1), stable=True)
+    counts = torch.bincount(experts, minlength=len(down)).tolist()
+    output: Tensor = _Experts.apply(
+        hidden,
+        gates.reshape(-1)[order],
+        gate_up,
+        down,
+        order // chosen.shape[-1],
+        counts,
+        act,
+        bias,
+        scale,
+        *(adapters or ()),
+    )
     return output
 
 
 def _ranges(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows."""
+    """(expert, its pairs) of every expert that was selected."""
     found, start = [], 0
     for expert, count in enumerate(counts):
         if count:
@@ -55,92 +74,121 @@ def _ranges(counts: list[int]) -> list[tuple[int, slice]]:
     return found
 
 
-def _act_backward(act: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
+def _act_backward(act: nn.Module, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
     if isinstance(act, nn.SiLU | SiLUActivation):
-        return torch.ops.aten.silu_backward(gradient, inputs)
+        torch.ops.aten.silu_backward.grad_input(gradient, inputs, grad_input=out)
+        return
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         [found] = torch.autograd.grad(act(leaf), leaf, gradient)
-    return found
+    out.copy_(found)
 
 
-class _GatedFFNs(Function):
+class _Experts(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
+        hidden: Tensor,
+        gates: Tensor,
         gate_up: Tensor,
         down: Tensor,
+        tokens: Tensor,
         counts: list[int],
         act: nn.Module,
+        bias: Tensor | None,
         scale: float,
         *adapters: Tensor,
     ) -> Tensor:
         width, rank = down.shape[2], adapters[0].shape[1] if adapters else 0
-        both = rows.new_empty(len(rows), 2 * width)
-        channels = rows.new_empty(len(rows), width)
-        low = rows.new_empty(len(rows), 3 * rank)
-        output = torch.empty_like(rows)
-        for e, part in _ranges(counts):
-            gate, up = both[part, :width], both[part, width:]
-            torch.mm(rows[part], gate_up[e].T, out=both[part])
+        output = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, gates.dtype))
+        saved = []  # an expert each: one tensor of all would be too large for the allocator to keep
+        for e, pairs in _ranges(counts):
+            index = tokens[pairs]
+            rows = hidden.index_select(0, index)
+            both = rows @ gate_up[e].T
+            gate, up = both[:, :width], both[:, width:]
             if adapters:
                 a_gate, b_gate, a_up, b_up, a_down, b_down = (matrix[e] for matrix in adapters)
-                low[part, : 2 * rank] = rows[part] @ torch.cat([a_gate, a_up]).T
-                gate.addmm_(low[part, :rank], b_gate.T, alpha=scale)
-                up.addmm_(low[part, rank : 2 * rank], b_up.T, alpha=scale)
-            torch.mul(act(gate), up, out=channels[part])
-            torch.mm(channels[part], down[e].T, out=output[part])
+                low = rows @ torch.cat([a_gate, a_up]).T
+                gate.addmm_(low[:, :rank], b_gate.T, alpha=scale)
+                up.addmm_(low[:, rank:], b_up.T, alpha=scale)
+                saved.append(low)
+            channels = act(gate).mul_(up)
+            made = channels @ down[e].T
             if adapters:
-                low[part, 2 * rank :] = channels[part] @ a_down.T
-                output[part].addmm_(low[part, 2 * rank :], b_down.T, alpha=scale)
-        ctx.save_for_backward(rows, gate_up, down, both, channels, low, *adapters)
-        ctx.counts, ctx.act, ctx.scale = counts, act, scale
+                low = channels @ a_down.T
+                made.addmm_(low, b_down.T, alpha=scale)
+                saved.append(low)
+            if bias is not None:
+                made += bias[e]
+            output.index_add_(0, index, made * gates[pairs, None])
+            saved += [both, channels]
+        ctx.save_for_backward(hidden, gates, gate_up, down, tokens, bias, *adapters, *saved)
+        ctx.counts, ctx.act, ctx.scale, ctx.adapted = counts, act, scale, bool(adapters)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        [gradient] = gradients
-        rows, gate_up, down, both, channels, low, *adapters = ctx.saved_tensors
-        width, rank, scale = down.shape[2], low.shape[1] // 3, ctx.scale
-        wants_rows, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
-        rows_grad = torch.empty_like(rows) if wants_rows else None
-        weights = [
-            torch.empty_like(weight, memory_format=torch.contiguous_format) if wanted else None
-            for weight, wanted in ((gate_up, wants_gate_up), (down, wants_down))
-        ]
-        gate_up_grad, down_grad = weights
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        hidden, gates, gate_up, down, tokens, bias, *rest = ctx.saved_tensors
+        count = 6 if ctx.adapted else 0
+        adapters, saved = rest[:count], iter(rest[count:])
+        width, scale = down.shape[2], ctx.scale
+        rank = adapters[0].shape[1] if adapters else 0
+        wants_hidden, wants_gates, wants_gate_up, wants_down = ctx.needs_input_grad[:4]
+        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
+        gates_grad = torch.empty_like(gates) if wants_gates else None
+        gate_up_grad = torch.empty_like(gate_up) if wants_gate_up else None
+        down_grad = torch.empty_like(down) if wants_down else None
         adapter_grads = [torch.empty_like(matrix) for matrix in adapters]
-        for e, count in enumerate(ctx.counts):
-            if not count:
-                for gradient_of in (*weights, *adapter_grads):
-                    if gradient_of is not None:
-                        gradient_of[e].zero_()
-        for e, part in _ranges(ctx.counts):
-            outer = gradient[part]
+        for e in (e for e, selected in enumerate(ctx.counts) if not selected):
+            for of_weight in (gate_up_grad, down_grad, *adapter_grads):
+                if of_weight is not None:
+                    of_weight[e].zero_()
+        for e, pairs in _ranges(ctx.counts):
+            index = tokens[pairs]
+            rows = hidden.index_select(0, index)
+            low_in, low_out = (next(saved), next(saved)) if adapters else (rows, rows)
+            both, channels = next(saved), next(saved)
+            outer = gradient.index_select(0, index)
+            share = gates[pairs, None]
+            if gates_grad is not None and bias is not None:
+                gates_grad[pairs] = outer @ bias[e].to(outer.dtype)
+            outer = outer.to(down.dtype)
             inner = outer @ down[e]
             if adapters:
                 a_gate, b_gate, a_up, b_up, a_down, b_down = (matrix[e] for matrix in adapters)
                 low_grad = (outer @ b_down).mul_(scale)
                 inner.addmm_(low_grad, a_down)
-                torch.mm(low_grad.T, channels[part], out=adapter_grads[4][e])
-                adapter_grads[5][e] = (low[part, 2 * rank :].T @ outer).T.mul_(scale)
-            if down_grad is not None:
-                torch.mm(outer.T, channels[part], out=down_grad[e])
-            gate, up = both[part, :width], both[part, width:]
-            both_grad = torch.empty_like(both[part])
-            torch.mul(inner, ctx.act(gate), out=both_grad[:, width:])
-            both_grad[:, :width] = _act_backward(ctx.act, gate, inner.mul_(up))
-            if rows_grad is not None:
-                torch.mm(both_grad, gate_up[e], out=rows_grad[part])
+                low_grad *= share
+                torch.mm(low_grad.T, channels, out=adapter_grads[4][e])
+            if gates_grad is not None:
+                # ⟨gradient, W x⟩ = ⟨Wᵀ gradient, x⟩: the output need not be kept.
+                through = (inner * channels).sum(dim=1)
+                gates_grad[pairs] = through if bias is None else gates_grad[pairs] + through
+            inner *= share
+            if down_grad is not None or adapters:
+                outer *= share
             if adapters:
-                low_grad = torch.cat([both_grad[:, :width] @ b_gate, both_grad[:, width:] @ b_up], dim=1).mul_(scale)
-                a_grad = low_grad.T @ rows[part]
+                adapter_grads[5][e] = (low_out.T @ outer).T.mul_(scale)
+            if down_grad is not None:
+                torch.mm(outer.T, channels, out=down_grad[e])
+            gate, up = both[:, :width], both[:, width:]
+            both_grad = torch.empty_like(both)
+            torch.mul(inner, ctx.act(gate), out=both_grad[:, width:])
+            _act_backward(ctx.act, gate, inner.mul_(up), out=both_grad[:, :width])
+            if adapters:
+                of_gate, of_up = both_grad[:, :width], both_grad[:, width:]
+                low_grad = torch.cat([of_gate @ b_gate, of_up @ b_up], dim=1).mul_(scale)
+                a_grad = low_grad.T @ rows
                 adapter_grads[0][e], adapter_grads[2][e] = a_grad[:rank], a_grad[rank:]
-                adapter_grads[1][e] = (low[part, :rank].T @ both_grad[:, :width]).T.mul_(scale)
-                adapter_grads[3][e] = (low[part, rank : 2 * rank].T @ both_grad[:, width:]).T.mul_(scale)
-                if rows_grad is not None:
-                    rows_grad[part].addmm_(low_grad, torch.cat([a_gate, a_up]))
+                adapter_grads[1][e] = (low_in[:, :rank].T @ of_gate).T.mul_(scale)
+                adapter_grads[3][e] = (low_in[:, rank:].T @ of_up).T.mul_(scale)
+            if hidden_grad is not None:
+                rows_grad = both_grad @ gate_up[e]
+                if adapters:
+                    rows_grad.addmm_(low_grad, torch.cat([a_gate, a_up]))
+                hidden_grad.index_add_(0, index, rows_grad)
             if gate_up_grad is not None:
-                torch.mm(both_grad.T, rows[part], out=gate_up_grad[e])
-        return rows_grad, gate_up_grad, down_grad, None, None, None, *adapter_grads
+                torch.mm(both_grad.T, rows, out=gate_up_grad[e])
+        return hidden_grad, gates_grad, gate_up_grad, down_grad, None, None, None, None, None, *adapter_grads

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dive.moe.cpu_experts import Adapters, gated_ffns
+from dive.moe.cpu_experts import Adapters, run_experts
 
 IMPLEMENTATION = "dive_grouped_mm"
 """Name under which transformers finds :func:`experts_forward`; without adapters and bias it equals ``grouped_mm``."""
@@ -89,15 +89,23 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (T, D)
     """
+    if _runs_on_cpu(self, hidden_states):
+        return _on_cpu(self, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[-1]
     expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
     rows = hidden_states[order // top_k]
     per_expert = torch.bincount(expert_of_row, minlength=self.num_experts)
+    offsets = torch.cumsum(per_expert, dim=0, dtype=torch.int32)
 
-    if _runs_on_cpu(self, rows):
-        output = _cpu_output(self, rows, per_expert)
-    else:
-        output = _grouped_output(self, rows, torch.cumsum(per_expert, dim=0, dtype=torch.int32))
+    gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
+    lora = hasattr(self, "lora_gate")
+    if lora:
+        gate = gate + self.lora_gate(rows, offsets)
+        up = up + self.lora_up(rows, offsets)
+    channels = self.act_fn(gate) * up
+    output = grouped_linear(channels, self.down_proj, offsets)
+    if lora:
+        output = output + self.lora_down(channels, offsets)
     if hasattr(self, "down_bias"):
         output = output + self.down_bias[expert_of_row]
 
@@ -107,34 +115,27 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return restored.view(-1, top_k, restored.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
-def _grouped_output(self: Any, rows: Tensor, offsets: Tensor) -> Tensor:
-    """The FFNs by grouped products, (S, D) sorted by expert to (S, D)."""
-    gate, up = grouped_linear(rows, self.gate_up_proj, offsets).chunk(2, dim=-1)
-    lora = hasattr(self, "lora_gate")
-    if lora:
-        gate = gate + self.lora_gate(rows, offsets)
-        up = up + self.lora_up(rows, offsets)
-    channels = self.act_fn(gate) * up
-    output = grouped_linear(channels, self.down_proj, offsets)
-    return output + self.lora_down(channels, offsets) if lora else output
+def _runs_on_cpu(self: Any, hidden_states: Tensor) -> bool:
+    """Whether :func:`run_experts` does it: on a CPU, and no adapter drops anything out."""
+    dropping = hasattr(self, "lora_gate") and self.lora_gate.dropout.p > 0 and self.training
+    return hidden_states.device.type == "cpu" and not dropping
 
 
-def _runs_on_cpu(self: Any, rows: Tensor) -> bool:
-    """Whether :func:`gated_ffns` does it: on a CPU, and no adapter drops anything out."""
-    dropping = hasattr(self, "lora_gate") and self.lora_gate.dropout.p > 0 and self.lora_gate.training
-    return rows.device.type == "cpu" and not dropping
-
-
-def _cpu_output(self: Any, rows: Tensor, per_expert: Tensor) -> Tensor:
+def _on_cpu(self: Any, hidden_states: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
     dtype = compute_dtype(self.gate_up_proj)
     adapters, scale = None, 1.0
     if hasattr(self, "lora_gate"):
         gate, up, down = self.lora_gate, self.lora_up, self.lora_down
         matrices = (gate.a, gate.b, up.a, up.b, down.a, down.b)
         adapters, scale = cast(Adapters, tuple(matrix.to(dtype) for matrix in matrices)), gate.scale
-    return gated_ffns(
-        rows.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype), per_expert, self.act_fn, adapters, scale
+    weights = (self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
+    output = run_experts(
+        *(hidden_states.to(dtype), chosen, gates, *weights, self.act_fn),
+        bias=getattr(self, "down_bias", None),
+        adapters=adapters,
+        scale=scale,
     )
+    return output.to(hidden_states.dtype)
 
 
 def stock_implementation(width: int, dtype: torch.dtype) -> str:
