@@ -34,9 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return [run(input_ids=rows, use_cache=False)[0][:, -1] for rows in batches]
 
     def calibrate(*, second_moments: bool = False, inputs: int = 0) -> int:
-        layers = stream_statistics(
-            model, tokens, batch=settings.batch, second_moments=second_moments, inputs=inputs
-        )
+        layers = stream_statistics(model, tokens, batch=settings.batch, second_moments=second_moments, inputs=inputs)
         return sum(s.count for layer in layers for s in layer)
 
     assert calibrate() == sum(m.numel() for m in tokens.values()) * model.config.num_hidden_layers
