@@ -1,7 +1,8 @@
-"""Time of the matrix of cross-domain perplexities, against the bare forward passes that it needs.
+r"""Time of the matrix of cross-domain perplexities, against the bare forward passes that it needs.
 
     python -m benchmarks.affinity
-    python -m benchmarks.affinity --shape tinyllama --device cuda --dtype bfloat16 --domains 24 --samples 8 --length 1024 --batch 8
+    python -m benchmarks.affinity --shape tinyllama --device cuda --dtype bfloat16 \
+        --domains 24 --samples 8 --length 1024 --batch 8
 
 The bare passes are the dense model's over every domain's batches, once for each domain that it is pruned on, with the loss.
 Compared are masked activations (the dense model's arithmetic), FFNs sliced anew in each pass, and what the package takes by

@@ -1,7 +1,8 @@
-"""Tokens/s of the one-pass calibration of all domains, against the dense model's bare forward pass on the same tokens.
+r"""Tokens/s of the one-pass calibration of all domains, against the dense model's bare forward pass on the same tokens.
 
     python -m benchmarks.calibration
-    python -m benchmarks.calibration --shape tinyllama --device cuda --dtype bfloat16 --domains 16 --samples 32 --length 1024 --batch 16
+    python -m benchmarks.calibration --shape tinyllama --device cuda --dtype bfloat16 \
+        --domains 16 --samples 32 --length 1024 --batch 16
 
 Weights and tokens are random. Bare forward passes are of the decoder alone (calibration needs no head), and with the head.
 ``moments`` is what ``pruning.metric`` needs and the pipeline's calibration collects; second moments, F² numbers of every layer

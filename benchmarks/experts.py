@@ -46,7 +46,7 @@ class LoopBlock(nn.Module):
         self.gate = block.gate
         gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
         count, hidden, width = down.shape
-        config = LlamaConfig(hidden_size=hidden, intermediate_size=width)
+        config = LlamaConfig(hidden_size=hidden, intermediate_size=width, num_attention_heads=1)
         with torch.device("meta"):
             self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(count))
         for expert, both, out in zip(self.experts, gate_up.detach(), down.detach(), strict=True):
@@ -105,7 +105,9 @@ def build(settings: argparse.Namespace, name: str, *, width: int, top_k: int, lo
     block: Any
     if name == "dense":
         torch.manual_seed(settings.seed)
-        block = LlamaMLP(LlamaConfig(hidden_size=settings.hidden, intermediate_size=top_k * width))
+        block = LlamaMLP(
+            LlamaConfig(hidden_size=settings.hidden, intermediate_size=top_k * width, num_attention_heads=1)
+        )
     else:
         implementation = {"ours": experts_module.IMPLEMENTATION, "loop": "eager"}.get(name, name)
         block = stock_block(settings, width=width, top_k=top_k, implementation=implementation)
