@@ -128,7 +128,7 @@ class _Experts(Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, gates, gate_up, down, tokens, bias, *rest = ctx.saved_tensors
         count = 6 if ctx.adapted else 0
