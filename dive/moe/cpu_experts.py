@@ -74,6 +74,11 @@ def _ranges(counts: list[int]) -> list[tuple[int, slice]]:
     return found
 
 
+def _add_product(to: Tensor, one: Tensor, other: Tensor, scale: float = 1.0) -> None:
+    """In place; torch's counter of operations does not know ``addmm_``."""
+    torch.addmm(to, one, other, alpha=scale, out=to)
+
+
 def _act_backward(act: nn.Module, inputs: Tensor, gradient: Tensor, out: Tensor) -> None:
     if isinstance(act, nn.SiLU | SiLUActivation):
         torch.ops.aten.silu_backward.grad_input(gradient, inputs, grad_input=out)
@@ -101,30 +106,33 @@ class _Experts(Function):
     ) -> Tensor:
         width, rank = down.shape[2], adapters[0].shape[1] if adapters else 0
         output = hidden.new_zeros(hidden.shape, dtype=torch.promote_types(hidden.dtype, gates.dtype))
+        of_hidden, of_gates, *of_weights = ctx.needs_input_grad
+        only_gates = of_gates and not of_hidden and not any(of_weights)
         saved = []  # an expert each: one tensor of all would be too large for the allocator to keep
         for e, pairs in _ranges(counts):
             index = tokens[pairs]
             rows = hidden.index_select(0, index)
             both = rows @ gate_up[e].T
+            lows: list[Tensor] = []
             gate, up = both[:, :width], both[:, width:]
             if adapters:
                 a_gate, b_gate, a_up, b_up, a_down, b_down = (matrix[e] for matrix in adapters)
                 low = rows @ torch.cat([a_gate, a_up]).T
-                gate.addmm_(low[:, :rank], b_gate.T, alpha=scale)
-                up.addmm_(low[:, rank:], b_up.T, alpha=scale)
-                saved.append(low)
+                _add_product(gate, low[:, :rank], b_gate.T, scale)
+                _add_product(up, low[:, rank:], b_up.T, scale)
+                lows.append(low)
             channels = act(gate).mul_(up)
             made = channels @ down[e].T
             if adapters:
                 low = channels @ a_down.T
-                made.addmm_(low, b_down.T, alpha=scale)
-                saved.append(low)
+                _add_product(made, low, b_down.T, scale)
+                lows.append(low)
             if bias is not None:
                 made += bias[e]
             output.index_add_(0, index, made * gates[pairs, None])
-            saved += [both, channels]
+            saved += [made] if only_gates else [*lows, both, channels]
         ctx.save_for_backward(hidden, gates, gate_up, down, tokens, bias, *adapters, *saved)
-        ctx.counts, ctx.act, ctx.scale, ctx.adapted = counts, act, scale, bool(adapters)
+        ctx.counts, ctx.act, ctx.scale, ctx.adapted, ctx.only_gates = counts, act, scale, bool(adapters), only_gates
         return output
 
     @staticmethod
@@ -147,6 +155,10 @@ class _Experts(Function):
                     of_weight[e].zero_()
         for e, pairs in _ranges(ctx.counts):
             index = tokens[pairs]
+            if ctx.only_gates:
+                assert gates_grad is not None
+                gates_grad[pairs] = (gradient.index_select(0, index) * next(saved)).sum(dim=1)
+                continue
             rows = hidden.index_select(0, index)
             low_in, low_out = (next(saved), next(saved)) if adapters else (rows, rows)
             both, channels = next(saved), next(saved)
@@ -159,7 +171,7 @@ class _Experts(Function):
             if adapters:
                 a_gate, b_gate, a_up, b_up, a_down, b_down = (matrix[e] for matrix in adapters)
                 low_grad = (outer @ b_down).mul_(scale)
-                inner.addmm_(low_grad, a_down)
+                _add_product(inner, low_grad, a_down)
                 low_grad *= share
                 torch.mm(low_grad.T, channels, out=adapter_grads[4][e])
             if gates_grad is not None:
@@ -187,7 +199,7 @@ class _Experts(Function):
             if hidden_grad is not None:
                 rows_grad = both_grad @ gate_up[e]
                 if adapters:
-                    rows_grad.addmm_(low_grad, torch.cat([a_gate, a_up]))
+                    _add_product(rows_grad, low_grad, torch.cat([a_gate, a_up]))
                 hidden_grad.index_add_(0, index, rows_grad)
             if gate_up_grad is not None:
                 torch.mm(both_grad.T, rows, out=gate_up_grad[e])

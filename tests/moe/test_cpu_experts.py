@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import SiLUActivation
 
 from dive.moe.cpu_experts import run_experts
@@ -49,6 +50,18 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(frozen: int) -> No
     for number, (tensor, gradient) in enumerate(zip(again, expected, strict=True)):
         assert (tensor.grad is None) == (number == frozen)
         assert tensor.grad is None or gradient is None or torch.equal(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_router_alone_takes_no_matrix_product_backwards(adapted: bool) -> None:
+    chosen, bias, tensors = inputs(2, adapted=adapted)
+    run(chosen, bias, nn.SiLU(), *tensors).square().sum().backward()
+    alone = [t.detach().clone().requires_grad_(i == 1) for i, t in enumerate(tensors)]
+    output = run(chosen, bias, nn.SiLU(), *alone)
+    with FlopCounterMode(display=False) as counter:
+        output.square().sum().backward()
+    assert counter.get_total_flops() == 0
+    torch.testing.assert_close(alone[1].grad, tensors[1].grad)
 
 
 def test_token_by_token() -> None:
