@@ -202,7 +202,8 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
 def saved_activations(job: Job, stage: StageConfig, tokens: int) -> float:
     """What the forward pass keeps for the backward pass, and the latter's working set of one layer, in bytes.
 
-    Norms keep their inputs in the residual stream's type; a router and a block of experts keep what is listed here. With gradient
+    Norms keep their inputs in the residual stream's type; a router and a block of experts keep what is listed here,
+    by grouped products; on a CPU experts without dropout keep less (:mod:`dive.moe.cpu_experts`). With gradient
     checkpointing a layer's input is kept, and one layer's at a time.
     """
     s, config = job.shapes, job.config

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import dive
-from dive.affinity.matrix import cross_domain_perplexity, pruned_in_place
+from dive.affinity import matrix as matrix_module
+from dive.affinity.matrix import SLICING_PAYS, cross_domain_perplexity, pruned_in_place, sliced_in_place, slicing_pays
 from dive.model.families import decoder_layers
 from dive.pruning.statistics import ChannelStatistics
 
@@ -53,14 +54,18 @@ def statistics(dense: PreTrainedModel, tokens: Tokens) -> dict[str, ChannelStati
     return dive.collect_statistics(dense, {"a": tokens(4, 12, seed=1), "b": tokens(4, 12, seed=2)})
 
 
+PRUNING = [pruned_in_place, sliced_in_place]
+
+
+@pytest.mark.parametrize("prune", PRUNING)
 @pytest.mark.parametrize("biased", [True, False])
 def test_masked_activations_are_a_sliced_model(
-    dense: PreTrainedModel, statistics: dict[str, ChannelStatistics], tokens: Tokens, biased: bool
+    dense: PreTrainedModel, statistics: dict[str, ChannelStatistics], tokens: Tokens, biased: bool, prune: Any
 ) -> None:
     masks, means = dive.keep_masks(dense, statistics["a"], ratio=0.5), statistics["a"].mean
     ids = tokens(2, 12, seed=9)
     unpruned = logits(dense, ids)
-    with pruned_in_place(dense, masks, means if biased else torch.zeros_like(means)):
+    with prune(dense, masks, means if biased else torch.zeros_like(means)):
         found = logits(dense, ids)
     assert torch.equal(logits(dense, ids), unpruned)
     slice_for_good(dense, masks, means if biased else None)
@@ -68,7 +73,13 @@ def test_masked_activations_are_a_sliced_model(
     assert not torch.allclose(found, unpruned, atol=1e-2)
 
 
-def test_each_entry_is_the_perplexity_of_a_sliced_model(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:
+@pytest.mark.parametrize("prune", PRUNING)
+def test_each_entry_is_the_perplexity_of_a_sliced_model(
+    build: Callable[..., PreTrainedModel], tokens: Tokens, prune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(matrix_module, "SLICING_PAYS", 1 if prune is sliced_in_place else 1000)
+    monkeypatch.setattr(matrix_module, prune.__name__, lambda *arguments: used.append(prune) or prune(*arguments))
     measured = {"a": tokens(3, 10, seed=3), "b": tokens(2, 14, seed=4)}
     model = build()
     found = dive.collect_statistics(model, measured)
@@ -82,15 +93,26 @@ def test_each_entry_is_the_perplexity_of_a_sliced_model(build: Callable[..., Pre
             slice_for_good(sliced, masks[pruned_on], compensated and compensated[pruned_on])
             for j, ids in enumerate(measured.values()):
                 assert float(matrix[i, j]) == pytest.approx(perplexity_by_hand(sliced, ids), rel=1e-4)
+    assert used == [prune] * 4
 
 
-def test_no_state_is_left_behind(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:
+def test_slicing_pays_where_a_pass_has_many_tokens_or_a_mask_keeps_few() -> None:
+    mask = torch.arange(48).expand(2, -1) < 24  # half is kept: as many tokens as the constant says
+    assert not slicing_pays(mask, SLICING_PAYS)
+    assert slicing_pays(mask, SLICING_PAYS + 1)
+    assert slicing_pays(torch.arange(48).expand(2, -1) < 12, SLICING_PAYS // 3 + 1)  # three removed for each kept
+    assert not slicing_pays(torch.ones(2, 48, dtype=torch.bool), 10**9)
+
+
+@pytest.mark.parametrize("prune", PRUNING)
+def test_no_state_is_left_behind(build: Callable[..., PreTrainedModel], tokens: Tokens, prune: Any) -> None:
     model = build()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = torch.zeros(2, 48, dtype=torch.bool)
-    with pytest.raises(RuntimeError, match="midway"), pruned_in_place(model, masks, torch.zeros(2, 48)):
+    with pytest.raises(RuntimeError, match="midway"), prune(model, masks, torch.zeros(2, 48)):
         raise RuntimeError("midway")
     cross_domain_perplexity(model, {"a": tokens(2, 8)}, {"a": masks})
+    assert not any("forward" in vars(module) for module in model.modules())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -17,6 +17,13 @@ TOKENS, HIDDEN, EXPERTS = 12, 16, 4
 PROJECTIONS = ("lora_gate", "lora_up", "lora_down")
 
 
+@pytest.fixture(params=["cpu", "grouped"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs expert after expert, as on CPUs, and by grouped products, as on GPUs."""
+    if request.param == "grouped":
+        monkeypatch.setattr(experts_module, "_runs_on_cpu", lambda *_: False)
+
+
 def make_experts(family: str = "mixtral", *, width: int = 20, implementation: str = "eager") -> Any:
     if family == "mixtral":
         config: Any = MixtralConfig(hidden_size=HIDDEN, intermediate_size=width, num_local_experts=EXPERTS)

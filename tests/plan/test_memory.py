@@ -9,6 +9,7 @@ from torch.nn import functional
 from dive.config import Freezing, FreezingConfig, Mode, StageConfig
 from dive.model.architecture import locate_architecture, read_architecture
 from dive.model.families import empty_moe, moe_config
+from dive.moe import experts as experts_module
 from dive.moe.plug import plug_routers, routers
 from dive.plan import memory
 from dive.plan.job import Job, describe_job
@@ -85,7 +86,12 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_saved_activations_are_what_autograd_keeps(build: Build, stage: StageConfig, top_k: int) -> None:
+@pytest.mark.parametrize("path", ["grouped", "cpu"])
+def test_saved_activations_are_what_autograd_keeps(
+    build: Build, stage: StageConfig, top_k: int, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "grouped":
+        monkeypatch.setattr(experts_module, "_runs_on_cpu", lambda *_: False)
     dense = build("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6)
     config = typed("pruning.ratio=0.5", "moe.experts=4", f"moe.top_k={top_k}", "retrain.lora.rank=4")
     job = describe_job(config, read_architecture(dense.config.to_dict()), "cpu")
@@ -115,7 +121,10 @@ def test_saved_activations_are_what_autograd_keeps(build: Build, stage: StageCon
     active = 4 if stage.mode is Mode.dense else top_k
     working = 200 * 4 * active * (3 * 96 + 3 * 64)
     planned = memory.saved_activations(job, stage, 200) - working
-    assert planned == pytest.approx(measured, rel=0.15)
+    if path == "grouped":
+        assert planned == pytest.approx(measured, rel=0.15)
+    else:  # gathers rows again instead of keeping them
+        assert 0.3 * planned < measured < planned
 
 
 def test_shared_experts_need_little_beside_the_dense_model() -> None:
