@@ -163,7 +163,7 @@ for (const chip of document.querySelectorAll(".chip[data-expert]")) {
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   table.querySelectorAll("thead th").forEach((heading, column) => {
-    const button = element("button", { type: "button", textContent: heading.textContent });
+    const button = element("button", { type: "button", textContent: heading.textContent.replaceAll(".", ".\u200b") }); // names of settings may break at their dots
     heading.replaceChildren(button);
     heading.setAttribute("aria-sort", "none");
     button.addEventListener("click", () => {
