@@ -611,7 +611,7 @@ class CorpusConfig:
     """``local`` only: a file or a directory of jsonl, txt or parquet files."""
     text_field: str = "text"
     """``local`` only: name of the text column."""
-    hub: HubTextConfig | None = None
+    hub: HubTextConfig = field(default_factory=lambda: HubTextConfig(path=""))
     """``hub`` only."""
     shuffle_buffer: int = 10_000
     """``hub`` only: documents held for shuffling the stream."""
@@ -620,7 +620,7 @@ class CorpusConfig:
         if self.source is CorpusSource.local:
             require(self.path is not None, "retrain.corpus.path is needed with retrain.corpus.source=local")
         if self.source is CorpusSource.hub:
-            require(self.hub is not None, "retrain.corpus.hub.path is needed with retrain.corpus.source=hub")
+            require(self.hub.path != "", "retrain.corpus.hub.path is needed with retrain.corpus.source=hub")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dive.cli import CONF, PACKAGE, register_schema, to_typed
 from dive.config import Config
+from dive.errors import UserError
 from dive.generate import GenerateConfig
 from dive.push import PushConfig
 from tests.conftest import Build
@@ -53,6 +54,17 @@ def test_a_command_composes(page: str, command: str) -> None:
     with initialize_config_dir(str(CONF), version_base=None):
         quoted = [re.sub(r"^prompt=(.*)$", r'prompt="\1"', override) for override in overrides]
         to_typed(compose(name, [override for override in quoted if not override.startswith("hydra.")]), schema)
+
+
+def test_a_corpus_on_the_hub_composes() -> None:
+    text = (DOCS / "bring_your_own.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"`(retrain\.corpus\.source=hub [^`]*)`", text)
+    register_schema("config", Config)
+    with initialize_config_dir(str(CONF), version_base=None):
+        corpus = to_typed(compose("config", shlex.split(line)), Config).retrain.corpus
+        assert (corpus.hub.path, corpus.hub.streaming) == ("USER/SET", True)
+        with pytest.raises(UserError, match=r"^retrain\.corpus\.hub\.path is needed"):
+            to_typed(compose("config", ["retrain.corpus.source=hub"]), Config)
 
 
 @pytest.mark.parametrize("page", ["bring_your_own.md", "serving.md"])

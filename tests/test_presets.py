@@ -176,7 +176,6 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
     lora = config.retrain.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (8, 16.0, 0.1)
     assert config.retrain.corpus.source is CorpusSource.hub
-    assert config.retrain.corpus.hub is not None
     assert config.retrain.corpus.hub.streaming
 
     assert list(config.retrain.stages) == ["router", "experts", "further"]

@@ -5,6 +5,7 @@ Shapes: n domains, E experts, L layers.
 
 import csv
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -48,10 +49,12 @@ def write_report(directory: Path) -> Path:
         stages=stage_rows(results),
         experts=expert_rows(results),
         own_share=own_share(results),
+        highest_entropy=math.log(results["run"]["config"]["moe"]["experts"]),
         recovered=recovered(results),
         domains=domain_rows(results),
         tasks=task_rows(results),
         plan=plan_rows(results),
+        contaminated=contaminated_rows(results),
         own_groups=has_own_groups(results),
         calibration_tokens=sum(n * length for n, length in results["run"]["samples"]["calibration"].values()),
         seconds=computing_seconds(results),
@@ -206,6 +209,18 @@ def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         of_task = [found.get(task, {}) for found in scores]
         rows.append({"task": task, "metric": metric, "scores": [(m.get(metric), m.get(error)) for m in of_task]})
     return rows
+
+
+def contaminated_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Texts that were measured and stand in part in the training text, the largest share of documents first."""
+    found = results.get("contamination", {})
+    rows = [
+        {"kind": kind.removesuffix("s"), "name": name, **overlap}
+        for kind in ("domains", "sets", "tasks")
+        for name, overlap in found.get(kind, {}).items()
+        if overlap["found"]
+    ]
+    return sorted(rows, key=lambda row: -row["share"])
 
 
 def plan_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

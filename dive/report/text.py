@@ -96,9 +96,11 @@ def trained_parameters_table(stage: str, rows: Sequence[tuple[str, int, int]]) -
 
 def show(*items: Any) -> None:
     """Print to the terminal; 120 columns where there is none."""
-    console = Console(width=None if Console().is_terminal else 120)
+    console = Console(
+        width=None if Console().is_terminal else 120, markup=False, emoji=False
+    )  # names may have brackets
     for item in items:
-        console.print(item)
+        console.print(item, soft_wrap=isinstance(item, str))  # a line is the terminal's to wrap: paths stay whole
 
 
 def model_card(results: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str:

@@ -95,7 +95,6 @@ def corpus_blocks(
     corpus = config.corpus
     length = config.length
     if corpus.source is CorpusSource.hub:
-        assert corpus.hub is not None
         hub = partial(
             hub_blocks,
             corpus.hub,

@@ -14,6 +14,7 @@ from dive.report.page import HTML, compact, number, percent
 from dive.report.run import (
     POINTS,
     affinity_figure,
+    contaminated_rows,
     expert_rows,
     own_share,
     plan_rows,
@@ -226,6 +227,33 @@ def test_tasks_are_shown_where_they_are() -> None:
     assert task_rows({"stages": stages}) == [
         {"task": "piqa", "metric": "acc,none", "scores": [(None, None), (0.5, 0.1)]}
     ]
+
+
+def test_texts_that_training_has_seen_in_part_are_named(finished: Path, tmp_path: Path) -> None:
+    def overlap(documents: int, found: int) -> dict[str, Any]:
+        share = found / documents
+        more = {
+            "long_enough": documents,
+            "ngrams": 9,
+            "ngrams_found": found,
+            "ngram_share": share,
+            "sources": {"b": found},
+        }
+        return {"documents": documents, "found": found, "share": share} | more
+
+    found = {
+        "ngram": 13,
+        "domains": {"a": overlap(4, 1), "b": overlap(4, 0)},
+        "sets": {},
+        "tasks": {"t": overlap(2, 1)},
+    }
+    rows = contaminated_rows({"contamination": found})
+    assert [(row["kind"], row["name"], row["share"]) for row in rows] == [("task", "t", 0.5), ("domain", "a", 0.25)]
+    assert contaminated_rows({}) == contaminated_rows({"contamination": {}}) == []
+    results = json.loads((finished / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(results | {"contamination": found}))
+    text = " ".join(Elements(write_report(tmp_path).read_text()).text.split())
+    assert "2 of 3 texts share 13 words in a row with it" in text
 
 
 def test_the_plan_stands_beside_what_it_took() -> None:

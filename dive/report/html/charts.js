@@ -4,10 +4,14 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-/* Ten colours that page.css gives for light and for dark; more are spread over the circle. */
-const colour = (number, of = 10) => (of <= 10 ? `var(--c${number % 10})` : d3.interpolateSinebow((number % of) / of));
+/* Ten colours that page.css gives for light and for dark; more are spread over the circle, all equally light so that text can be read in them. */
+const themed = (light, dark) => `light-dark(${light}, ${dark})`;
+const wheel = (number, of, lightness) => d3.hcl((360 * (number % of)) / of, 55, lightness).formatHex();
+const colour = (number, of = 10) => (of <= 10 ? `var(--c${number % 10})` : themed(wheel(number, of, 46), wheel(number, of, 76)));
+/* A sequence, for lines: no shade of it comes near the page's background. */
+const lineShade = (t) => themed(d3.interpolateViridis(0.8 * t), d3.interpolateViridis(0.3 + 0.7 * t));
 const heat = d3.interpolateViridis;
-const inkOn = (t) => (t < 0.6 ? "#ffffff" : "#10151d"); // readable on viridis
+const inkOn = (t) => (t < 0.45 ? "#ffffff" : "#10151d"); // readable on viridis
 
 const show = (value) =>
   value == null ? "–" : Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 1e-3) ? d3.format(".3~s")(value).replace("G", "B") : d3.format(",.4~r")(value);
@@ -89,7 +93,7 @@ function legend(entries) {
 function heatScale(title, low, high) {
   const bar = element("i");
   bar.style.background = `linear-gradient(to right, ${d3.range(0, 1.01, 0.1).map(heat).join(",")})`;
-  return element("div", { className: "scale" }, `${title}:`, element("span", { textContent: low }), bar, element("span", { textContent: high }));
+  return element("div", { className: "scale" }, element("span", { textContent: `${title}:` }), element("span", { textContent: low }), bar, element("span", { textContent: high }));
 }
 
 /* A matrix of coloured cells with its row and column names.
@@ -129,7 +133,7 @@ function matrix({ label, rows, columns, value, shade, text, title, ring, rowInk,
 }
 
 /* Lines over one x, with a tip. series: [{name, colour, points: [[x, y], ...]}]. */
-function lines({ series, width, xLabel, yLabel, yLog = false, zero = false, marks = [], yDomain }) {
+function lines({ series, width, xLabel, yLabel, format = short, yLog = false, zero = false, marks = [], yDomain }) {
   const points = series.flatMap((s) => s.points.filter((p) => p[1] != null).map(([x, y]) => ({ x, y, name: s.name, of: s.of ?? s.name, colour: s.colour })));
   const few = series.every((s) => s.points.length <= 40);
   return Plot.plot({
@@ -141,12 +145,12 @@ function lines({ series, width, xLabel, yLabel, yLog = false, zero = false, mark
     marginBottom: 42,
     style: { fontSize: "11px", background: "transparent" },
     x: { label: xLabel, zero: true, tickFormat: amount, ticks: Math.max(3, Math.floor(width / 110)) },
-    y: { label: yLabel, grid: true, zero, type: yLog ? "log" : "linear", tickFormat: (v) => short(v), ticks: 6, ...(yDomain ? { domain: yDomain } : {}) },
+    y: { label: yLabel, grid: true, zero, type: yLog ? "log" : "linear", tickFormat: (v) => format(v), ticks: 6, ...(yDomain ? { domain: yDomain } : {}) },
     marks: [
       ...marks,
       Plot.line(points, { x: "x", y: "y", z: "of", stroke: { value: "colour", scale: null }, strokeWidth: 1.8 }),
       few ? Plot.dot(points, { x: "x", y: "y", r: 2.6, fill: { value: "colour", scale: null } }) : null,
-      Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: (d) => `${d.name}\n${yLabel}: ${show(d.y)}\n${xLabel}: ${show(d.x)}`, fontSize: 12 })),
+      Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: (d) => `${d.name}\n${yLabel}: ${format === short ? show(d.y) : format(d.y)}\n${xLabel}: ${show(d.x)}`, fontSize: 12 })),
     ],
   });
 }
@@ -159,7 +163,7 @@ for (const chip of document.querySelectorAll(".chip[data-expert]")) {
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   table.querySelectorAll("thead th").forEach((heading, column) => {
-    const button = element("button", { type: "button", textContent: heading.textContent });
+    const button = element("button", { type: "button", textContent: heading.textContent.replaceAll(".", ".\u200b") }); // names of settings may break at their dots
     heading.replaceChildren(button);
     heading.setAttribute("aria-sort", "none");
     button.addEventListener("click", () => {

@@ -45,12 +45,12 @@ if (data.domains.length) {
       Plot.plot({
         width, height: 54 + 20 * order.length, marginLeft: left, marginTop: 8, marginBottom: 42, marginRight: 20,
         style: { fontSize: "11px", background: "transparent" },
-        x: { type: "log", label: "perplexity (logarithmic)", grid: true, tickFormat: (v) => short(v), ticks: Math.max(2, Math.floor((width - left) / 130)) },
+        x: { type: "log", label: "perplexity (logarithmic)", grid: true, inset: 6, tickFormat: (v) => short(v), ticks: Math.max(2, Math.floor((width - left) / 130)) },
         y: { type: "point", domain: order, label: null, tickSize: 0, padding: 0.7 },
         ariaLabel: "perplexity by domain and stage",
         marks: [
           Plot.ruleY(data.domains, { y: "domain", x1: (d) => d3.min(d.perplexity), x2: (d) => d3.max(d.perplexity), strokeOpacity: 0.35 }),
-          Plot.dot(points, { x: "v", y: "domain", r: (d) => (d.s === last ? 5.5 : 4), fill: { value: (d) => inks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
+          Plot.dot(points, { x: "v", y: "domain", r: { value: (d) => (d.s < 2 ? 4 : 3.4 + 1.8 * Math.min(3, last - d.s)), scale: null }, fill: { value: (d) => inks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
           Plot.tip(points, Plot.pointer({ x: "v", y: "domain", title: (d) => `${d.domain}\n${data.stages[d.s].label}\nperplexity ${show(d.v)}`, fontSize: 12 })),
         ],
       }),
@@ -161,7 +161,7 @@ if (data.curves.length) {
       const series = with_.flatMap((c) => experts.map((e) => ({ name: `expert ${e}`, of: `${c.stage}/${e}`, colour: colour(e, experts.length), points: c.tokens.map((t, i) => [t, value(c, e, i)]) })));
       return [
         legend(experts.map((e) => [`expert ${e}`, colour(e, experts.length)])),
-        lines({ series, width, xLabel: "training tokens", yLabel: kind === "expert_load" ? "share of the layer's tokens" : kind, zero: true, marks: [borders, Plot.ruleY([1 / experts.length], { strokeOpacity: 0.5 })] }),
+        lines({ series, width, xLabel: "training tokens", yLabel: kind === "expert_load" ? "share of the layer's tokens" : kind, format: kind === "expert_load" ? percent : short, zero: true, marks: [borders, Plot.ruleY([1 / experts.length], { strokeOpacity: 0.5 })] }),
       ];
     });
     if (loads) {
@@ -177,7 +177,7 @@ if (data.curves.length) {
     const entropy = figure("entropy", (width) => {
       const with_ = data.curves.filter((c) => c.layers[kind]);
       const layers = d3.sort(new Set(with_.flatMap((c) => Object.keys(c.layers[kind]).map(Number))));
-      const ink = (l) => heat(layers.length > 1 ? 0.12 + 0.76 * (layers.indexOf(l) / (layers.length - 1)) : 0.5);
+      const ink = (l) => lineShade(layers.length > 1 ? layers.indexOf(l) / (layers.length - 1) : 0.5);
       const series = with_.flatMap((c) => layers.filter((l) => c.layers[kind][l]).map((l) => ({ name: `layer ${l}`, of: `${c.stage}/${l}`, colour: ink(l), points: c.tokens.map((t, i) => [t, c.layers[kind][l][i]]) })));
       return [
         legend(layers.length > 12 ? [layers[0], layers[Math.floor(layers.length / 2)], layers.at(-1)].map((l) => [`layer ${l}`, ink(l)]) : layers.map((l) => [`layer ${l}`, ink(l)])),

@@ -13,7 +13,7 @@ if (runs.length) {
       ? `${row.name}\nrun ${row.run}\nperplexity ${show(row.perplexity)}\n${show(row.active)} active, ${show(row.total)} total parameters\nratio ${row.ratio}, ${row.experts} experts, top ${row.top_k}${comparable.has(row.i) ? "" : `\nmeasured on other texts (${row.texts})`}`
       : `dense model\nperplexity ${show(row.perplexity)}\n${show(row.active)} parameters`;
   figure("scatter", (width) => [
-    legend([...counts.map((n) => [`${n} expert${n === 1 ? "" : "s"}`, colour(counts.indexOf(n), Math.max(10, counts.length))]), ["dense model ◇", "currentColor"]]),
+    legend([...counts.map((n) => [`${n} expert${n === 1 ? "" : "s"}`, colour(counts.indexOf(n), Math.max(10, counts.length))]), ["◇ dense model", "transparent"]]),
     Plot.plot({
       width, height: Math.min(440, Math.max(300, width * 0.5)), marginLeft: 58, marginTop: 28, marginRight: 24, marginBottom: 44,
       style: { fontSize: "11px", background: "transparent" },
