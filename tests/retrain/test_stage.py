@@ -122,7 +122,9 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(workplace: Workplace, t
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
     losses = [[float(loss) for _, loss in curve] for curve in curves]
     differ = [one != pytest.approx(other, rel=1e-3) for one, other in zip(*losses, strict=True)]
-    assert sum(differ) <= 1  # the point that was under way holds the first process's part of the steps before the signal
+    assert (
+        sum(differ) <= 1
+    )  # the point that was under way holds the first process's part of the steps before the signal
 
 
 @pytest.mark.slow
