@@ -92,7 +92,13 @@ def plug_lora(experts: Any, lora: LoRAConfig) -> None:
         ("lora_down", (width, hidden)),
     ):
         adapter = GroupedLoRA(
-            experts.down_proj, inside, outside, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout
+            experts.down_proj,
+            len(experts.down_proj),
+            inside,
+            outside,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
         )
         setattr(experts, name, adapter)
 

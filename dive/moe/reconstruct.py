@@ -258,21 +258,32 @@ def build_refined_layers(
         device = weights.down.device
 
         def full_ffn(rows: Tensor, weights: FFN = weights, device: torch.device = device) -> Tensor:
-            parts = [weights.channels(part.to(device)) @ weights.down.T for part in rows.split(CHUNK)]
-            return torch.cat([part.cpu() for part in parts])
+            made = torch.empty_like(rows)
+            for source, target in zip(rows.split(CHUNK), made.split(CHUNK), strict=True):
+                target.copy_(weights.channels(source.to(device)) @ weights.down.T)
+            return made
 
-        given = torch.cat([rows.float().cpu() for rows in dense.attend(number)])
-        made = full_ffn(given)
-        inputs, targets = given, made
+        # Every tensor here is as long as all tokens together: at most four are alive beside the two tracks.
+        inputs = torch.cat([rows.float().cpu() for rows in dense.attend(number)])
+        targets = full_ffn(inputs)
         if refinement.sequential:
+            del inputs
             inputs = torch.cat([rows.float().cpu() for rows in rebuilt.attend(number)])
-            behind = dense.states() - rebuilt.states()
-            targets = torch.lerp(full_ffn(inputs), made + behind, refinement.correction)
+            wanted = dense.states().sub_(rebuilt.states()).add_(targets)
+            dense.add(targets)
+            targets = full_ffn(inputs).lerp_(wanted, refinement.correction)
+            del wanted
+        else:
+            dense.add(targets)
         layer = refine_layer(weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number)
-        dense.add(made)
         if refinement.sequential:
-            outputs = [layer_output(layer, weights.act, x.to(device), top_k=moe.top_k) for x in inputs.split(CHUNK)]
-            rebuilt.add(torch.cat([part.cpu() for part in outputs]))
+            del targets
+            outputs = torch.empty_like(inputs)
+            for source, target in zip(inputs.split(CHUNK), outputs.split(CHUNK), strict=True):
+                target.copy_(layer_output(layer, weights.act, source.to(device), top_k=moe.top_k))
+            rebuilt.add(outputs)
+            del outputs
+        del inputs
         yield convert(layer, model.dtype)
 
 

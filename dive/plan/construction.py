@@ -77,12 +77,14 @@ def refine_solves(s: Shapes, settings: Refinement) -> int:
 
 
 def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:
-    """Inputs and targets of the FFN (float32), and the hidden states of the rebuilt prefix, of all tokens.
+    """Four of inputs, targets and what they are computed from (float32), and the rebuilt prefix's hidden states, of all tokens.
+
+    The dense model's hidden states are counted with the model.
 
     Args:
         weight: bytes of a hidden state's element.
     """
-    return tokens * s.hidden * (4 + 4 + weight)
+    return tokens * s.hidden * (4 * 4 + weight)
 
 
 def refine_device_bytes(s: Shapes, settings: Refinement) -> int:

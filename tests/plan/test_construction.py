@@ -44,8 +44,8 @@ def test_refinement(llama: Shapes) -> None:
     forward = n * (2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w)
     assert construction.refine(llama, settings, n, length) == 3 * one_round + steps + forward
     assert construction.refine_solves(llama, settings) == 3 * 8 * construction.solve(llama)
-    # input and target in float32, the rebuilt prefix in bfloat16
-    assert construction.refine_host_bytes(llama, n, 2) == n * d * (4 + 4 + 2)
+    # dense and rebuilt states, what the dense FFN made and the next inputs in float32; the rebuilt prefix in bfloat16
+    assert construction.refine_host_bytes(llama, n, 2) == n * d * (4 * 4 + 2)
     more = construction.refine_device_bytes(llama, replace(settings, batch=128))
     assert more - construction.refine_device_bytes(llama, settings) == 64 * 2 * (4 * w + 3 * d) * 4
 
