@@ -636,7 +636,7 @@ class RetrainConfig:
     """``last`` goes on from an interrupted stage's last checkpoint, a path from that checkpoint, null starts anew."""
     checkpoint_every: int = 100
     """Optimiser steps between checkpoints of a running stage."""
-    log_every: int = 10
+    log_every: int = 4
     """Optimiser steps between logged values."""
 
     def __post_init__(self) -> None:
