@@ -12,6 +12,7 @@ from dive.config import (
     DeviceConfig,
     Dtype,
     Grouping,
+    Load,
     RouterInit,
     StageConfig,
 )
@@ -47,6 +48,19 @@ class Job:
     def weight(self) -> int:
         """Bytes of a weight."""
         return BYTES[self.dtype]
+
+    @property
+    def exported_weight(self) -> int:
+        """Bytes of a weight in the export."""
+        stated = self.config.model.export_dtype
+        if stated is None:
+            return self.weight
+        return BYTES[self.architecture.dtype if stated is Dtype.auto else stated.value]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the dense model is read a layer at a time."""
+        return self.config.model.load is Load.streamed
 
     @property
     def training_dtype(self) -> str:

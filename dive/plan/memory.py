@@ -18,6 +18,8 @@ RETAINED = 0.15e9
 """Bytes that the C library keeps of what earlier stages gave back; measured, and the same for small and large models."""
 CONTEXT = 0.6e9
 """Bytes of device memory that CUDA and its libraries take for themselves."""
+SHARD_BYTES = 1 << 30
+"""Of a streamed export, as in :mod:`dive.export`, whose import would take seconds."""
 LOGITS = 12
 """Bytes of every logit at the peak of the loss: two float32 copies and the logarithm of the softmax."""
 
@@ -71,12 +73,20 @@ def sparse_layer(job: Job, tokens: int, active: int) -> float:
     return tokens * job.weight * (2 * s.hidden + max(_attention(job), active * (4 * s.width + 3 * s.hidden)))
 
 
+def dense_model(job: Job) -> float:
+    """Bytes of the dense model: whole, or streamed one layer at a time and the tensor that is being read."""
+    s = job.shapes
+    if job.streamed:
+        return float(job.weight * (s.ffn + s.attention + s.norms + s.hidden * (1 + s.channels)))
+    return float(job.weight * s.dense)
+
+
 def calibration(job: Job) -> Memory:
     """One pass of the dense model over all domains, layer after layer."""
     s, domains = job.shapes, job.config.calibration_domains
     tokens = domains.batch * domains.length
     statistics = job.domains * s.layers * s.channels * 16
-    rest = {"dense model": float(job.weight * s.dense), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
+    rest = {"dense model": dense_model(job), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
     return _memory(
         job, rest, {"hidden states": _hidden(job, job.sequences), "statistics": float(statistics)}, first=True
     )
@@ -117,7 +127,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
     fit = sampled * s.hidden * 4 * 2
     # Taking moments, solving and fitting follow each other; the moments stay.
     rest = {
-        "dense model": float(job.weight * s.dense),
+        "dense model": dense_model(job),
         "second moments": float(sums),
         "sampled inputs": float(sampled * s.hidden * job.weight * 2),
         "last batch": float(tokens * (s.hidden + s.channels) * job.weight),
@@ -229,6 +239,14 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> float:
 def export(job: Job) -> Memory:
     """Writing the model, reading it back and comparing: the dense model, and two of the Mixture-of-Experts."""
     s = job.shapes
+    if job.streamed:  # the largest tensor is read back to be compared, and was read to be copied
+        largest = max(s.vocabulary * s.hidden, s.hidden * s.width)
+        parts = {
+            "one layer's experts": float(job.weight * s.experts * s.expert),
+            "a shard": float(max(SHARD_BYTES, job.exported_weight * largest)),
+            "tensors read": float(2 * job.exported_weight * largest),
+        }
+        return _memory(job, {}, parts)
     copy = float(job.weight * (s.total + s.biases))
     if job.config.moe.construction is Construction.dive and s.bias:
         return _memory(job, _both(job, exported=True))

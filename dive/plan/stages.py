@@ -126,7 +126,8 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     stages: list[Stage] = []
     if job.mines:
         stages += [_calibration(job), _mining(job)]
-    stages.append(_building(job, "pruning", experts=1, groups=1, sequences=job.sequences))
+    if s.experts == 1 or not job.streamed:  # one pruned expert is there to be measured
+        stages.append(_building(job, "pruning", experts=1, groups=1, sequences=job.sequences))
     if s.experts > 1:
         sequences = sum(job.group_sequences(job.groups))
         stages.append(_building(job, "building experts", experts=s.experts, groups=job.groups, sequences=sequences))
@@ -134,7 +135,7 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     for name, retrained in config.retrain.stages.items():
         stages.append(_retraining(job, name, retrained, before))
         before.append(retrained)
-    stages += [_evaluation(job), _export(job)]
+    stages += [_export(job)] if job.streamed else [_evaluation(job), _export(job)]
     for stage in stages:
         stage.seconds = seconds(stage, job.device, config.plan.disk)
     every = trained(s, [retrained.train for retrained in before])
@@ -286,5 +287,5 @@ def _evaluation(job: Job) -> Stage:
 
 def _export(job: Job) -> Stage:
     s = job.shapes
-    size = float(job.weight * (s.total + s.biases))
+    size = float(job.exported_weight * (s.total + s.biases))
     return Stage("export", "export", 0, {}, memory.export(job), moved=4 * size, written=size)

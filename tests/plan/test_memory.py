@@ -13,6 +13,8 @@ from dive.moe import experts as experts_module
 from dive.moe.plug import plug_routers, routers
 from dive.plan import memory
 from dive.plan.job import Job, describe_job
+from dive.plan.stages import Plan
+from dive.plan.stages import plan as plan_of
 from dive.retrain.freezing import apply_policy
 from tests.conftest import Build
 from tests.model.test_architecture import typed
@@ -146,3 +148,22 @@ def test_shared_experts_need_little_beside_the_dense_model() -> None:
     norms, router, down = 65 * 4096, 32 * 8 * 4096, 32 * 8 * 4096 * 5504
     assert found["shared", "none"] == 2 * (norms + router)
     assert found["shared", "least_squares"] == 2 * (norms + router + down)
+
+
+def test_streamed_runs_hold_one_layer_and_write_the_type_that_is_asked_for() -> None:
+    settings = ["model=tinyllama", "model.dtype=float32", "affinity=random", "retrain=none", "moe=plain"]
+    streamed = plan(*settings, "model.load=streamed", "model.export_dtype=bfloat16")
+    assert [stage.name for stage in streamed.stages] == ["building experts", "export"]
+    building, export = streamed.stages
+    layer = 3 * 2048 * 5632 + 2 * 2048 * (2048 + 256) + 2 * 2048
+    assert building.memory.host["dense model"] == 4 * (layer + 2048 * 5633)  # and the tensor that is being read
+    assert export.memory.host["a shard"] == 1 << 30
+    assert export.written == 2 * streamed.parameters["total"]
+    full = plan(*settings)
+    assert full.stages[-1].written == 4 * full.parameters["total"]
+    assert full.host > 3 * streamed.host
+
+
+def plan(*overrides: str) -> Plan:
+    config = typed(*overrides)
+    return plan_of(config, locate_architecture(config.model), device="cpu")
