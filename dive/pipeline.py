@@ -673,6 +673,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             if report is not None:
                 wandb.experiment.save(str(report), base_path=str(directory), policy="now")
             log_results(wandb.experiment, record.results, directory)
+            run_at = wandb.experiment.url or f"wandb sync {Path(wandb.experiment.dir).parent}"  # no address offline
             close(wandb.experiment, plain(config), store.root)
         show(*([] if streamed else [stage_table(record.results)]), *task_tables(record.results))
         show(
@@ -680,6 +681,7 @@ def run(config: Config, directory: Path, overrides: Sequence[str]) -> dict[str, 
             f"results  {directory / 'results.json'}",
             f"model    {record.results['export']}",
             f"plots    {directory / 'plots'}",
+            *([] if wandb is None else [f"wandb    {run_at}"]),
             f"planned  {meter.line()}",
         )
     return record.results

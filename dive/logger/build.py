@@ -48,6 +48,7 @@ def build_wandb(config: WandbConfig, directory: Path, settings: dict[str, Any], 
         reinit="finish_previous",  # the job of a sweep that failed in this process leaves its run open
         mode="offline" if mode is None and not wandb_logged_in() else None,
         config=settings,
+        settings=wandb.Settings(quiet=True),  # no curves in block letters between our own tables
     )
     define_axes(run, settings["retrain"]["stages"])
     return WandbLogger(project=config.project, save_dir=directory, experiment=run)

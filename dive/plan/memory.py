@@ -125,6 +125,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
     errors = min(2048, sampled) * job.weight * (3 * s.channels + 4 * s.hidden)
     fit = sampled * s.hidden * 4 * 2
+    stacking = layer * 5 / 3  # gate and up expert by expert and then in one, beside the down projections
     # Taking moments, solving and fitting follow each other; the moments stay.
     rest = {
         "dense model": dense_model(job),
@@ -132,7 +133,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
         "sampled inputs": float(sampled * s.hidden * job.weight * 2),
         "last batch": float(tokens * (s.hidden + s.channels) * job.weight),
         "activations, solve or fit": max(
-            dense_layer(job, tokens) + tokens * _extra(job), 2.0 * layer + solve, 2.0 * layer + errors + fit
+            dense_layer(job, tokens) + tokens * _extra(job), layer + solve, stacking, layer + errors + fit
         ),
     }
     host = {"hidden states": _hidden(job, sequences)}
@@ -141,7 +142,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
         rest["second moments"] = 0.0  # of one expert at a time, and counted there
         rest["refinement"] = float(construction.refine_device_bytes(s, settings))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
-    return _memory(job, rest, host)
+    return _memory(job, rest, host, first=job.streamed)
 
 
 def evaluation(job: Job) -> Memory:
