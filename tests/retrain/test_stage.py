@@ -121,10 +121,8 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(workplace: Workplace, t
     curves = [logged(workplace.root / f"{strategy}-{run}") for run in ("undisturbed", "one")]
     assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
     losses = [[float(loss) for _, loss in curve] for curve in curves]
-    differ = [one != pytest.approx(other, rel=1e-3) for one, other in zip(*losses, strict=True)]
-    assert (
-        sum(differ) <= 1
-    )  # the point that was under way holds the first process's part of the steps before the signal
+    # The point that was under way holds the first process's part of the steps before the signal.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 @pytest.mark.slow
