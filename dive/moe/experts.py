@@ -49,6 +49,20 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return product
 
 
+def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of token and expert in the order of experts, for :func:`grouped_linear`.
+
+    Args:
+        chosen: (T, K) int64, experts of each token.
+
+    Returns:
+        (expert of each row (S,), number t · K + k of each row's pair (S,), end of each expert's rows (E,) int32)
+    """
+    expert_of_row, order = torch.sort(chosen.reshape(-1), stable=True)
+    per_expert = torch.bincount(expert_of_row, minlength=experts)
+    return expert_of_row, order, torch.cumsum(per_expert, dim=0, dtype=torch.int32)
+
+
 class GroupedLoRA(nn.Module):
     """Low-rank adapters of all experts of one projection: ``scale · B_e A_e dropout(x)`` (LoRA, arXiv 2106.09685).
 
@@ -100,10 +114,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if _runs_on_cpu(self, hidden_states):
         return _on_cpu(self, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[-1]
-    expert_of_row, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    expert_of_row, order, offsets = sort_by_expert(top_k_index, self.num_experts)
     rows = hidden_states[order // top_k]
-    per_expert = torch.bincount(expert_of_row, minlength=self.num_experts)
-    offsets = torch.cumsum(per_expert, dim=0, dtype=torch.int32)
 
     if stores_indices := hasattr(self, "index"):
         gate, up = self.to_channels(rows, offsets)

@@ -4,7 +4,7 @@ Shapes: L layers, E experts, D hidden width, F FFN channels of the dense model, 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -255,36 +255,39 @@ def build_refined_layers(
     description = f"building {moe.experts} experts" if moe.experts > 1 else "pruning"
     for number in track(range(len(decoder_layers(model))), description, "layer"):
         weights = _float32(ffn(model, number))
-        device = weights.down.device
-
-        def full_ffn(rows: Tensor, weights: FFN = weights, device: torch.device = device) -> Tensor:
-            made = torch.empty_like(rows)
-            for source, target in zip(rows.split(CHUNK), made.split(CHUNK), strict=True):
-                target.copy_(weights.channels(source.to(device)) @ weights.down.T)
-            return made
-
+        full_ffn = partial(_full_ffn, weights)
         # Every tensor here is as long as all tokens together: at most four are alive beside the two tracks.
         inputs = torch.cat([rows.float().cpu() for rows in dense.attend(number)])
-        targets = full_ffn(inputs)
+        targets = _in_chunks(full_ffn, inputs, weights)
         if refinement.sequential:
             del inputs
             inputs = torch.cat([rows.float().cpu() for rows in rebuilt.attend(number)])
             wanted = dense.states().sub_(rebuilt.states()).add_(targets)
             dense.add(targets)
-            targets = full_ffn(inputs).lerp_(wanted, refinement.correction)
+            targets = _in_chunks(full_ffn, inputs, weights).lerp_(wanted, refinement.correction)
             del wanted
         else:
             dense.add(targets)
         layer = refine_layer(weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number)
         if refinement.sequential:
             del targets
-            outputs = torch.empty_like(inputs)
-            for source, target in zip(inputs.split(CHUNK), outputs.split(CHUNK), strict=True):
-                target.copy_(layer_output(layer, weights.act, source.to(device), top_k=moe.top_k))
+            outputs = _in_chunks(partial(layer_output, layer, weights.act, top_k=moe.top_k), inputs, weights)
             rebuilt.add(outputs)
             del outputs
         del inputs
         yield convert(layer, model.dtype)
+
+
+def _full_ffn(weights: FFN, rows: Tensor) -> Tensor:
+    return weights.channels(rows) @ weights.down.T
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor, weights: FFN) -> Tensor:
+    """``function`` (T, D) to (T, D) on the weights' device, of rows on the host, without a second copy of the result."""
+    made = torch.empty_like(rows)
+    for source, target in zip(rows.split(CHUNK), made.split(CHUNK), strict=True):
+        target.copy_(function(source.to(weights.down.device)))
+    return made
 
 
 def _float32(weights: FFN) -> FFN:

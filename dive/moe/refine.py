@@ -14,7 +14,7 @@ from dive.config import MoEConfig, PruningConfig, RefinementConfig, Start
 from dive.model.families import FFN
 from dive.moe.balance import overload
 from dive.moe.distill import expert_errors, fit_router
-from dive.moe.experts import grouped_linear
+from dive.moe.experts import grouped_linear, sort_by_expert
 from dive.moe.layer import ExpertLayer, expert_function
 from dive.pruning.compensation import choose_ridge, least_squares
 from dive.pruning.metrics import OBS_RIDGE, choose_channels
@@ -159,9 +159,7 @@ def _moment(statistics: ChannelStatistics) -> Tensor:
 def selected_outputs(layer: ExpertLayer, act: nn.Module, rows: Tensor, chosen: Tensor) -> Tensor:
     """Outputs of each token's chosen experts, (T, K, D), for chosen (T, K) int64."""
     top_k = chosen.shape[1]
-    expert_of_row, order = torch.sort(chosen.reshape(-1), stable=True)
-    per_expert = torch.bincount(expert_of_row, minlength=len(layer.masks))
-    offsets = torch.cumsum(per_expert, dim=0, dtype=torch.int32)
+    _, order, offsets = sort_by_expert(chosen, len(layer.masks))
     gate, up = grouped_linear(rows[order // top_k], layer.gate_up, offsets).chunk(2, dim=-1)
     output = grouped_linear(act(gate) * up, layer.down, offsets)
     return torch.empty_like(output).index_copy(0, order, output).view(len(rows), top_k, -1)
