@@ -20,6 +20,9 @@ def require(condition: bool, message: str) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- model
 
+SHARD_BYTES = 1 << 30
+"""Size of the shards of a streamed export. Here, as the plan counts with it and imports no torch."""
+
 
 class Dtype(Enum):
     """Element type of the weights in memory."""

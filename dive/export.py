@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dive.artifacts import write_json
+from dive.config import SHARD_BYTES
 from dive.errors import UserError, disk_trouble
 from dive.model.families import decoder_layers, moe_block, moe_class, moe_config, stock_layer_tensors
 from dive.model.load import DenseSource, fingerprint_directory, load_weights, locate_dense
@@ -31,10 +32,6 @@ log = logging.getLogger(__name__)
 
 BIASED_MODEL_TYPE = "dive_moe_with_expert_bias"
 """``model_type`` of the custom format: unknown to every engine, so that none loads it and drops the biases silently."""
-
-
-SHARD_BYTES = 1 << 30
-"""Size of the shards of :func:`save_streamed`."""
 
 
 def has_expert_bias(model: "PreTrainedModel") -> bool:

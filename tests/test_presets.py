@@ -410,3 +410,17 @@ def test_models_from_the_hub_default_to_bfloat16_and_the_others_run_on_a_cpu(opt
     from_hub = "/" in model.path and not model.path.startswith("/")
     assert model.dtype is (Dtype.bfloat16 if from_hub else Dtype.float32)
     assert model.name == option.removeprefix("model=")
+
+
+def test_models_from_the_hub_choose_a_gpu_and_large_ones_low_rank_experts_unless_something_else_is_asked_for() -> None:
+    def chosen(*overrides: str) -> tuple[str, Freezing]:
+        config = typed(*overrides)
+        return config.trainer.accelerator, config.retrain.stages["experts"].train.experts
+
+    assert chosen() == ("cpu", Freezing.full)
+    assert chosen("model=tinyllama") == ("gpu", Freezing.full)
+    assert chosen("model=llama2-7b", "moe.experts=8") == ("gpu", Freezing.lora)
+    assert chosen("model=llama2-7b", "experiment=dive_plus") == ("gpu", Freezing.lora)
+    assert chosen("model=llama2-7b", "retrain=default", "trainer=cpu") == ("cpu", Freezing.full)
+    assert typed("model=llama2-7b", "trainer=ddp").trainer.devices == 8
+    assert typed("model=llama2-7b", "experiment=paper_1_8").retrain == typed("experiment=paper_1_8").retrain

@@ -12,13 +12,13 @@ from dive.plan.parameters import Shapes
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """Rounds in which tokens choose their expert and experts are derived anew from their tokens, then gradient steps."""
+    """Derivations of the experts, each from the tokens that chose them, then gradient steps."""
 
-    rounds: int = 2
-    steps: int = 300
-    batch: int = 4096
+    derivations: int
+    steps: int
+    batch: int
     """Tokens a step."""
-    active: int = 2
+    active: int
     """Experts a token meets in these steps."""
 
 
@@ -28,7 +28,7 @@ def refinement(config: Config) -> Refinement | None:
     if not found.needs_tokens:
         return None
     active = 1 if config.moe.experts == 1 else max(config.moe.top_k, 2)
-    return Refinement(rounds=found.rounds + 1, steps=found.steps, batch=found.batch, active=active)
+    return Refinement(derivations=found.rounds + 1, steps=found.steps, batch=found.batch, active=active)
 
 
 def moments(s: Shapes, tokens: int) -> int:
@@ -61,19 +61,19 @@ def router_fit(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
 def refine(s: Shapes, settings: Refinement, tokens: int, length: int) -> int:
     """FLOPs of one layer's refinement, without the solves of :func:`refine_solves`.
 
-    Errors of every expert on every token, channels and second moments of each expert's own tokens, a round; gradient steps; and
-    the rebuilt layer's forward pass, whose output feeds the next.
+    Errors of every expert on every token, channels and second moments of each expert's own tokens, each time; gradient steps;
+    and the rebuilt layer's forward pass, whose output feeds the next.
     """
     errors = tokens * 2 * s.experts * s.expert
     channels = tokens * 2 * (s.ffn - s.hidden * s.channels)  # gate and up
     steps = settings.steps * settings.batch * 3 * 2 * settings.active * s.expert
     prefix = tokens * flops.sparse_layer(s, length, active=s.top_k)
-    return settings.rounds * (errors + channels + moments(s, tokens)) + steps + prefix
+    return settings.derivations * (errors + channels + moments(s, tokens)) + steps + prefix
 
 
 def refine_solves(s: Shapes, settings: Refinement) -> int:
     """FLOPs of the least squares of one layer's refinement (float64)."""
-    return settings.rounds * s.experts * solve(s)
+    return settings.derivations * s.experts * solve(s)
 
 
 def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:

@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import Construction, Freezing, Mode, StageConfig, Storage
+from dive.config import SHARD_BYTES, Construction, Freezing, Mode, StageConfig, Storage
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -18,8 +18,6 @@ RETAINED = 0.15e9
 """Bytes that the C library keeps of what earlier stages gave back; measured, and the same for small and large models."""
 CONTEXT = 0.6e9
 """Bytes of device memory that CUDA and its libraries take for themselves."""
-SHARD_BYTES = 1 << 30
-"""Of a streamed export, as in :mod:`dive.export`, whose import would take seconds."""
 LOGITS = 12
 """Bytes of every logit at the peak of the loss: two float32 copies and the logarithm of the softmax."""
 

@@ -113,7 +113,7 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
     job = plan.job
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = sum(job.group_sequences(job.groups)) * domains.length
-    settings = construction.refinement(job.config) or construction.Refinement()
+    settings = construction.refinement(job.config)
     hidden = tokens * s.hidden * job.weight
     sampled = min(moe.distillation.tokens, tokens)
     costs: list[tuple[str, float, float, float]] = [
@@ -128,14 +128,22 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
         ("least squares, one expert", construction.solve(s), construction.solve_bytes(s), 0.0),
         (f"least squares, {s.experts} experts", s.experts * construction.solve(s), construction.solve_bytes(s), 0.0),
         ("router", construction.router_fit(s, moe.distillation, sampled), 0.0, 0.0),
-        (
-            f"refinement: {settings.rounds} rounds, {settings.steps} steps of {settings.batch} tokens",
-            construction.refine(s, settings, tokens, domains.length),
-            construction.refine_device_bytes(s, settings),
-            construction.refine_host_bytes(s, tokens, job.weight),
-        ),
-        ("least squares of the refinement", construction.refine_solves(s, settings), construction.solve_bytes(s), 0.0),
     ]
+    if settings is not None:
+        costs += [
+            (
+                f"refinement: {settings.derivations} derivations, {settings.steps} steps of {settings.batch} tokens",
+                construction.refine(s, settings, tokens, domains.length),
+                construction.refine_device_bytes(s, settings),
+                construction.refine_host_bytes(s, tokens, job.weight),
+            ),
+            (
+                "least squares of the refinement",
+                construction.refine_solves(s, settings),
+                construction.solve_bytes(s),
+                0.0,
+            ),
+        ]
     rows = [
         (
             what,

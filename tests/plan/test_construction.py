@@ -37,7 +37,7 @@ def test_router(llama: Shapes) -> None:
 
 
 def test_refinement(llama: Shapes) -> None:
-    settings = Refinement(rounds=3, steps=10, batch=64, active=2)
+    settings = Refinement(derivations=3, steps=10, batch=64, active=2)
     d, f, w, n, length = 4096, 11008, 2752, 1000, 256
     one_round = n * 8 * 6 * d * w + n * 4 * d * f + n * 2 * f * f
     steps = 10 * 64 * 2 * 3 * 6 * d * w  # forward, and twice that backward
@@ -52,7 +52,7 @@ def test_refinement(llama: Shapes) -> None:
 
 def test_refinement_of_a_configuration() -> None:
     used = Config(moe=MoEConfig(refinement=RefinementConfig(rounds=4, steps=6, batch=7), top_k=3))
-    assert construction.refinement(used) == Refinement(rounds=5, steps=6, batch=7, active=3)  # derived once more
+    assert construction.refinement(used) == Refinement(derivations=5, steps=6, batch=7, active=3)  # derived once more
     single = Config(moe=MoEConfig(experts=1, refinement=RefinementConfig(sequential=True)))
-    assert construction.refinement(single) == Refinement(rounds=1, steps=0, batch=4096, active=1)
+    assert construction.refinement(single) == Refinement(derivations=1, steps=0, batch=4096, active=1)
     assert construction.refinement(Config(moe=MoEConfig())) is None

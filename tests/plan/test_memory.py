@@ -37,7 +37,7 @@ def test_calibration_by_hand() -> None:
 
 
 def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
-    found = memory.calibration(job_of("model=tinyllama"))
+    found = memory.calibration(job_of("model=tinyllama", "trainer=cpu"))
     assert not found.device
     assert found.host["dense model"] == 2 * 1_100_048_384
 
@@ -45,7 +45,7 @@ def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
 def test_weights_reach_a_gpu_by_way_of_the_host() -> None:
     found = memory.evaluation(job_of("model=llama2-7b", "plan.device=h100"))
     assert found.host["loading"] == found.device["dense model"] == 2 * 6_738_415_616
-    layer = memory.evaluation(job_of("model=llama2-7b")).host["loading"]
+    layer = memory.evaluation(job_of("model=llama2-7b", "trainer=cpu")).host["loading"]
     assert layer == 2 * (2 * 8 * 3 * 4096 * 2752)  # two layers' experts
 
 
@@ -151,7 +151,7 @@ def test_shared_experts_need_little_beside_the_dense_model() -> None:
 
 
 def test_streamed_runs_hold_one_layer_and_write_the_type_that_is_asked_for() -> None:
-    settings = ["model=tinyllama", "model.dtype=float32", "affinity=random", "retrain=none", "moe=plain"]
+    settings = ["model=tinyllama", "trainer=cpu", "model.dtype=float32", "affinity=random", "retrain=none", "moe=plain"]
     streamed = plan(*settings, "model.load=streamed", "model.export_dtype=bfloat16")
     assert [stage.name for stage in streamed.stages] == ["building experts", "export"]
     building, export = streamed.stages

@@ -57,7 +57,7 @@ def test_a_stage_is_rounded_up_to_whole_steps() -> None:
 
 
 def test_disk() -> None:
-    it = planned("model=tinyllama", "experiment=paper_1_8")
+    it = planned("model=tinyllama", "experiment=paper_1_8", "trainer=cpu")
     stages = by_name(it)
     assert stages["calibration"].written == 16 * 22 * 5632 * 16  # 16 embedded domains, mean and deviations in float64
     layer = 8 * 3 * 2048 * 2816 * 2 + 2 * 8 * 2048 * 2 + 8 * 5632  # experts, router and bias, masks
