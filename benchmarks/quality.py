@@ -151,10 +151,13 @@ METHODS = {
     "upcycle": Method("sparse upcycling, refitted", mixture("moe=upcycle", "pruning=flap", REFITTED)),
     "paper": Method("DIVE, the paper's recipe", paper),
     "dive": Method("DIVE, ours", ours),
-    "dive_plain": Method("ours without refinement", grouped("moe=plain")),
     "dive_random": Method("ours from random groups", grouped("affinity=random")),
+    "dive_importance": Method("ours from groups by importance", grouped("affinity=importance")),
     "dive_kmeans": Method("ours from k-means on tokens", grouped("moe.refinement.start=kmeans")),
-    "dive_plain_random": Method("random groups without refinement", grouped("moe=plain", "affinity=random")),
+    "dive_plain": Method("mined groups, not refined", grouped("moe=plain")),
+    "dive_plain_random": Method("random groups, not refined", grouped("moe=plain", "affinity=random")),
+    "dive_plain_importance": Method("groups by importance, not refined", grouped("moe=plain", "affinity=importance")),
+    "dive_plain_kmeans": Method("k-means on tokens, not refined", grouped("moe=plain", "moe.refinement.start=kmeans")),
 }
 
 
