@@ -115,6 +115,11 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
         if wants_traceback:
             raise
         sys.exit(f"error: {describe(error)}")
+    except ValueError as error:
+        if wants_traceback or not str(error).startswith("Config group override"):  # Hydra's own, of GROUP=null
+            raise
+        named = ", ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
+        sys.exit(f"error: {named}: null is no option of a group; --help lists them")
     except PermissionError as error:
         if wants_traceback:
             raise
