@@ -503,15 +503,16 @@ def table(rows: Sequence[Mapping[str, Any]], value: str) -> list[str]:
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = {row["tokens"]: row for row in rows if row["method"] == method}
         first = next(iter(mine.values()))
-        cells = [number(mine[t][value], mine[t][f"{value}_sd"]) if t in mine else "" for t in tokens]
+        digits = 3 if value.endswith("gap") else 2
+        cells = [number(mine[t][value], mine[t][f"{value}_sd"], digits) if t in mine else "" for t in tokens]
         sizes = " | ".join(f"{first[part] / 1e6:.3g} M" for part in PARTS)
         lines.append(f"| {first['title']} | {sizes} | " + " | ".join(cells) + " |")
     return lines
 
 
-def number(mean: float, deviation: float | None) -> str:
+def number(mean: float, deviation: float | None, digits: int) -> str:
     """``38.21 ± 0.07``."""
-    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def routing_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -531,13 +532,20 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]
         runs = max(row["runs"] for row in mine)
-        lines += ["", f"## {setting}", "", f"Perplexity, geometric mean over the domains ({runs} runs a cell):", ""]
+        lines += [
+            "",
+            f"## {setting}",
+            "",
+            f"Perplexity, geometric mean over the domains ({runs} runs a cell, or as many as are done):",
+            "",
+        ]
         lines += table(mine, "perplexity")
         lines += ["", "Gap to the dense model, ln(perplexity) − ln(dense perplexity):", "", *table(mine, "gap")]
         outside = [row for row in mine if "held_out_perplexity" in row]
         if outside:
             lines += ["", "Perplexity on domains left out of calibration and retraining:", ""]
             lines += table(outside, "held_out_perplexity")
+            lines += ["", "Gap on them:", "", *table(outside, "held_out_gap")]
         lines += ["", "Routing on the test texts:", "", *routing_table(mine)]
     return "\n".join(lines).strip() + "\n"
 
