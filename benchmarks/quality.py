@@ -532,13 +532,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]
         runs = max(row["runs"] for row in mine)
-        lines += [
-            "",
-            f"## {setting}",
-            "",
-            f"Perplexity, geometric mean over the domains ({runs} runs a cell, or as many as are done):",
-            "",
-        ]
+        many = f"{runs} runs a cell, or as many as are done"
+        lines += ["", f"## {setting}", "", f"Perplexity, geometric mean over the domains ({many}):", ""]
         lines += table(mine, "perplexity")
         lines += ["", "Gap to the dense model, ln(perplexity) − ln(dense perplexity):", "", *table(mine, "gap")]
         outside = [row for row in mine if "held_out_perplexity" in row]
