@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -267,7 +268,10 @@ def build_experts(
     group_samples: int | None,
     seed: int,
 ) -> Artifact:
-    """Experts and routers of every layer, from a second pass over the calibration tokens, layer after layer."""
+    """Experts and routers of every layer, from a second pass over the calibration tokens, layer after layer.
+
+    An interrupted construction goes on from its last whole layer.
+    """
     tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
     clusters = moe.construction is Construction.coactivation and moe.experts > 1
@@ -276,10 +280,13 @@ def build_experts(
     refined = moe.refinement.needs_tokens
     held_out = pruning.ridge is None and pruning.compensation is Compensation.least_squares
 
-    def layers() -> Iterator[ExpertLayer]:
+    def layers(finished: Sequence[Path]) -> Iterator[ExpertLayer]:
         dense = inputs.dense()
         if refined:
-            return build_refined_layers(dense, list(tokens.values()), pruning, moe, batch=batch, seed=seed)
+            before = map(read_layer, finished)
+            return build_refined_layers(
+                dense, list(tokens.values()), pruning, moe, batch=batch, seed=seed, finished=before
+            )
         parts = dict(tokens)
         if held_out:  # every fourth sequence chooses the ridge
             parts = {name: matrix[torch.arange(len(matrix)) % 4 != 3] for name, matrix in tokens.items()}
@@ -293,15 +300,29 @@ def build_experts(
             taylor=pruning.metric is Metric.taylor,
             active_channels=moe.active_channels if clusters else 0,
             description=f"building {moe.experts} experts" if moe.experts > 1 else "pruning",
+            first_layer=len(finished),
         )
-        return build_layers(dense, statistics, pruning, moe, seed=seed)
+        return build_layers(dense, statistics, pruning, moe, seed=seed, first_layer=len(finished))
 
     def compute(directory: Path) -> None:
-        numbers = itertools.count()  # enumerate would hold a layer while the next is built
-        for layer in layers():
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
-            save_file(tensors, directory / f"layer_{next(numbers):03d}.safetensors")
-            del layer, tensors
+        place = store.partial("experts", depends)
+        place.mkdir(parents=True, exist_ok=True)
+        finished = whole_layers(place)
+        if finished:
+            log.info("experts: going on after layer %d", len(finished))
+        wanted = inputs.source.config.num_hidden_layers
+        if len(finished) < wanted:
+            numbers = itertools.count(len(finished))  # enumerate would hold a layer while the next is built
+            for layer in layers(finished):
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
+                save_file(tensors, place / "unfinished")
+                os.replace(place / "unfinished", place / LAYER_FILE.format(next(numbers)))
+                del layer, tensors
+        built = whole_layers(place)
+        assert len(built) == wanted, f"{len(built)} of {wanted} layers"
+        for file in built:
+            os.replace(file, directory / file.name)
+        store.forget_partial("experts", depends)
 
     construction = plain(moe)
     unused = {
@@ -333,15 +354,37 @@ def group_tokens(tokens: Mapping[str, Tensor], group: Sequence[str], samples: in
     return torch.cat([tokens[domain][:share] for domain, share in zip(group, shares, strict=True)])
 
 
+LAYER_FILE = "layer_{:03d}.safetensors"
+
+
 def read_experts(artifact: Artifact) -> Iterator[ExpertLayer]:
     """Layers of :func:`build_experts`, one at a time."""
-    for file in layer_files(artifact):
-        yield ExpertLayer(**load_file(file))
+    return map(read_layer, layer_files(artifact.path))
 
 
-def layer_files(artifact: Artifact) -> list[Path]:
+def read_layer(file: Path) -> ExpertLayer:
+    """One layer of :func:`build_experts`."""
+    return ExpertLayer(**load_file(file))
+
+
+def layer_files(directory: Path) -> list[Path]:
     """Files of :func:`build_experts`, in the order of the layers."""
-    return sorted(artifact.path.glob("layer_*.safetensors"))
+    return sorted(directory.glob("layer_*.safetensors"))
+
+
+def whole_layers(directory: Path) -> list[Path]:
+    """The first layers' files up to the first one that is missing or cut short."""
+    found: list[Path] = []
+    for number, file in enumerate(layer_files(directory)):
+        try:
+            with safe_open(file, framework="pt"):  # checks the size of the file against its header
+                pass
+        except SafetensorError:
+            break
+        if file.name != LAYER_FILE.format(number):
+            break
+        found.append(file)
+    return found
 
 
 def measure(
@@ -820,7 +863,7 @@ def choose_groups(config: Config, store: Store, inputs: Inputs) -> tuple[list[li
 def expert_overlap(experts: Artifact) -> list[list[float]]:
     """Jaccard index of the channels of every pair of experts, averaged over layers."""
     masks = []
-    for file in layer_files(experts):
+    for file in layer_files(experts.path):
         with safe_open(file, framework="pt") as tensors:  # the masks alone: the weights may be tens of gigabytes
             masks.append(tensors.get_tensor("masks"))
     overlap: list[list[float]] = mask_overlap(torch.stack(masks)).tolist()

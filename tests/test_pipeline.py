@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
 import dive
+from dive import pipeline
 from dive.calibration_domains.local import read_documents
 from dive.calibration_domains.sampling import evaluation_windows
 from dive.errors import UserError
@@ -260,6 +261,62 @@ def test_streamed_it_writes_the_same_model(untrained: Workplace, tmp_path: Path,
     for key, tensor in found.state_dict().items():
         torch.testing.assert_close(tensor, weights[key])
     assert not (tmp_path / "store" / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.dtype=bfloat16", "moe.refinement.steps=5"],
+        ["moe.refinement.sequential=false", "moe.refinement.steps=5", "model.load=streamed"],
+        ["moe=plain", "pruning.ridge=null"],
+        ["moe=plain", "pruning.metric=taylor"],
+    ],
+    ids=" ".join,
+)
+def test_an_interrupted_construction_goes_on_after_its_last_whole_layer(
+    untrained: Workplace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
+) -> None:
+    settings = ["retrain=none", "affinity=random", "eval.windows=1", *overrides, "moe.experts=2"]
+    save = pipeline.save_file
+
+    def stop_in_the_second_layer(tensors: dict[str, torch.Tensor], file: Path, **arguments: object) -> None:
+        second = file.name == "unfinished" and (file.parent / "layer_000.safetensors").exists()
+        if second and len(tensors["masks"]) == 2:
+            file.write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        save(tensors, file, **arguments)
+
+    monkeypatch.setattr(pipeline, "save_file", stop_in_the_second_layer)
+    name = "interrupted-" + "-".join(overrides)
+    with pytest.raises(KeyboardInterrupt):
+        untrained.run(name, *settings, f"store={tmp_path / 'stopped'}")
+    monkeypatch.undo()
+    with caplog.at_level(logging.INFO, logger="dive"):
+        untrained.run(name, *settings, f"store={tmp_path / 'stopped'}")
+    assert "experts: going on after layer 1" in caplog.text
+    untrained.run(f"{name}-whole", *settings, f"store={tmp_path / 'whole'}")
+    expected = sorted((tmp_path / "whole" / "experts").rglob("layer_*"))
+    assert len(expected) >= 2
+    for file in expected:
+        found = tmp_path / "stopped" / file.relative_to(tmp_path / "whole")
+        assert found.read_bytes() == file.read_bytes()
+    assert not list((tmp_path / "stopped" / "partial").iterdir())
+
+
+def test_layers_after_a_missing_or_a_short_one_are_built_again(tmp_path: Path) -> None:
+    for number in range(4):
+        save_file({"a": torch.zeros(100)}, tmp_path / pipeline.LAYER_FILE.format(number))
+    assert len(pipeline.whole_layers(tmp_path)) == 4
+    with (tmp_path / pipeline.LAYER_FILE.format(3)).open("r+b") as file:
+        file.truncate(200)
+    assert len(pipeline.whole_layers(tmp_path)) == 3
+    (tmp_path / pipeline.LAYER_FILE.format(1)).unlink()
+    assert len(pipeline.whole_layers(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("load", ["full", "streamed"])

@@ -45,12 +45,12 @@ def expert_function(layer: ExpertLayer, expert: int, act: nn.Module) -> Callable
     return run
 
 
-def convert(layer: ExpertLayer, dtype: torch.dtype) -> ExpertLayer:
-    """The layer with its weights in another element type."""
+def convert(layer: ExpertLayer, dtype: torch.dtype, device: torch.device | None = None) -> ExpertLayer:
+    """The layer with its weights in another element type, on another device if one is given."""
     return ExpertLayer(
         masks=layer.masks,
-        gate_up=layer.gate_up.to(dtype),
-        down=layer.down.to(dtype),
-        router=layer.router.to(dtype),
-        bias=None if layer.bias is None else layer.bias.to(dtype),
+        gate_up=layer.gate_up.to(device, dtype),
+        down=layer.down.to(device, dtype),
+        router=layer.router.to(device, dtype),
+        bias=None if layer.bias is None else layer.bias.to(device, dtype),
     )

@@ -203,13 +203,15 @@ def build_layers(
     moe: MoEConfig,
     *,
     seed: int,
+    first_layer: int = 0,
 ) -> Iterator[ExpertLayer]:
     """Experts layer after layer, as the statistics of each layer's groups come in.
 
     Args:
         statistics: of each layer: of its groups, and with ``pruning.ridge`` null of as many held-out parts after them.
+        first_layer: number of the layer that the statistics begin with.
     """
-    numbers = itertools.count()  # enumerate would hold what it gave out last
+    numbers = itertools.count(first_layer)  # enumerate would hold what it gave out last
     for found in statistics:
         number = next(numbers)
         groups = len(found) // 2 if pruning.ridge is None else len(found)
@@ -235,6 +237,7 @@ def build_refined_layers(
     *,
     batch: int,
     seed: int,
+    finished: Iterable[ExpertLayer] = (),
 ) -> Iterator[ExpertLayer]:
     """Experts layer after layer, refined on the tokens themselves, see :func:`dive.moe.refine.refine_layer`.
 
@@ -246,8 +249,10 @@ def build_refined_layers(
         groups: calibration tokens (N, T) int64 of each group.
         batch: sequences per forward pass.
         seed: of the first layer.
+        finished: the first layers, of an interrupted construction: the tokens pass through them, and they are not yielded.
     """
     refinement = moe.refinement
+    built = iter(finished)
     batches = [part for group in groups for part in group.split(batch)]
     owner = torch.cat([torch.full((group.numel(),), number) for number, group in enumerate(groups)])
     dense = Track(model, batches)
@@ -259,23 +264,31 @@ def build_refined_layers(
         # Every tensor here is as long as all tokens together: at most four are alive beside the two tracks.
         inputs = torch.cat([rows.float().cpu() for rows in dense.attend(number)])
         targets = _in_chunks(full_ffn, inputs, weights)
+        layer = next(built, None)
+        known = layer is not None
         if refinement.sequential:
             del inputs
             inputs = torch.cat([rows.float().cpu() for rows in rebuilt.attend(number)])
-            wanted = dense.states().sub_(rebuilt.states()).add_(targets)
+            wanted = None if known else dense.states().sub_(rebuilt.states()).add_(targets)
             dense.add(targets)
-            targets = _in_chunks(full_ffn, inputs, weights).lerp_(wanted, refinement.correction)
+            if wanted is not None:
+                targets = _in_chunks(full_ffn, inputs, weights).lerp_(wanted, refinement.correction)
             del wanted
         else:
             dense.add(targets)
-        layer = refine_layer(weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number)
-        if refinement.sequential:
-            del targets
-            outputs = _in_chunks(partial(layer_output, layer, weights.act, top_k=moe.top_k), inputs, weights)
+        if layer is None:
+            layer = refine_layer(weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number)
+            layer = convert(layer, model.dtype)
+        del targets
+        if refinement.sequential:  # what comes after learns from the experts as they are stored
+            stored = convert(layer, torch.float32, weights.down.device)
+            outputs = _in_chunks(partial(layer_output, stored, weights.act, top_k=moe.top_k), inputs, weights)
             rebuilt.add(outputs)
-            del outputs
+            del outputs, stored
         del inputs
-        yield convert(layer, model.dtype)
+        if not known:
+            yield layer
+        del layer
 
 
 def _full_ffn(weights: FFN, rows: Tensor) -> Tensor:

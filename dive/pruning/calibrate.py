@@ -26,6 +26,7 @@ def stream_statistics(
     taylor: bool = False,
     active_channels: int = 0,
     description: str = "calibrating",
+    first_layer: int = 0,
 ) -> Iterator[list[ChannelStatistics]]:
     """Yield, layer after layer, the statistics (L = 1) of each set of tokens; one layer's are alive at a time.
 
@@ -37,6 +38,7 @@ def stream_statistics(
         inputs: FFN inputs to keep for each name, evenly spread over its tokens.
         taylor: also Taylor scores, by a pass with gradients of its own before the first layer's statistics.
         active_channels: also count co-activation of so many channels a token, F × F.
+        first_layer: the one to begin with; the tokens merely pass through those before it.
     """
     names = list(tokens)
     batches, owner, keep = [], [], []
@@ -61,6 +63,9 @@ def stream_statistics(
     for number, run in walk_layers(model, batches):
         merged = [ChannelStatistics(0, torch.empty(0), torch.empty(0)) for _ in names]
         for seen in run():
+            if number < first_layer:
+                next(steps)
+                continue
             chosen = keep[seen.index]
             merged[owner[seen.index]] += batch_statistics(
                 seen.channels,
@@ -69,6 +74,8 @@ def stream_statistics(
                 active_channels=active_channels,
             )
             next(steps)
+        if number < first_layer:
+            continue
         if salience is not None:
             for name, statistics in zip(names, merged, strict=True):
                 statistics.taylor = salience[name][number : number + 1]
