@@ -204,6 +204,9 @@ def _copy_shared(dense: "PreTrainedModel", twin: "PreTrainedModel", writer: Shar
 def verify(model: "PreTrainedModel", directory: Path) -> None:
     """Read a directory back as any user would, and compare every tensor and the logits of a few tokens.
 
+    It is read to the host. Once its tensors are known to be equal, what was read computes its logits with the model's own,
+    so that no device holds a second copy.
+
     Raises:
         UserError: a tensor is missing, unexpected or different, or the logits are.
     """
@@ -228,6 +231,7 @@ def verify(model: "PreTrainedModel", directory: Path) -> None:
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter.cpu(), loaded[name]):
             raise UserError(f"{directory}: {name} differs after reading it back")
+        loaded[name].data = parameter.data
     length = min(64, model.config.max_position_embeddings)
     ids = torch.arange(2 * length).reshape(2, length) * 7919 % model.config.vocab_size
     ours = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
