@@ -81,10 +81,13 @@ class Store:
         except OSError as error:
             raise UserError(f"store={root} cannot be written ({error.strerror}); set store=DIR") from error
 
-    def get(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Path], None]) -> Artifact:
+    def get(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Path], float | None]) -> Artifact:
         """The artifact of these inputs; ``compute`` fills its directory if it is not there yet.
 
         Where several processes want the same one, the first computes it and the others wait.
+
+        Args:
+            compute: may return the seconds that interrupted attempts before it took.
         """
         key = key_of(kind, inputs)
         with self._lock(kind, key):
@@ -113,7 +116,7 @@ class Store:
             return None
         return Artifact(key, path, seconds, reused=True)
 
-    def put(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Path], None]) -> Artifact:
+    def put(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Path], float | None]) -> Artifact:
         """Compute an artifact into a directory beside its place, and move it there when it is whole.
 
         Raises:
@@ -127,8 +130,8 @@ class Store:
         start = time.monotonic()
         try:
             working.mkdir(parents=True)
-            compute(working)
-            seconds = time.monotonic() - start
+            before = compute(working) or 0.0
+            seconds = before + time.monotonic() - start
             files = {str(f.relative_to(working)): _hash(f) for f in sorted(working.rglob("*")) if f.is_file()}
             manifest = {"key": key, "kind": kind, "inputs": plain(inputs), "files": files, "seconds": seconds}
             write_json(working / MANIFEST, manifest)

@@ -115,11 +115,6 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
         if wants_traceback:
             raise
         sys.exit(f"error: {describe(error)}")
-    except ValueError as error:
-        if wants_traceback or not str(error).startswith("Config group override"):  # Hydra's own, of GROUP=null
-            raise
-        named = ", ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
-        sys.exit(f"error: {named}: null is no option of a group; --help lists them")
     except PermissionError as error:
         if wants_traceback:
             raise
@@ -129,12 +124,18 @@ def run(task: Callable[[C], object], config_name: str, schema: type[C], *, write
             print(f"\n{preemption.message()}", file=sys.stderr)
         sys.exit(preemption.exit_code())
     except Exception as error:
+        if not wants_traceback and str(error).startswith(
+            "Config group override"
+        ):  # Hydra's own, of GROUP=null or GROUP=3
+            sys.exit(
+                "error: a group takes the name of one of its options, neither null nor a number; --help lists them"
+            )
         trouble = disk_trouble(error)
         if wants_traceback or trouble is None:
             raise
         sys.exit(f"error: {trouble}; make room, or set hydra.run.dir=DIR and store=DIR elsewhere, and run it again")
     except KeyboardInterrupt:
-        print("\nstopped. The same command goes on from the last finished stage or checkpoint.", file=sys.stderr)
+        print("\nstopped. The same command goes on from the last finished stage, layer or checkpoint.", file=sys.stderr)
         sys.exit(130)
     if refused:
         sys.exit(f"error: {refused[0]}")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -304,25 +305,34 @@ def build_experts(
         )
         return build_layers(dense, statistics, pruning, moe, seed=seed, first_layer=len(finished))
 
-    def compute(directory: Path) -> None:
+    def compute(directory: Path) -> float:
+        start = time.monotonic()
         place = store.partial("experts", depends)
         place.mkdir(parents=True, exist_ok=True)
         finished = whole_layers(place)
+        before = 0.0
         if finished:
             log.info("experts: going on after layer %d", len(finished))
+            before = float((place / "seconds").read_text())
         wanted = inputs.source.config.num_hidden_layers
         if len(finished) < wanted:
             numbers = itertools.count(len(finished))  # enumerate would hold a layer while the next is built
             for layer in layers(finished):
                 tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
                 save_file(tensors, place / "unfinished")
+                with (place / "unfinished").open("rb") as written:
+                    os.fsync(written.fileno())  # or a power cut leaves a file of the right size without its content
+                write_json(place / "seconds", before + time.monotonic() - start)
                 os.replace(place / "unfinished", place / LAYER_FILE.format(next(numbers)))
                 del layer, tensors
         built = whole_layers(place)
         assert len(built) == wanted, f"{len(built)} of {wanted} layers"
-        for file in built:
-            os.replace(file, directory / file.name)
-        store.forget_partial("experts", depends)
+        for file in built:  # which stay until the artifact is whole
+            try:
+                os.link(file, directory / file.name)
+            except OSError:  # a file system without links
+                shutil.copyfile(file, directory / file.name)
+        return before
 
     construction = plain(moe)
     unused = {
@@ -343,7 +353,11 @@ def build_experts(
     }
     if group_samples is not None:
         depends["samples"] = [len(matrix) for matrix in tokens.values()]
-    return store.get("experts", depends, compute)
+    if refined and moe.refinement.sequential and inputs.source.dtype != "float32":
+        depends["prefix"] = "experts as stored"  # not as they were before they were rounded
+    artifact = store.get("experts", depends, compute)
+    store.forget_partial("experts", depends)
+    return artifact
 
 
 def group_tokens(tokens: Mapping[str, Tensor], group: Sequence[str], samples: int | None) -> Tensor:

@@ -93,7 +93,7 @@ def message() -> str:
     """What the user is told."""
     return (
         f"stopped by {_State.name or 'a signal'} (exit code {EXIT_CODE}). "
-        "The same command goes on from the last finished stage or checkpoint."
+        "The same command goes on from the last finished stage, layer or checkpoint."
     )
 
 

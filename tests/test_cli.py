@@ -25,7 +25,7 @@ def command(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[st
         (["pruning.metric=best"], "pruning.metric: Invalid value 'best', expected one of [wifv, ifv, wifn"),
         (["+extra=1"], "extra: no such option"),
         (["model=local"], "model.path is needed"),
-        (["affinity=null"], "affinity=null: null is no option of a group; --help lists them"),
+        (["affinity=null"], "a group takes the name of one of its options"),
         (["model=gpt5"], "Could not find 'model/gpt5'"),
         (["moe.top_k=9"], "moe.top_k (9) must not exceed moe.experts (8)"),
         (["pruning.ratio=1.0"], "pruning.ratio (1.0) must lie strictly between 0 and 1"),

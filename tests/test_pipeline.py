@@ -1,6 +1,7 @@
 """The whole method on a tiny model: what a run leaves behind, and what a second one does not do again."""
 
 import copy
+import errno
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
 import dive
-from dive import pipeline
+from dive import artifacts, pipeline
 from dive.calibration_domains.local import read_documents
 from dive.calibration_domains.sampling import evaluation_windows
 from dive.errors import UserError
@@ -306,6 +307,31 @@ def test_an_interrupted_construction_goes_on_after_its_last_whole_layer(
         found = tmp_path / "stopped" / file.relative_to(tmp_path / "whole")
         assert found.read_bytes() == file.read_bytes()
     assert not list((tmp_path / "stopped" / "partial").iterdir())
+
+
+def test_built_layers_outlive_a_failure_while_they_are_stored(
+    untrained: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ["moe=plain", "moe.experts=1", "retrain=none", "eval.windows=1", f"store={tmp_path}"]
+
+    def no_room(file: Path, value: object) -> None:
+        if file.name == artifacts.MANIFEST and file.parent.parent.name == "experts":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        artifacts_write(file, value)
+
+    artifacts_write = artifacts.write_json
+    monkeypatch.setattr(artifacts, "write_json", no_room)
+    with pytest.raises(UserError, match="make room"):
+        untrained.run("full-disk", *settings)
+    monkeypatch.undo()
+    (place,) = (tmp_path / "partial").iterdir()
+    before = float((place / "seconds").read_text())
+    with caplog.at_level(logging.INFO, logger="dive"):
+        untrained.run("full-disk", *settings)
+    assert "experts: going on after layer 2" in caplog.text
+    (artifact,) = (tmp_path / "experts").iterdir()
+    assert float(json.loads((artifact / artifacts.MANIFEST).read_text())["seconds"]) >= before > 0.0
+    assert not place.exists()
 
 
 def test_layers_after_a_missing_or_a_short_one_are_built_again(tmp_path: Path) -> None:

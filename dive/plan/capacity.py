@@ -36,14 +36,24 @@ def here(store: Path, outputs: Path, *, device: float | None) -> Capacity:
         outputs: directory of the run, likewise.
         device: memory of one device, if the run has one.
     """
-    kinds = [folder for folder in store.iterdir() if folder.is_dir()] if store.is_dir() else []
     return Capacity(
         host=_host(),
         device=device,
         store=shutil.disk_usage(_existing(store)).free,
         outputs=None if _same_disk(store, outputs) else shutil.disk_usage(_existing(outputs)).free,
-        stored={folder.name: float(sum(_size(file) for file in folder.rglob("*"))) for folder in kinds},
+        stored=_stored(store),
     )
+
+
+def _stored(store: Path) -> dict[str, float]:
+    """Bytes by kind; the first layers of unfinished experts count as experts, checkpoints as ``partial``."""
+    found: dict[str, float] = {}
+    for folder in (f for f in store.iterdir() if f.is_dir()) if store.is_dir() else ():
+        for file in folder.rglob("*"):
+            unfinished = folder.name == "partial" and file.relative_to(folder).parts[0].startswith("experts-")
+            kind = "experts" if unfinished else folder.name
+            found[kind] = found.get(kind, 0.0) + _size(file)
+    return found
 
 
 def _host() -> float:
@@ -91,7 +101,7 @@ def shortages(plan: Plan, capacity: Capacity) -> list[str]:
             largest = max(items, key=lambda name: items[name])
             found.append(
                 f"{worst.name} needs {needed / 1e9:.1f} GB of {place} memory ({largest}: {items[largest] / 1e9:.1f} GB), "
-                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, largest)}"
+                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, items, largest, needed - room)}"
             )
     kept: dict[str, float] = {}
     for stage in plan.stages:
@@ -118,11 +128,13 @@ def _peak(stage: Stage, place: str) -> float:
     return stage.memory.host_peak if place == "host" else stage.memory.device_peak
 
 
-def _remedy(plan: Plan, stage: Stage, largest: str) -> str:
+def _remedy(plan: Plan, stage: Stage, items: Mapping[str, float], largest: str, short: float) -> str:
     config = plan.job.config
-    if largest.startswith(("activations", "logits")):
-        if stage.kind == "retrained":
-            return "raise trainer.accumulation, or set trainer.gradient_checkpointing=true"
+    of_a_pass = sum(size for name, size in items.items() if name.startswith(("activations", "logits")))
+    too_long = largest.startswith(("activations", "logits"))
+    if stage.kind == "retrained" and (too_long or of_a_pass > short):
+        return "raise trainer.accumulation, or set trainer.gradient_checkpointing=true"
+    if too_long:
         batch = "eval.batch" if stage.kind == "evaluation" else "calibration_domains.batch"
         return f"lower {batch}"
     if largest.startswith("hidden states"):

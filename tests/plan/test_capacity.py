@@ -66,12 +66,21 @@ def test_what_lies_in_the_store_is_not_written_again() -> None:
     assert shortages(it, Capacity(store=it.export, stored={"experts": 100 * experts}))
 
 
+def test_a_pass_that_is_too_large_is_to_be_cut_up() -> None:
+    model = ("model=llama2-13b", "retrain=lora")
+    # Both models fit. With the activations of 8 sequences they do not.
+    assert "raise trainer.accumulation" in shortages(planned(*model), Capacity(device=80e9))[0]
+    assert shortages(planned(*model, "trainer.accumulation=8"), Capacity(device=80e9)) == []
+    assert "lower moe.experts" in shortages(planned(*model), Capacity(device=60e9))[0]
+
+
 def test_this_machine(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    (store / "experts" / "abc").mkdir(parents=True)
-    (store / "experts" / "abc" / "layer_000.safetensors").write_bytes(bytes(1000))
+    for folder, size in (("experts/abc", 1000), ("partial/experts-def", 500), ("partial/retrained-def", 20)):
+        (store / folder).mkdir(parents=True)
+        (store / folder / "file").write_bytes(bytes(size))
     found = here(store, tmp_path / "not" / "there" / "yet", device=None)
-    assert found.stored == {"experts": 1000.0}
+    assert found.stored == {"experts": 1500.0, "partial": 20.0}  # finished layers, and checkpoints
     assert found.outputs is None  # the same disk
     assert found.host is not None
     assert found.store is not None
