@@ -151,9 +151,9 @@ METHODS = {
     "upcycle": Method("sparse upcycling, refitted", mixture("moe=upcycle", "pruning=flap", REFITTED)),
     "paper": Method("DIVE, the paper's recipe", paper),
     "dive": Method("DIVE, ours", ours),
+    "dive_mined": Method("ours from mined groups", grouped("affinity=mined")),
     "dive_random": Method("ours from random groups", grouped("affinity=random")),
     "dive_importance": Method("ours from groups by importance", grouped("affinity=importance")),
-    "dive_kmeans": Method("ours from k-means on tokens", grouped("moe.refinement.start=kmeans")),
     "dive_plain": Method("mined groups, not refined", grouped("moe=plain")),
     "dive_plain_random": Method("random groups, not refined", grouped("moe=plain", "affinity=random")),
     "dive_plain_importance": Method("groups by importance, not refined", grouped("moe=plain", "affinity=importance")),
@@ -548,6 +548,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Perplexity against retraining tokens, a panel a setting."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     figure = Figure(figsize=(6.4 * len(settings), 5.0), layout="constrained")
@@ -572,7 +573,13 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             )
         smallest = min((row["tokens"] for row in mine if row["tokens"]), default=1)
         panel.set_xscale("symlog", linthresh=smallest)
+        ticks = sorted({row["tokens"] for row in mine})
+        panel.set_xticks(ticks, [count(tokens) for tokens in ticks])
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.set_title(setting)
         panel.set_xlabel("retraining tokens")
         panel.set_ylabel("perplexity, geometric mean over domains")

@@ -151,7 +151,8 @@ class CalibrationDomainsConfig:
     length: int = 256
     """Tokens per calibration sequence."""
     group_samples: int | None = None
-    """Calibration sequences of a group, split evenly over its domains, as in the paper; all of theirs if null."""
+    """Calibration sequences of a group, split evenly over its domains, as in the paper; all of theirs if null. Where experts
+    do not begin with groups, so many for each expert, of all domains."""
     repeat: bool = False
     """Crop the same documents again where a domain has fewer tokens than are asked for, instead of refusing it."""
     batch: int = 16
@@ -946,6 +947,14 @@ class Config:
             self.pruning.metric is not Metric.taylor or not self.moe.refinement.needs_tokens,
             "pruning.metric=taylor takes gradients of the dense model, which moe.refinement does not pass through; "
             "set moe=plain, or another pruning.metric",
+        )
+        named = self.affinity.measure if self.affinity.grouping is Grouping.mined else self.affinity.grouping
+        chosen = named is not Measure.perplexity
+        unheard = self.moe.construction is Construction.dive and self.moe.experts > 1 and not self.moe.needs_groups
+        require(
+            not (chosen and unheard),
+            f"affinity={named.value}: with moe.refinement.start={self.moe.refinement.start.value} experts begin with tokens, and "
+            "groups of domains have no say; set moe.refinement.start=groups, or moe=plain",
         )
         if self.affinity.groups is not None and self.moe.needs_groups:
             require(

@@ -273,6 +273,8 @@ def build_experts(
 
     An interrupted construction goes on from its last whole layer.
     """
+    if group_samples is not None and len(groups) == 1:
+        group_samples *= moe.experts  # the same text as for groups, of all of them together
     tokens = {str(number): group_tokens(inputs.tokens, group, group_samples) for number, group in enumerate(groups)}
     wants_inputs = moe.router_init is RouterInit.distilled and moe.experts > 1
     clusters = moe.construction is Construction.coactivation and moe.experts > 1

@@ -110,7 +110,7 @@ def test_the_guides_run_from_top_to_bottom(
     }
     mine, some, given, corpus, measured = (results[name] for name in ("mine", "2", "3", "4", "5"))
     assert type(AutoModelForCausalLM.from_pretrained("outputs/mine/checkpoint")).__name__ == "MixtralForCausalLM"
-    assert sorted(d for group in mine["groups"] for d in group) == sorted(domains)
+    assert mine["groups"] == []  # experts begin with tokens
     assert outputs[1].count("The tenant shall") == 2
     assert some["evaluation"]["domains"] == ["law", "code"]
     assert given["groups"] == [["law", "news"], ["code"], ["maths"]]

@@ -267,11 +267,11 @@ def test_streamed_it_writes_the_same_model(untrained: Workplace, tmp_path: Path,
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
-        ["model.dtype=bfloat16", "moe.refinement.steps=5"],
-        ["moe.refinement.sequential=false", "moe.refinement.steps=5", "model.load=streamed"],
-        ["moe=plain", "pruning.ridge=null"],
-        ["moe=plain", "pruning.metric=taylor"],
+        ["affinity=random"],
+        ["moe.refinement.start=kmeans", "model.dtype=bfloat16", "moe.refinement.steps=5"],
+        ["affinity=random", "moe.refinement.sequential=false", "moe.refinement.steps=5", "model.load=streamed"],
+        ["affinity=random", "moe=plain", "pruning.ridge=null"],
+        ["affinity=random", "moe=plain", "pruning.metric=taylor"],
     ],
     ids=" ".join,
 )
@@ -282,7 +282,7 @@ def test_an_interrupted_construction_goes_on_after_its_last_whole_layer(
     caplog: pytest.LogCaptureFixture,
     overrides: list[str],
 ) -> None:
-    settings = ["retrain=none", "affinity=random", "eval.windows=1", *overrides, "moe.experts=2"]
+    settings = ["retrain=none", "eval.windows=1", *overrides, "moe.experts=2"]
     save = pipeline.save_file
 
     def stop_in_the_second_layer(tensors: dict[str, torch.Tensor], file: Path, **arguments: object) -> None:

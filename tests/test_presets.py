@@ -27,6 +27,7 @@ from dive.config import (
     RouterInit,
     Schedule,
     StageConfig,
+    Start,
     TextSource,
 )
 from dive.errors import UserError
@@ -284,6 +285,22 @@ def test_the_active_size_stays_while_top_k_grows() -> None:
         config = typed("experiment=ratio_and_top_k", f"moe.top_k={top_k}")
         shares[config.moe.top_k] = config.moe.top_k * config.pruning.width(768)
     assert shares == {1: 192, 2: 192, 4: 192}
+
+
+def test_naming_groups_means_to_begin_with_them() -> None:
+    default = typed()
+    assert default.moe.refinement.start is Start.kmeans
+    assert not default.moe.needs_groups
+    for option in ("mined", "random", "importance", "published/llama2_20"):
+        config = typed(f"affinity={option}")
+        assert config.moe.needs_groups
+        config.moe.refinement.start = Start.kmeans
+        assert config.moe == default.moe
+    assert typed("moe=plain").moe.needs_groups
+    with pytest.raises(UserError, match=r"affinity=random: .* set moe\.refinement\.start=groups"):
+        typed("affinity=random", "moe.refinement.start=kmeans")
+    with pytest.raises(UserError, match="affinity=importance: "):
+        typed("affinity=importance", "moe.refinement.start=random")
 
 
 def test_groups_by_importance_are_mined_from_statistics() -> None:

@@ -70,6 +70,7 @@ class Workplace:
             "affinity.samples=2",
             "pruning.ratio=0.5",
             "moe.experts=2",
+            "moe.refinement.start=groups",
             "moe.distillation.steps=20",
             "eval.lengths=[32]",
             "eval.windows=3",

@@ -35,7 +35,7 @@ from dive.moe.coactivation import coactivation_masks
 from dive.moe.distill import expert_errors, fit_router
 from dive.moe.layer import ExpertLayer, convert, expert_function
 from dive.moe.plug import plug_routers, use_stock_experts
-from dive.moe.refine import CHUNK, layer_output, refine_layer
+from dive.moe.refine import CHUNK, layer_output, likeliest_experts, refine_layer
 from dive.moe.shared import SharedExperts
 from dive.progress import track
 from dive.pruning import compensation as compensate
@@ -258,6 +258,7 @@ def build_refined_layers(
     dense = Track(model, batches)
     rebuilt = Track(model, batches) if refinement.sequential else dense
     description = f"building {moe.experts} experts" if moe.experts > 1 else "pruning"
+    before: Tensor | None = None
     for number in track(range(len(decoder_layers(model))), description, "layer"):
         weights = _float32(ffn(model, number))
         full_ffn = partial(_full_ffn, weights)
@@ -277,8 +278,11 @@ def build_refined_layers(
         else:
             dense.add(targets)
         if layer is None:
-            layer = refine_layer(weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number)
+            layer = refine_layer(
+                weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number, before=before
+            )
             layer = convert(layer, model.dtype)
+        before = likeliest_experts(layer, inputs)
         del targets
         if refinement.sequential:  # what comes after learns from the experts as they are stored
             stored = convert(layer, torch.float32, weights.down.device)

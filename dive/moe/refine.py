@@ -8,6 +8,7 @@ import math
 
 import torch
 from scipy.cluster.vq import kmeans2
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from dive.config import MoEConfig, PruningConfig, RefinementConfig, Start
@@ -38,6 +39,7 @@ def refine_layer(
     moe: MoEConfig,
     *,
     seed: int,
+    before: Tensor | None = None,
 ) -> ExpertLayer:
     """The experts of one layer, from the tokens themselves.
 
@@ -50,9 +52,13 @@ def refine_layer(
         targets: what it should return, (T, D).
         groups: (T,) int64, the group of domains a token is from.
         seed: of this layer.
+        before: (T,) int64, the expert that each token goes to in the layer before. Clusters, whose numbers mean nothing, are
+            numbered alike, so that an expert's number stands for the same tokens in all layers as far as can be.
     """
     settings = moe.refinement
     assignment = first_assignment(inputs, groups, settings.start, experts=moe.experts, seed=seed)
+    if settings.start is Start.kmeans and before is not None:
+        assignment = renumbered(assignment, before, experts=moe.experts)
     sample = sampled_rows(len(inputs), moe.distillation.tokens, seed=seed)
     device = weights.down.device
     for last in [False] * (settings.rounds if moe.experts > 1 else 0) + [True]:
@@ -63,9 +69,7 @@ def refine_layer(
         errors = expert_errors(rows, wanted, [expert_function(layer, e, weights.act) for e in range(moe.experts)])
         layer.router = fit_router(rows, errors, moe.distillation, seed=seed)
         if not last:
-            assignment = torch.cat(
-                [(part.to(device) @ layer.router.T).argmax(dim=-1).cpu() for part in inputs.split(CHUNK)]
-            )
+            assignment = likeliest_experts(layer, inputs)
     if settings.steps:
         layer = train_layer(layer, weights.act, inputs, targets, settings, top_k=moe.top_k, seed=seed)
     return layer
@@ -83,6 +87,19 @@ def first_assignment(inputs: Tensor, groups: Tensor, start: Start, *, experts: i
     centroids, _ = kmeans2(inputs[rows].double().cpu().numpy(), experts, minit="++", rng=seed)
     centres = torch.from_numpy(centroids).to(inputs)
     return torch.cat([torch.cdist(part, centres).argmin(dim=-1).cpu() for part in inputs.split(CHUNK)])
+
+
+def renumbered(assignment: Tensor, other: Tensor, *, experts: int) -> Tensor:
+    """The assignment (T,), its experts numbered so that as many tokens as can be have the number that ``other`` gives them."""
+    together = torch.bincount(assignment * experts + other, minlength=experts**2).view(experts, experts)
+    _, number = linear_sum_assignment(together.numpy(), maximize=True)
+    return torch.from_numpy(number)[assignment]
+
+
+def likeliest_experts(layer: ExpertLayer, inputs: Tensor) -> Tensor:
+    """The expert that the router likes best for each of the inputs (T, D); (T,) int64, on the host."""
+    router = layer.router.to(inputs.dtype)
+    return torch.cat([(part.to(router.device) @ router.T).argmax(dim=-1).cpu() for part in inputs.split(CHUNK)])
 
 
 def sampled_rows(count: int, wanted: int, *, seed: int) -> Tensor:

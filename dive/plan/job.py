@@ -83,12 +83,7 @@ class Job:
     @property
     def mines(self) -> bool:
         """Whether groups are mined, which takes a calibration pass and the cross-domain perplexities."""
-        config = self.config
-        return (
-            config.affinity.grouping is Grouping.mined
-            and config.moe.construction is Construction.dive
-            and config.moe.experts > 1
-        )
+        return self.config.affinity.grouping is Grouping.mined and self.config.moe.needs_groups
 
     @property
     def refits(self) -> bool:
@@ -114,13 +109,8 @@ class Job:
             sizes = [self.domains // groups + (i < self.domains % groups) for i in range(groups)]
         if domains.group_samples is None:
             return [size * domains.samples for size in sizes]
-        return [
-            sum(
-                min(domains.group_samples // size + (i < domains.group_samples % size), domains.samples)
-                for i in range(size)
-            )
-            for size in sizes
-        ]
+        wanted = domains.group_samples * (self.config.moe.experts if groups == 1 else 1)
+        return [sum(min(wanted // size + (i < wanted % size), domains.samples) for i in range(size)) for size in sizes]
 
     @property
     def groups(self) -> int:

@@ -1,5 +1,6 @@
 """Token-refined experts: against plain constructions, the stock block and hand-made problems."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ from dive.config import (
     Start,
 )
 from dive.errors import UserError
-from dive.model.families import FFN, ffn, moe_block
+from dive.model.families import FFN, ffn, ffn_modules, moe_block
 from dive.moe.distill import expert_errors
 from dive.moe.layer import ExpertLayer, expert_function
 from dive.moe.reconstruct import assemble, build_layer, build_refined_layers
@@ -27,7 +28,9 @@ from dive.moe.refine import (
     derive_experts,
     first_assignment,
     layer_output,
+    likeliest_experts,
     refine_layer,
+    renumbered,
     selected_outputs,
     train_layer,
 )
@@ -198,6 +201,33 @@ def test_first_assignments(inputs: Tensor) -> None:
     pairs = {(int(cloud), int(cluster)) for cloud, cluster in zip(clouds, found, strict=True)}
     assert len(pairs) == 3  # each cloud is one cluster
     assert torch.equal(found, first_assignment(inputs, groups, Start.kmeans, experts=3, seed=0))
+
+
+def test_clusters_are_numbered_like_the_experts_of_the_layer_before() -> None:
+    before = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    found = torch.tensor([2, 2, 1, 0, 0, 2, 1, 1, 1, 0])
+    # 2 shares two tokens with 0, 0 two with 1, 1 three with 2: seven of ten keep their number
+    assert renumbered(found, before, experts=3).tolist() == [0, 0, 2, 1, 1, 0, 2, 2, 2, 1]
+    assert renumbered(found, found, experts=3).tolist() == found.tolist()
+
+
+def test_an_experts_number_stands_for_the_same_tokens_in_every_layer(build: Build, tokens: Tokens) -> None:
+    model = build(num_hidden_layers=4)
+    groups = [tokens(32, 16, seed=1)]
+    moe = settings(start=Start.kmeans)
+    model_inputs: list[torch.Tensor] = []
+    for number in range(4):
+        ffn_modules(model, number)[0].register_forward_pre_hook(
+            lambda _, rows: model_inputs.append(rows[0].flatten(0, 1))
+        )
+    layers = list(build_refined_layers(model, groups, PruningConfig(ratio=0.5), moe, batch=32, seed=0))
+    model_inputs.clear()
+    model(input_ids=groups[0])
+    routed = [likeliest_experts(layer, rows) for layer, rows in zip(layers, model_inputs, strict=True)]
+    for one, other in itertools.pairwise(routed):
+        agreement = (one == other).double().mean()
+        best = max((one == torch.tensor(order)[other]).double().mean() for order in itertools.permutations(range(3)))
+        assert agreement >= best - 0.02  # routers do not follow the clusters to the token
 
 
 def test_the_sequential_target_makes_up_for_the_layers_before(build: Build, tokens: Tokens) -> None:

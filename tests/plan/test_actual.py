@@ -11,7 +11,7 @@ from tests.model.test_architecture import typed
 
 
 def test_artifacts_find_their_stage(tmp_path: Path) -> None:
-    config = typed("retrain=two_stages")
+    config = typed("affinity=mined", "retrain=two_stages")
     meter = Meter(plan(config, locate_architecture(config.model)))
     (tmp_path / "file").write_bytes(bytes(10))
     kinds = [

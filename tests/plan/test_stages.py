@@ -19,8 +19,12 @@ def by_name(it: Plan) -> dict[str, Stage]:
     return {stage.name: stage for stage in it.stages}
 
 
-def test_tokens_of_the_default_run() -> None:
-    stages = by_name(planned())
+def test_tokens_that_choose_their_experts_are_not_mined() -> None:
+    assert list(by_name(planned())) == ["pruning", "building experts", "router", "experts", "evaluation", "export"]
+
+
+def test_tokens_of_a_run_that_mines() -> None:
+    stages = by_name(planned("affinity=mined"))
     assert list(stages) == [
         "calibration",
         "mining",
@@ -87,8 +91,8 @@ def test_seconds() -> None:
 
 def test_training_divides_by_the_processes() -> None:
     one, eight = (
-        planned("model=tinyllama", "trainer=gpu"),
-        planned("model=tinyllama", "trainer=ddp", "trainer.devices=8"),
+        planned("model=tinyllama", "affinity=mined", "trainer=gpu"),
+        planned("model=tinyllama", "affinity=mined", "trainer=ddp", "trainer.devices=8"),
     )
     first, second = by_name(one)["experts"], by_name(eight)["experts"]
     assert second.operations == first.operations
