@@ -103,6 +103,19 @@ def show(*items: Any) -> None:
         console.print(item, soft_wrap=isinstance(item, str))  # a line is the terminal's to wrap: paths stay whole
 
 
+def _domains_of_experts(results: Mapping[str, Any]) -> list[str]:
+    """Section of the card: the groups that experts began with, or else the three domains that use each of them most."""
+    if results["groups"]:
+        listed = [f"- expert {number}: {', '.join(group)}" for number, group in enumerate(results["groups"])]
+        return ["## Domains of each expert", "", *listed, ""]
+    shares: Mapping[str, Sequence[float]] = results["routing"].get("share", {})
+    listed = []
+    for number in range(len(next(iter(shares.values()), []))):
+        most = sorted(shares, key=lambda domain: -shares[domain][number])[:3]
+        listed.append(f"- expert {number}: {', '.join(f'{domain} {shares[domain][number]:.0%}' for domain in most)}")
+    return ["## Share of a domain's tokens that each expert gets, the largest three", "", *listed, ""] if listed else []
+
+
 def model_card(results: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str:
     """README.md of an export: what it is, the domains of each expert, results, configuration."""
     parameters, moe, pruning = results["parameters"], config["moe"], config["pruning"]
@@ -121,17 +134,14 @@ def model_card(results: Mapping[str, Any], config: Mapping[str, Any], base: str)
         f"# Mixture-of-Experts from {config['model']['name']}",
         "",
         f"{moe['experts']} experts, {moe['top_k']} active per token; each is the dense model's FFN with "
-        f"{pruning['ratio']:.0%} of its channels pruned. Made by domain-affinity pruning and reconstruction "
-        "(DIVE, ACL 2025, arXiv 2506.09351).",
+        f"{pruning['ratio']:.0%} of its channels pruned. Made by pruning and reconstruction after DIVE "
+        "(ACL 2025, arXiv 2506.09351).",
         "",
         "| parameters | dense | total | active | trained |",
         "| --- | --- | --- | --- | --- |",
         "| | " + " | ".join(count(parameters[k]) for k in ("dense", "total", "active", "trained")) + " |",
         "",
-        "## Domains of each expert",
-        "",
-        *(f"- expert {number}: {', '.join(group)}" for number, group in enumerate(results["groups"])),
-        "",
+        *_domains_of_experts(results),
         "## Perplexity",
         "",
         "Geometric mean over the domains' test texts, non-overlapping windows.",
