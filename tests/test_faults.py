@@ -290,7 +290,7 @@ def test_a_signal_outside_training_ends_the_run_at_once(workplace: Workplace, tm
     begin = time.monotonic()
     process.send_signal(signal.SIGUSR1)
     read_until(process, r"stopped by SIGUSR1 \(exit code 75\)\. The same command goes on")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # of the ten minutes or so that these steps take
     finish(process, preemption.EXIT_CODE)
     assert not list(tmp_path.rglob(".*-*"))
     assert list(tmp_path.glob("evaluation/*/manifest.json"))
@@ -344,15 +344,20 @@ def test_a_signal_in_training_saves_a_checkpoint(
 def test_processes_wait_for_a_stage_that_another_job_computes(workplace: Workplace, tmp_path: Path) -> None:
     store = f"store={tmp_path}"
     first = workplace.start("other-job", store, *LONG)
+    read_until(first, "stage experts")
     read_until(first, "retrained .*: computing")
+    first.send_signal(signal.SIGSTOP)  # it goes on once the others have found that it computes this
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     command = [*torchrun, *workplace.command("two-processes", store, *LONG, *hardware)[2:]]
     settings = {"cwd": workplace.root, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     second = subprocess.Popen(command, text=True, **settings)  # type: ignore[call-overload]
-    output = finish(second)
+    try:
+        output = read_until(second, "retrained .*: another process computes it, waiting")
+    finally:
+        first.send_signal(signal.SIGCONT)
+    output += finish(second)
     finish(first)
-    assert "another process computes it, waiting" in output
     assert not re.search(r"retrained \w+: computing", output)
     assert same(exported(workplace, "other-job"), exported(workplace, "two-processes"))
 
