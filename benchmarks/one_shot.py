@@ -21,9 +21,8 @@ from dive.errors import UserError
 from dive.model.load import document_tokens, load_dense
 from dive.pipeline import run
 
-OFF = ["moe.refinement.rounds=0", "moe.refinement.steps=0", "moe.refinement.sequential=false"]
+OFF = ["moe=plain"]
 SEQUENTIAL = [*OFF, "moe.refinement.sequential=true"]
-TOKENS = ["moe.refinement.start=kmeans"]
 METHODS = {
     "scores (WIFV), nothing made up for": ("1", ["pruning.metric=wifv", "pruning.compensation=none", *OFF]),
     "FLAP: scores and a bias": ("1", ["pruning.metric=wifv", "pruning.compensation=bias", *OFF]),
@@ -32,10 +31,18 @@ METHODS = {
     "elimination (OBS), least squares": ("1", OFF),
     "elimination, layer after layer": ("1", SEQUENTIAL),
     "the same, ridge chosen": ("1", [*SEQUENTIAL, "pruning.ridge=null"]),
-    "the same, local gradient steps": ("1", ["moe.refinement.rounds=0"]),
-    "8 token-refined experts, no gradient steps": ("8", [*TOKENS, "moe.refinement.rounds=4", "moe.refinement.steps=0"]),
-    "8 token-refined experts, local gradient steps": ("8", TOKENS),
+    "the same, local gradient steps": ("1", []),
+    "8 token-refined experts, no gradient steps": ("8", ["moe.refinement.rounds=4", "moe.refinement.steps=0"]),
+    "8 token-refined experts, local gradient steps": ("8", []),
 }
+
+
+def configured(name: str, common: list[str]) -> Config:
+    """The configuration of one row."""
+    experts, overrides = METHODS[name]
+    register_schema("config", Config)
+    with initialize_config_dir(str(CONF), version_base=None):
+        return to_typed(compose("config", [*common, f"moe.experts={experts}", *overrides]), Config)
 
 
 def sample(model_path: str, out: Path, *, tokens: dict[str, int], length: int, seed: int) -> None:
@@ -78,21 +85,17 @@ def main() -> None:
     if not (text / "sampled" / "test.jsonl").is_file():
         sample(settings.model, text, tokens={"train": 2 * settings.samples * 256, "test": 16384}, length=255,
                seed=settings.seed)  # fmt: skip
-    register_schema("config", Config)
+    common = [
+        *("model=local", f"model.path={settings.model}", "retrain=none", "logger=csv", "eval.windows=null"),
+        *("calibration_domains=local", f"calibration_domains.path={text}"),
+        *(f"calibration_domains.samples={settings.samples}", f"pruning.ratio={settings.ratio}"),
+        *(f"pruning.width_multiple={settings.width_multiple}", f"seed={settings.seed}"),
+        f"store={settings.out / 'store'}",
+    ]
+    configurations = {name: configured(name, common) for name in METHODS}
     rows: list[tuple[str, float]] = []
-    for name, (experts, overrides) in METHODS.items():
-        with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose(
-                "config",
-                [
-                    *("model=local", f"model.path={settings.model}", "retrain=none", "logger=csv", "eval.windows=null"),
-                    *("calibration_domains=local", f"calibration_domains.path={text}"),
-                    *(f"calibration_domains.samples={settings.samples}", f"pruning.ratio={settings.ratio}"),
-                    *(f"pruning.width_multiple={settings.width_multiple}", f"seed={settings.seed}"),
-                    *(f"moe.experts={experts}", f"store={settings.out / 'store'}", *overrides),
-                ],
-            )
-        results = run(to_typed(composed, Config), settings.out / f"{len(rows):02d}", [])
+    for name, config in configurations.items():
+        results = run(config, settings.out / f"{len(rows):02d}", [])
         stages = {stage["name"]: stage["perplexity"]["mean"] for stage in results["stages"]}
         if not rows:
             rows.append(("dense", stages["dense"]))
