@@ -133,12 +133,20 @@ def _remedy(plan: Plan, stage: Stage, items: Mapping[str, float], largest: str, 
     of_a_pass = sum(size for name, size in items.items() if name.startswith(("activations", "logits")))
     too_long = largest.startswith(("activations", "logits"))
     if stage.kind == "retrained" and (too_long or of_a_pass > short):
-        return "raise trainer.accumulation, or set trainer.gradient_checkpointing=true"
+        shorter = plan.job.micro_batch(config.retrain.stages[stage.name]) > 1
+        ways = ["raise trainer.accumulation"] * shorter
+        ways += ["set trainer.gradient_checkpointing=true"] * (not config.trainer.gradient_checkpointing)
+        if ways:
+            return ", or ".join(ways)
+        if too_long:
+            return "lower retrain.length"
     if too_long:
         batch = "eval.batch" if stage.kind == "evaluation" else "calibration_domains.batch"
         return f"lower {batch}"
-    if largest.startswith("hidden states"):
-        return "lower calibration_domains.samples"
+    if largest.startswith("hidden states") or (largest.startswith("refinement") and items is stage.memory.host):
+        limited = config.calibration_domains.group_samples is not None
+        lower = f"lower calibration_domains.{'group_samples' if limited and stage.kind == 'experts' else 'samples'}"
+        return lower + (", or set moe=plain" if largest.startswith("refinement") else "")
     if largest.startswith("second moments"):
         return "lower moe.experts, or set pruning.compensation=none"
     if largest.startswith(("Adam", "gradients")) and any(

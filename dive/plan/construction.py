@@ -23,12 +23,13 @@ class Refinement:
 
 
 def refinement(config: Config) -> Refinement | None:
-    """``moe.refinement`` of a configuration that uses it; experts are derived once more than there are rounds."""
+    """``moe.refinement`` of a configuration that uses it; several experts are derived once more than there are rounds."""
     found = config.moe.refinement
     if not found.needs_tokens:
         return None
-    active = 1 if config.moe.experts == 1 else max(config.moe.top_k, 2)
-    return Refinement(derivations=found.rounds + 1, steps=found.steps, batch=found.batch, active=active)
+    several = config.moe.experts > 1
+    rounds, active = (found.rounds, max(config.moe.top_k, 2)) if several else (0, 1)
+    return Refinement(derivations=rounds + 1, steps=found.steps, batch=found.batch, active=active)
 
 
 def moments(s: Shapes, tokens: int) -> int:

@@ -8,7 +8,6 @@ from dive.config import (
     ArchitectureConfig,
     Compensation,
     Config,
-    Construction,
     DeviceConfig,
     Dtype,
     Grouping,
@@ -100,8 +99,11 @@ class Job:
         """Calibration sequences of all domains."""
         return self.domains * self.config.calibration_domains.samples
 
-    def group_sequences(self, groups: int) -> list[int]:
-        """Calibration sequences of each group; groups that are still to be mined count as equally large."""
+    def group_sequences(self, groups: int, *, experts: int) -> list[int]:
+        """Calibration sequences of each group that so many experts are built from; groups yet to be mined count as equal.
+
+        ``group_samples`` of all domains together are as many times as many as there are experts.
+        """
         domains = self.config.calibration_domains
         given = self.config.affinity.groups
         sizes = [len(g) for g in given] if given is not None and len(given) == groups else None
@@ -109,13 +111,13 @@ class Job:
             sizes = [self.domains // groups + (i < self.domains % groups) for i in range(groups)]
         if domains.group_samples is None:
             return [size * domains.samples for size in sizes]
-        wanted = domains.group_samples * (self.config.moe.experts if groups == 1 else 1)
+        wanted = domains.group_samples * (experts if groups == 1 else 1)
         return [sum(min(wanted // size + (i < wanted % size), domains.samples) for i in range(size)) for size in sizes]
 
     @property
     def groups(self) -> int:
-        """Groups of domains that experts are built from."""
-        return self.config.moe.experts if self.config.moe.construction is Construction.dive else 1
+        """Groups of domains that experts are built from; one of all domains where they begin otherwise."""
+        return self.config.moe.experts if self.config.moe.needs_groups else 1
 
     # -------------------------------------------------------------------------------------------------------- evaluation
 

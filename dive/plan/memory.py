@@ -113,7 +113,7 @@ def mining(job: Job) -> Memory:
     return _memory(job, rest, {"masks and statistics": float(masks)}, first=True)
 
 
-def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
+def building(job: Job, *, experts: int, groups: int, sequences: int, refined: construction.Refinement | None) -> Memory:
     """A pass over the calibration tokens, and one layer's experts at a time."""
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = domains.batch * domains.length
@@ -135,10 +135,9 @@ def building(job: Job, *, experts: int, groups: int, sequences: int) -> Memory:
         ),
     }
     host = {"hidden states": _hidden(job, sequences)}
-    settings = construction.refinement(job.config) if experts > 1 else None
-    if settings is not None:
+    if refined is not None:
         rest["second moments"] = 0.0  # of one expert at a time, and counted there
-        rest["refinement"] = float(construction.refine_device_bytes(s, settings))
+        rest["refinement"] = float(construction.refine_device_bytes(s, refined))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
     return _memory(job, rest, host, first=job.streamed)
 

@@ -126,11 +126,16 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     stages: list[Stage] = []
     if job.mines:
         stages += [_calibration(job), _mining(job)]
-    if s.experts == 1 or not job.streamed:  # one pruned expert is there to be measured
-        stages.append(_building(job, "pruning", experts=1, groups=1, sequences=job.sequences))
-    if s.experts > 1:
-        sequences = sum(job.group_sequences(job.groups))
-        stages.append(_building(job, "building experts", experts=s.experts, groups=job.groups, sequences=sequences))
+    refined = construction.refinement(config)
+    one_shot = s.experts == 1 and refined is None
+    if one_shot or not job.streamed:  # one pruned expert is there to be measured
+        sequences = sum(job.group_sequences(1, experts=1))
+        stages.append(_building(job, "pruning", experts=1, groups=1, sequences=sequences, refined=None))
+    if not one_shot:
+        groups, sequences = job.groups, sum(job.group_sequences(job.groups, experts=s.experts))
+        stages.append(
+            _building(job, "building experts", experts=s.experts, groups=groups, sequences=sequences, refined=refined)
+        )
     before: list[StageConfig] = []
     for name, retrained in config.retrain.stages.items():
         stages.append(_retraining(job, name, retrained, before))
@@ -204,7 +209,9 @@ def _mining(job: Job) -> Stage:
     )
 
 
-def _building(job: Job, name: str, *, experts: int, groups: int, sequences: int) -> Stage:
+def _building(
+    job: Job, name: str, *, experts: int, groups: int, sequences: int, refined: construction.Refinement | None
+) -> Stage:
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = sequences * domains.length
     parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
@@ -214,17 +221,16 @@ def _building(job: Job, name: str, *, experts: int, groups: int, sequences: int)
     if job.distils and experts > 1:
         sampled = min(moe.distillation.tokens, tokens)
         parts.append(("float32", float(s.layers * construction.router_fit(s, moe.distillation, sampled))))
-    settings = construction.refinement(job.config) if experts > 1 else None
-    if settings is not None:
-        parts.append(("float32", float(s.layers * construction.refine(s, settings, tokens, domains.length))))
-        parts.append(("float64", float(s.layers * construction.refine_solves(s, settings))))
+    if refined is not None:
+        parts.append(("float32", float(s.layers * construction.refine(s, refined, tokens, domains.length))))
+        parts.append(("float64", float(s.layers * construction.refine_solves(s, refined))))
     of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
     return Stage(
         name,
         "experts",
         tokens,
         _sum(*parts),
-        memory.building(job, experts=experts, groups=groups, sequences=sequences),
+        memory.building(job, experts=experts, groups=groups, sequences=sequences, refined=refined),
         moved=float(math.ceil(sequences / domains.batch) * s.dense * job.weight),
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(s.layers * of_layer),

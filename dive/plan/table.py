@@ -112,7 +112,7 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
     """(title, rows of step, operations of one layer and of all, device memory, host memory) of building the experts."""
     job = plan.job
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
-    tokens = sum(job.group_sequences(job.groups)) * domains.length
+    tokens = sum(job.group_sequences(job.groups, experts=s.experts)) * domains.length
     settings = construction.refinement(job.config)
     hidden = tokens * s.hidden * job.weight
     sampled = min(moe.distillation.tokens, tokens)
@@ -120,9 +120,9 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
         ("dense layer forward", tokens * flops.dense_layer(s, domains.length), 0.0, hidden),
         ("second moments, one group at a time", construction.moments(s, tokens), construction.moment_bytes(s), 0.0),
         (
-            f"second moments, {job.groups} groups at once",
+            f"second moments, {s.experts} groups at once",
             construction.moments(s, tokens),
-            job.groups * construction.moment_bytes(s),
+            s.experts * construction.moment_bytes(s),
             0.0,
         ),
         ("least squares, one expert", construction.solve(s), construction.solve_bytes(s), 0.0),

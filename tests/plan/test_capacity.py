@@ -74,6 +74,28 @@ def test_a_pass_that_is_too_large_is_to_be_cut_up() -> None:
     assert "lower moe.experts" in shortages(planned(*model), Capacity(device=60e9))[0]
 
 
+def test_a_pass_that_is_as_small_as_can_be() -> None:
+    small = ("model=tinyllama", "retrain=default", "trainer.accumulation=8", "trainer.gradient_checkpointing=true")
+    it = planned(*small, "retrain.length=2048")
+    peak = max(stage.memory.device_peak for stage in it.stages)
+    assert "; set retrain=lora" in shortages(it, Capacity(device=peak - 1e8))[0]
+    less = planned(*small[:3], "retrain.length=2048", "trainer.gradient_checkpointing=false")
+    peak = max(stage.memory.device_peak for stage in less.stages)
+    assert "; set trainer.gradient_checkpointing=true" in shortages(less, Capacity(device=peak - 1e8))[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["calibration_domains.samples=4096"], "lower calibration_domains.samples, or set moe=plain"),
+        (["calibration_domains=paper"], "lower calibration_domains.group_samples, or set moe=plain"),
+    ],
+)
+def test_text_that_does_not_fit_the_host_is_to_be_less(overrides: list[str], remedy: str) -> None:
+    it = planned("model=llama2-7b", "plan.device=h100", *overrides)
+    assert shortages(it, Capacity(host=64e9))[0].endswith(remedy)
+
+
 def test_this_machine(tmp_path: Path) -> None:
     store = tmp_path / "store"
     for folder, size in (("experts/abc", 1000), ("partial/experts-def", 500), ("partial/retrained-def", 20)):

@@ -53,6 +53,6 @@ def test_refinement(llama: Shapes) -> None:
 def test_refinement_of_a_configuration() -> None:
     used = Config(moe=MoEConfig(refinement=RefinementConfig(rounds=4, steps=6, batch=7), top_k=3))
     assert construction.refinement(used) == Refinement(derivations=5, steps=6, batch=7, active=3)  # derived once more
-    single = Config(moe=MoEConfig(experts=1, refinement=RefinementConfig(sequential=True)))
+    single = Config(moe=MoEConfig(experts=1, refinement=RefinementConfig(rounds=4, sequential=True)))
     assert construction.refinement(single) == Refinement(derivations=1, steps=0, batch=4096, active=1)
     assert construction.refinement(Config(moe=MoEConfig())) is None

@@ -51,10 +51,11 @@ def test_weights_reach_a_gpu_by_way_of_the_host() -> None:
 
 def test_second_moments_of_every_group() -> None:
     job = job_of("model=llama2-7b", "plan.device=h100", "moe=plain", "moe.experts=8")
-    found = memory.building(job, experts=8, groups=8, sequences=512)
+    found = memory.building(job, experts=8, groups=8, sequences=512, refined=None)
     assert found.device["second moments"] == (8 + 2) * 484_704_256
     without = job_of("model=llama2-7b", "plan.device=h100", "moe=plain", "pruning=wanda_sp", "moe.experts=8")
-    assert memory.building(without, experts=8, groups=8, sequences=512).device["second moments"] == 0
+    found = memory.building(without, experts=8, groups=8, sequences=512, refined=None)
+    assert found.device["second moments"] == 0
 
 
 def test_processes_of_one_machine_add_up() -> None:

@@ -51,8 +51,24 @@ def test_given_groups_are_not_mined() -> None:
     assert stages["building experts"].tokens == 8 * 1024 * 256
 
 
-def test_one_expert_is_pruning_alone() -> None:
-    assert "building experts" not in by_name(planned("moe.experts=1"))
+def test_text_that_experts_are_built_from() -> None:
+    stages = by_name(planned("calibration_domains=paper"))  # 1024 sequences for each expert, of all 24 domains together
+    assert stages["pruning"].tokens == 1024 * 256
+    assert stages["building experts"].tokens == 8 * 1024 * 256
+    few = by_name(planned("calibration_domains=paper", "calibration_domains.domains=[c4,race]", "moe.experts=4"))
+    assert few["building experts"].tokens == 2 * 1024 * 256  # there is no more
+    assert few["pruning"].tokens == 1024 * 256
+    assert by_name(planned("moe.experts=4"))["pruning"].tokens == 16 * 32 * 256  # without a limit all there is
+
+
+def test_one_expert_is_pruning_alone_unless_it_is_refined() -> None:
+    assert "building experts" not in by_name(planned("moe=plain", "moe.experts=1"))
+    stages = by_name(planned("moe.experts=1"))
+    assert stages["building experts"].seconds > stages["pruning"].seconds > 0
+    assert list(by_name(planned("moe.experts=1", "model.load=streamed", "retrain=none"))) == [
+        "building experts",
+        "export",
+    ]
 
 
 def test_a_stage_is_rounded_up_to_whole_steps() -> None:
