@@ -6,6 +6,7 @@ texts → tokens → channel statistics → cross-domain perplexity → groups �
 Each stage is a function of its slice of the configuration and of what came before; it returns an artifact.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -54,6 +55,7 @@ from dive.config import (
     MoEConfig,
     PruningConfig,
     RouterInit,
+    Start,
     Storage,
     require,
 )
@@ -315,7 +317,8 @@ def build_experts(
         before = 0.0
         if finished:
             log.info("experts: going on after layer %d", len(finished))
-            before = float((place / "seconds").read_text())
+            with contextlib.suppress(OSError, ValueError):  # cut short: the time is not worth more than the layers
+                before = float((place / "seconds").read_text())
         wanted = inputs.source.config.num_hidden_layers
         if len(finished) < wanted:
             numbers = itertools.count(len(finished))  # enumerate would hold a layer while the next is built
@@ -357,6 +360,8 @@ def build_experts(
         depends["samples"] = [len(matrix) for matrix in tokens.values()]
     if refined and moe.refinement.sequential and inputs.source.dtype != "float32":
         depends["prefix"] = "experts as stored"  # not as they were before they were rounded
+    if moe.refinement.start is Start.kmeans and moe.experts > 1:
+        depends["numbering"] = "as the layer before"
     artifact = store.get("experts", depends, compute)
     store.forget_partial("experts", depends)
     return artifact

@@ -297,6 +297,8 @@ def test_an_interrupted_construction_goes_on_after_its_last_whole_layer(
     with pytest.raises(KeyboardInterrupt):
         untrained.run(name, *settings, f"store={tmp_path / 'stopped'}")
     monkeypatch.undo()
+    for file in (tmp_path / "stopped" / "partial").rglob("seconds"):
+        file.write_bytes(b"")  # as a power cut may leave it: the layers count
     with caplog.at_level(logging.INFO, logger="dive"):
         untrained.run(name, *settings, f"store={tmp_path / 'stopped'}")
     assert "experts: going on after layer 1" in caplog.text
@@ -332,6 +334,24 @@ def test_built_layers_outlive_a_failure_while_they_are_stored(
     (artifact,) = (tmp_path / "experts").iterdir()
     assert float(json.loads((artifact / artifacts.MANIFEST).read_text())["seconds"]) >= before > 0.0
     assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "of_the_experts"),
+    [("kmeans", [6]), ("groups", [3, 3])],  # the same text, in one piece or in one a group
+)
+def test_as_much_text_as_was_planned_is_built_from(
+    untrained: Workplace, tmp_path: Path, start: str, of_the_experts: list[int]
+) -> None:
+    groups = ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"] if start == "groups" else []
+    settings = [*groups, f"moe.refinement.start={start}", "calibration_domains.group_samples=3", f"store={tmp_path}"]
+    results = untrained.run(f"text-{start}", "retrain=none", "eval.windows=1", *settings)
+    found = [json.loads((made / artifacts.MANIFEST).read_text())["inputs"] for made in (tmp_path / "experts").iterdir()]
+    samples = {inputs["moe"]["experts"]: inputs["samples"] for inputs in found}
+    assert samples == {1: [3], 2: of_the_experts}
+    planned = {stage["name"]: stage["tokens"] for stage in results["plan"]["planned"]["stages"]}
+    assert planned["pruning"] == 3 * 32
+    assert planned["building experts"] == 6 * 32
 
 
 def test_layers_after_a_missing_or_a_short_one_are_built_again(tmp_path: Path) -> None:
