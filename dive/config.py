@@ -610,7 +610,7 @@ class CorpusConfig:
     """The retraining corpus."""
 
     source: CorpusSource = CorpusSource.domains
-    """``domains``: the train splits of the calibration domains, evenly; ``local``: files; ``hub``: streamed."""
+    """``domains``: the train splits of the calibration domains, evenly; ``local``: files; ``hub``: a data set."""
     path: str | None = None
     """``local`` only: a file or a directory of jsonl, txt or parquet files."""
     text_field: str = "text"
@@ -955,6 +955,10 @@ class Config:
             not (chosen and unheard),
             f"affinity={named.value}: with moe.refinement.start={self.moe.refinement.start.value} experts begin with tokens, and "
             "groups of domains have no say; set moe.refinement.start=groups, or moe=plain",
+        )
+        require(
+            self.affinity.groups is None or self.affinity.grouping in (Grouping.given, Grouping.published),
+            f"affinity.groups has no say with affinity.grouping={self.affinity.grouping.value}; set affinity=given",
         )
         if self.affinity.groups is not None and self.moe.needs_groups:
             require(

@@ -126,6 +126,11 @@ def test_the_best_recipe_is_the_default() -> None:
     assert typed().moe.refinement.needs_tokens
 
 
+def test_groups_are_not_named_in_vain() -> None:
+    with pytest.raises(UserError, match=r"affinity\.groups .*; set affinity=given"):
+        typed("affinity.groups=[[law],[code]]", "moe.experts=2")
+
+
 @pytest.mark.parametrize("option", NEEDED)
 def test_what_an_option_cannot_know_is_asked_for(option: str) -> None:
     key = NEEDED[option][0].split("=")[0]
