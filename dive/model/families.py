@@ -1,6 +1,6 @@
 """Where each model family keeps its FFNs, and what its Mixture-of-Experts twin is called.
 
-Nothing outside this file and :mod:`dive.model.architecture` knows a family by name.
+Nothing outside this file and :mod:`dive.model.architecture` knows how a family is built.
 
 Shapes: L layers, D hidden width, F FFN channels of the dense model, W channels kept, E experts.
 """
