@@ -1,5 +1,6 @@
 """Tiny dense models and a tiny tokenizer, made here: the tests need no network and no files of anyone's."""
 
+import copy
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -124,3 +125,11 @@ def workplace(build: Build, tokenizer: PreTrainedTokenizerFast, tmp_path_factory
     build("llama-tied").save_pretrained(root / "dense")
     tokenizer.save_pretrained(root / "dense")
     return Workplace(root, root / "dense", write_domains(root / "domains"))
+
+
+@pytest.fixture
+def untrained(workplace: Workplace) -> Workplace:
+    """The same place, without its settings of retraining."""
+    place = copy.copy(workplace)
+    place.settings = [setting for setting in workplace.settings if not setting.startswith("retrain")]
+    return place

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dive import preemption
 from dive.artifacts import Store
@@ -151,6 +151,30 @@ def test_a_broken_model_is_refused(workplace: Workplace, tmp_path: Path, fault: 
     else:
         with pytest.raises(UserError, match=message):
             load_tokenizer(locate_dense(str(tmp_path / "model")))  # before any text is read or weight loaded
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), r"dense: the perplexity of \w+@32 is nan: .*; set model.dtype=float32"),
+        (
+            ("model.load=streamed", "moe.refinement.start=kmeans"),
+            r"layer 0: .* not finite; set model.dtype=float32",
+        ),
+    ],
+    ids=["full", "streamed"],
+)
+def test_weights_that_are_not_finite_are_named(
+    untrained: Workplace, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    shutil.copytree(untrained.root / "dense", tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        untrained.run(
+            "nan", "retrain=none", f"model.path={tmp_path / 'model'}", f"store={tmp_path / 'store'}", *overrides
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- the texts

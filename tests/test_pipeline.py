@@ -1,6 +1,5 @@
 """The whole method on a tiny model: what a run leaves behind, and what a second one does not do again."""
 
-import copy
 import errno
 import json
 import logging
@@ -233,14 +232,6 @@ def test_qwen3_becomes_qwen3_moe(
     tokenizer.save_pretrained(tmp_path / "qwen3")
     results = workplace.run("qwen3", f"model.path={tmp_path / 'qwen3'}", "retrain.stages.experts.tokens=512")
     assert type(AutoModelForCausalLM.from_pretrained(results["export"])).__name__ == "Qwen3MoeForCausalLM"
-
-
-@pytest.fixture
-def untrained(workplace: Workplace) -> Workplace:
-    """The same place, without its settings of retraining."""
-    place = copy.copy(workplace)
-    place.settings = [setting for setting in workplace.settings if not setting.startswith("retrain")]
-    return place
 
 
 STREAMED = ("model.load=streamed", "retrain=none", "affinity=given", "affinity.groups=[[sums,code],[cats,news]]")

@@ -1,6 +1,7 @@
 """Measuring one model on all evaluation texts."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from dive.calibration_domains.sampling import Tokenize, evaluation_windows
 from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap, training_documents
 from dive.config import EvalConfig
+from dive.errors import UserError
 from dive.eval.perplexity import geometric_mean, perplexity
 from dive.progress import track
 
@@ -77,11 +79,19 @@ def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, de
     """Perplexity under every key, and ``mean``: the geometric mean over the domains, if any, at the first length.
 
     Further lengths have means of their own, ``mean@<length>``.
+
+    Raises:
+        UserError: a perplexity is not finite.
     """
     items = list(texts.all().items())
-    values = {
-        key: perplexity(model, windows, batch=batch) for key, windows in track(items, f"evaluating {description}")
-    }
+    values: dict[str, float] = {}
+    for key, windows in track(items, f"evaluating {description}"):
+        values[key] = perplexity(model, windows, batch=batch)
+        if not math.isfinite(values[key]):
+            raise UserError(
+                f"{description}: the perplexity of {key} is {values[key]}: weights that are not finite, or a model beyond the "
+                f"range of {str(model.dtype).removeprefix('torch.')}; set model.dtype=float32, or look at the weights"
+            )
     return values | means(values, texts)
 
 

@@ -250,6 +250,9 @@ def build_refined_layers(
         batch: sequences per forward pass.
         seed: of the first layer.
         finished: the first layers, of an interrupted construction: the tokens pass through them, and they are not yielded.
+
+    Raises:
+        UserError: the model's hidden states are not finite.
     """
     refinement = moe.refinement
     built = iter(finished)
@@ -278,6 +281,10 @@ def build_refined_layers(
         else:
             dense.add(targets)
         if layer is None:
+            if not (inputs.isfinite().all() and targets.isfinite().all()):
+                raise UserError(
+                    f"layer {number}: its FFN gets or makes what is not finite; set model.dtype=float32, or look at the weights"
+                )
             layer = refine_layer(
                 weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number, before=before
             )
