@@ -433,7 +433,12 @@ def measure(
 
     model_key = dict(depends)
     windows = {key: hash_tokens({key: matrix}) for key, matrix in texts.all().items()}
-    depends = {**depends, "windows": windows, "headline": list(texts.domains), "routing": routing}
+    depends = {
+        **depends,
+        "windows": windows,
+        "means_over": {n: list(by) for n, by in texts.domains.items()},
+        "routing": routing,
+    }
     if tasks.tasks:
         depends["tasks"] = tasks.identity()
     return store.get("evaluation", depends, compute)

@@ -327,6 +327,17 @@ def test_built_layers_outlive_a_failure_while_they_are_stored(
     assert not place.exists()
 
 
+def test_a_domain_that_becomes_a_text_apart_leaves_the_mean(untrained: Workplace, tmp_path: Path) -> None:
+    settings = ["moe=plain", "moe.experts=1", "retrain=none", f"store={tmp_path}"]
+    everything = untrained.run("all-domains", *settings)["stages"][0]["perplexity"]
+    news = f"+eval.sets={{news:{{path:{untrained.root}/domains/news/test.jsonl,lengths:[32],separator:null}}}}"
+    domains = "calibration_domains.domains=[cats,code,sums]"
+    apart = untrained.run("three-domains", *settings, domains, news)["stages"][0]["perplexity"]
+    assert apart.pop("mean") == pytest.approx(math.prod(apart[f"{d}@32"] for d in ("cats", "code", "sums")) ** (1 / 3))
+    assert everything.pop("mean") == pytest.approx(math.prod(everything.values()) ** (1 / 4))
+    assert apart == everything  # of each text the same
+
+
 @pytest.mark.parametrize(
     ("start", "of_the_experts"),
     [("kmeans", [6]), ("groups", [3, 3])],  # the same text, in one piece or in one a group
