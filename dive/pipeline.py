@@ -436,7 +436,7 @@ def measure(
     depends = {
         **depends,
         "windows": windows,
-        "means_over": {n: list(by) for n, by in texts.domains.items()},
+        "means_over": [[n, *by] for n, by in texts.domains.items()],
         "routing": routing,
     }
     if tasks.tasks:
