@@ -314,7 +314,7 @@ def test_a_signal_outside_training_ends_the_run_at_once(workplace: Workplace, tm
     begin = time.monotonic()
     process.send_signal(signal.SIGUSR1)
     read_until(process, r"stopped by SIGUSR1 \(exit code 75\)\. The same command goes on")
-    assert time.monotonic() - begin < 60  # of the ten minutes or so that these steps take
+    assert time.monotonic() - begin < 10
     finish(process, preemption.EXIT_CODE)
     assert not list(tmp_path.rglob(".*-*"))
     assert list(tmp_path.glob("evaluation/*/manifest.json"))
@@ -382,6 +382,7 @@ def test_processes_wait_for_a_stage_that_another_job_computes(workplace: Workpla
         first.send_signal(signal.SIGCONT)
     output += finish(second)
     finish(first)
+    assert "another process computes it, waiting" in output
     assert not re.search(r"retrained \w+: computing", output)
     assert same(exported(workplace, "other-job"), exported(workplace, "two-processes"))
 

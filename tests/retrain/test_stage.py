@@ -71,7 +71,8 @@ def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path:
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so inherited, where tests run by `&`
+    # Where tests run by `&` it is ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = workplace.start("stopped", f"store={tmp_path}", "retrain.stages.experts.tokens=300000")
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 200
