@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING
 
 import lightning
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from torch import Tensor, nn
 
 from benchmarks.shapes import SHAPES, llama_config
 from benchmarks.timing import machine
-from dive.cli import CONF, describe, register_schema, to_typed
+from dive.cli import composed
 from dive.config import Config
 from dive.errors import UserError
 from dive.model.architecture import read_architecture
@@ -47,7 +45,7 @@ NAMES = {"H100": "h100", "H200": "h100", "A100": "a100-80", "4090": "rtx4090"}
 """What a GPU's name holds: the entry of ``plan.devices`` with its peaks. An H200 computes as an H100 does."""
 
 
-def composed(setting: str, options: argparse.Namespace) -> Config:
+def configured(setting: str, options: argparse.Namespace) -> Config:
     """The paper's recipe for ``1/8`` or ``2/8``, on this device and in batches that fit.
 
     Raises:
@@ -61,12 +59,7 @@ def composed(setting: str, options: argparse.Namespace) -> Config:
     for stage in ("router", "experts"):
         overrides += [f"retrain.stages.{stage}.batch={batch}"]
         overrides += [f"retrain.stages.{stage}.tokens={steps * batch * options.length}"]
-    register_schema("config", Config)
-    try:
-        with initialize_config_dir(str(CONF), version_base=None):
-            return to_typed(compose("config", [*overrides, *options.overrides]), Config)
-    except HydraException as error:
-        raise UserError(describe(error)) from error
+    return composed([*overrides, *options.overrides])
 
 
 def random_moe(config: Config, s: Shapes, options: argparse.Namespace) -> "PreTrainedModel":
@@ -170,7 +163,7 @@ def table(options: argparse.Namespace) -> list[str]:
     """
     lines: list[str] = []
     for setting in options.settings:
-        config = composed(setting, options)
+        config = configured(setting, options)
         check_devices(config.trainer)
         peak = device_peak(config, options)
         s = shapes(read_architecture(llama_config(options.shape).to_dict()), config)

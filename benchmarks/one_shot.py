@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from dive.cli import CONF, register_schema, to_typed
+from dive.cli import composed
 from dive.config import Config
 from dive.errors import UserError
 from dive.model.load import document_tokens, load_dense
@@ -40,9 +39,7 @@ METHODS = {
 def configured(name: str, common: list[str]) -> Config:
     """The configuration of one row."""
     experts, overrides = METHODS[name]
-    register_schema("config", Config)
-    with initialize_config_dir(str(CONF), version_base=None):
-        return to_typed(compose("config", [*common, f"moe.experts={experts}", *overrides]), Config)
+    return composed([*common, f"moe.experts={experts}", *overrides])
 
 
 def sample(model_path: str, out: Path, *, tokens: dict[str, int], length: int, seed: int) -> None:

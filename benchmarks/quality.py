@@ -28,14 +28,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 
 from dive.artifacts import write_json
 from dive.calibration_domains.local import domain_directories, split_file
 from dive.calibration_domains.sampling import pieces
 from dive.calibration_domains.texts import domain_names, load_domains
-from dive.cli import CONF, describe, register_schema, to_typed
+from dive.cli import composed
 from dive.config import Config, Freezing, TextSource
 from dive.errors import UserError
 
@@ -184,20 +182,6 @@ class Cell:
 
 
 # ---------------------------------------------------------------------------------------------------------- one cell
-
-
-def composed(overrides: Sequence[str]) -> Config:
-    """The typed configuration of a command line.
-
-    Raises:
-        UserError: an override is unknown or contradicts another.
-    """
-    register_schema("config", Config)
-    try:
-        with initialize_config_dir(str(CONF), version_base=None):
-            return to_typed(compose("config", list(overrides)), Config)
-    except HydraException as error:
-        raise UserError(describe(error)) from error
 
 
 def stage_overrides(config: Config, *, tokens: int, learning_rate: float | None, train: str) -> list[str]:

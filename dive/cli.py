@@ -5,7 +5,7 @@ Hydra composes; :func:`run` hands the task a plain dataclass and turns what a us
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dive import preemption
+from dive.config import Config
 from dive.errors import UserError, disk_trouble
 
 C = TypeVar("C")
@@ -51,6 +52,20 @@ def to_typed(config: DictConfig, schema: type[C]) -> C:
     if not isinstance(typed, schema):
         raise UserError(f"the configuration is not a {schema.__name__}: its defaults list lacks the schema")
     return typed
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """The typed configuration of a command line of ``dive.train``.
+
+    Raises:
+        UserError: an override is unknown or contradicts another.
+    """
+    register_schema("config", Config)
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base=None):
+            return to_typed(hydra.compose("config", list(overrides)), Config)
+    except HydraException as error:
+        raise UserError(describe(error)) from error
 
 
 def describe(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.gpu import composed, main
+from benchmarks.gpu import configured, main
 from dive.config import Mode
 from tests.benchmarks.tables import read_table
 
@@ -56,7 +56,7 @@ def test_the_recipes_are_the_papers() -> None:
         device="cuda", length=1024, micro_batch=4, accumulation=2, steps=5, warm_up=1, overrides=[]
     )
     for setting, top_k, ratio in (("1/8", 1, 0.5), ("2/8", 2, 0.75)):
-        config = composed(setting, options)
+        config = configured(setting, options)
         assert (config.moe.experts, config.moe.top_k, config.pruning.ratio) == (8, top_k, ratio)
         assert [(n, s.mode) for n, s in config.retrain.stages.items()] == [
             ("router", Mode.dense),

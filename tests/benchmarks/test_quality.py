@@ -13,7 +13,6 @@ from benchmarks import quality
 from benchmarks.quality import (
     METHODS,
     Setting,
-    composed,
     dev_texts,
     held_out,
     held_out_sets,
@@ -24,6 +23,7 @@ from benchmarks.quality import (
 )
 from dive.calibration_domains.local import read_documents
 from dive.calibration_domains.texts import load_eval_set
+from dive.cli import composed
 from dive.config import Compensation, Config
 from dive.errors import UserError
 from tests.workplace import WORDS, Workplace
