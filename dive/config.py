@@ -932,6 +932,11 @@ class Config:
     store: str = "outputs/store"
     """Directory of the artifacts that runs share."""
 
+    @property
+    def mines(self) -> bool:
+        """Whether groups are mined, which takes a calibration pass and the measure between domains."""
+        return self.affinity.grouping is Grouping.mined and self.moe.needs_groups
+
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed ({self.seed}) must not be negative")
         require(
@@ -1006,7 +1011,7 @@ class Config:
             "retrain=none, or model.load=full",
         )
         require(
-            self.affinity.grouping is not Grouping.mined or not self.moe.needs_groups,
+            not self.mines,
             "model.load=streamed: affinity=mined runs the whole model for every pair of domains; set affinity=random, given or "
             "published/NAME, or moe.refinement.start=kmeans, or model.load=full",
         )

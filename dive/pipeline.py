@@ -815,14 +815,13 @@ def sample_tokens(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """({domain: calibration tokens}, {domain: tokens to measure affinity on})."""
     domains = config.calibration_domains
-    mines = config.affinity.grouping is Grouping.mined and config.moe.needs_groups
     calibration, measured = {}, {}
     for name, documents in texts.items():
         calibration[name], measured[name] = calibration_tokens(
             documents,
             tokenize,
             samples=domains.samples,
-            measured=config.affinity.samples if mines else 0,
+            measured=config.affinity.samples if config.mines else 0,
             length=domains.length,
             seed=config.seed,
             domain=name,

@@ -18,6 +18,7 @@ from dive.config import (
     MoEConfig,
     PruningConfig,
     RouterInit,
+    Start,
     require,
 )
 from dive.errors import UserError
@@ -289,7 +290,8 @@ def build_refined_layers(
                 weights, inputs, targets, owner, pruning, moe, seed=seed + 1000 * number, before=before
             )
             layer = convert(layer, model.dtype)
-        before = likeliest_experts(layer, inputs)
+        if refinement.start is Start.kmeans:
+            before = likeliest_experts(layer, inputs)
         del targets
         if refinement.sequential:  # what comes after learns from the experts as they are stored
             stored = convert(layer, torch.float32, weights.down.device)

@@ -52,12 +52,12 @@ def refine_layer(
         targets: what it should return, (T, D).
         groups: (T,) int64, the group of domains a token is from.
         seed: of this layer.
-        before: (T,) int64, the expert that each token goes to in the layer before. Clusters, whose numbers mean nothing, are
-            numbered alike, so that an expert's number stands for the same tokens in all layers as far as can be.
+        before: (T,) int64, the expert that each token goes to in the layer before, where experts begin with clusters: their
+            numbers mean nothing, and are made to stand for the same tokens in all layers as far as can be.
     """
     settings = moe.refinement
     assignment = first_assignment(inputs, groups, settings.start, experts=moe.experts, seed=seed)
-    if settings.start is Start.kmeans and before is not None:
+    if before is not None:
         assignment = renumbered(assignment, before, experts=moe.experts)
     sample = sampled_rows(len(inputs), moe.distillation.tokens, seed=seed)
     device = weights.down.device

@@ -97,11 +97,11 @@ def shortages(plan: Plan, capacity: Capacity) -> list[str]:
         worst = max(plan.stages, key=lambda stage: _peak(stage, place))
         needed = _peak(worst, place)
         if room is not None and needed > room:
-            items = worst.memory.host if place == "host" else worst.memory.device
+            items = _items(worst, place)
             largest = max(items, key=lambda name: items[name])
             found.append(
                 f"{worst.name} needs {needed / 1e9:.1f} GB of {place} memory ({largest}: {items[largest] / 1e9:.1f} GB), "
-                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, items, largest, needed - room)}"
+                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, place, largest, needed - room)}"
             )
     kept: dict[str, float] = {}
     for stage in plan.stages:
@@ -128,14 +128,20 @@ def _peak(stage: Stage, place: str) -> float:
     return stage.memory.host_peak if place == "host" else stage.memory.device_peak
 
 
-def _remedy(plan: Plan, stage: Stage, items: Mapping[str, float], largest: str, short: float) -> str:
+def _items(stage: Stage, place: str) -> Mapping[str, float]:
+    return stage.memory.host if place == "host" else stage.memory.device
+
+
+def _remedy(plan: Plan, stage: Stage, place: str, largest: str, short: float) -> str:
     config = plan.job.config
-    of_a_pass = sum(size for name, size in items.items() if name.startswith(("activations", "logits")))
+    of_a_pass = sum(size for name, size in _items(stage, place).items() if name.startswith(("activations", "logits")))
     too_long = largest.startswith(("activations", "logits"))
     if stage.kind == "retrained" and (too_long or of_a_pass > short):
-        shorter = plan.job.micro_batch(config.retrain.stages[stage.name]) > 1
-        ways = ["raise trainer.accumulation"] * shorter
-        ways += ["set trainer.gradient_checkpointing=true"] * (not config.trainer.gradient_checkpointing)
+        ways = []
+        if plan.job.micro_batch(config.retrain.stages[stage.name]) > 1:
+            ways.append("raise trainer.accumulation")
+        if not config.trainer.gradient_checkpointing:
+            ways.append("set trainer.gradient_checkpointing=true")
         if ways:
             return ", or ".join(ways)
         if too_long:
@@ -143,10 +149,11 @@ def _remedy(plan: Plan, stage: Stage, items: Mapping[str, float], largest: str, 
     if too_long:
         batch = "eval.batch" if stage.kind == "evaluation" else "calibration_domains.batch"
         return f"lower {batch}"
-    if largest.startswith("hidden states") or (largest.startswith("refinement") and items is stage.memory.host):
-        limited = config.calibration_domains.group_samples is not None
-        lower = f"lower calibration_domains.{'group_samples' if limited and stage.kind == 'experts' else 'samples'}"
-        return lower + (", or set moe=plain" if largest.startswith("refinement") else "")
+    of_tokens = place == "host" and largest.startswith("refinement")
+    if largest.startswith("hidden states") or of_tokens:
+        limited = stage.kind == "experts" and config.calibration_domains.group_samples is not None
+        lower = f"lower calibration_domains.{'group_samples' if limited else 'samples'}"
+        return f"{lower}, or set moe=plain" if of_tokens else lower
     if largest.startswith("second moments"):
         return "lower moe.experts, or set pruning.compensation=none"
     if largest.startswith(("Adam", "gradients")) and any(

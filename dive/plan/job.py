@@ -10,7 +10,6 @@ from dive.config import (
     Config,
     DeviceConfig,
     Dtype,
-    Grouping,
     Load,
     RouterInit,
     StageConfig,
@@ -80,11 +79,6 @@ class Job:
     # ------------------------------------------------------------------------------------------------------- calibration
 
     @property
-    def mines(self) -> bool:
-        """Whether groups are mined, which takes a calibration pass and the cross-domain perplexities."""
-        return self.config.affinity.grouping is Grouping.mined and self.config.moe.needs_groups
-
-    @property
     def refits(self) -> bool:
         """Whether second moments are taken and solved with."""
         return self.config.pruning.compensation is Compensation.least_squares
@@ -99,8 +93,8 @@ class Job:
         """Calibration sequences of all domains."""
         return self.domains * self.config.calibration_domains.samples
 
-    def group_sequences(self, groups: int, *, experts: int) -> list[int]:
-        """Calibration sequences of each group that so many experts are built from; groups yet to be mined count as equal.
+    def building_sequences(self, groups: int, *, experts: int) -> int:
+        """Calibration sequences of the groups that so many experts are built from; groups yet to be mined count as equal.
 
         ``group_samples`` of all domains together are as many times as many as there are experts.
         """
@@ -110,9 +104,9 @@ class Job:
         if sizes is None:
             sizes = [self.domains // groups + (i < self.domains % groups) for i in range(groups)]
         if domains.group_samples is None:
-            return [size * domains.samples for size in sizes]
+            return sum(sizes) * domains.samples
         wanted = domains.group_samples * (experts if groups == 1 else 1)
-        return [sum(min(wanted // size + (i < wanted % size), domains.samples) for i in range(size)) for size in sizes]
+        return sum(min(wanted // size + (i < wanted % size), domains.samples) for size in sizes for i in range(size))
 
     @property
     def groups(self) -> int:

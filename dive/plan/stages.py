@@ -124,18 +124,14 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     job = describe_job(config, architecture, device or config.plan.device)
     s = job.shapes
     stages: list[Stage] = []
-    if job.mines:
+    if config.mines:
         stages += [_calibration(job), _mining(job)]
     refined = construction.refinement(config)
     one_shot = s.experts == 1 and refined is None
     if one_shot or not job.streamed:  # one pruned expert is there to be measured
-        sequences = sum(job.group_sequences(1, experts=1))
-        stages.append(_building(job, "pruning", experts=1, groups=1, sequences=sequences, refined=None))
+        stages.append(_building(job, "pruning", experts=1, groups=1, refined=None))
     if not one_shot:
-        groups, sequences = job.groups, sum(job.group_sequences(job.groups, experts=s.experts))
-        stages.append(
-            _building(job, "building experts", experts=s.experts, groups=groups, sequences=sequences, refined=refined)
-        )
+        stages.append(_building(job, "building experts", experts=s.experts, groups=job.groups, refined=refined))
     before: list[StageConfig] = []
     for name, retrained in config.retrain.stages.items():
         stages.append(_retraining(job, name, retrained, before))
@@ -209,10 +205,9 @@ def _mining(job: Job) -> Stage:
     )
 
 
-def _building(
-    job: Job, name: str, *, experts: int, groups: int, sequences: int, refined: construction.Refinement | None
-) -> Stage:
+def _building(job: Job, name: str, *, experts: int, groups: int, refined: construction.Refinement | None) -> Stage:
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
+    sequences = job.building_sequences(groups, experts=experts)
     tokens = sequences * domains.length
     parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
     if job.refits:

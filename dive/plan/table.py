@@ -112,7 +112,7 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
     """(title, rows of step, operations of one layer and of all, device memory, host memory) of building the experts."""
     job = plan.job
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
-    tokens = sum(job.group_sequences(job.groups, experts=s.experts)) * domains.length
+    tokens = job.building_sequences(job.groups, experts=s.experts) * domains.length
     settings = construction.refinement(job.config)
     hidden = tokens * s.hidden * job.weight
     sampled = min(moe.distillation.tokens, tokens)
