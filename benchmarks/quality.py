@@ -149,6 +149,10 @@ METHODS = {
     "upcycle": Method("sparse upcycling, refitted", mixture("moe=upcycle", "pruning=flap", REFITTED)),
     "paper": Method("DIVE, the paper's recipe", paper),
     "dive": Method("DIVE, ours", ours),
+    "dive_untaught": Method("ours, retrained on the text alone", grouped(*TEXT_ALONE)),
+    "dive_distilled": Method(
+        "ours, retrained on the dense model's predictions alone", grouped("retrain.stages.experts.teacher.logits=1")
+    ),
     "dive_mined": Method("ours from mined groups", grouped("affinity=mined")),
     "dive_random": Method("ours from random groups", grouped("affinity=random")),
     "dive_importance": Method("ours from groups by importance", grouped("affinity=importance")),
@@ -156,6 +160,10 @@ METHODS = {
     "dive_plain_random": Method("random groups, not refined", grouped("moe=plain", "affinity=random")),
     "dive_plain_importance": Method("groups by importance, not refined", grouped("moe=plain", "affinity=importance")),
     "dive_plain_kmeans": Method("k-means on tokens, not refined", grouped("moe=plain", "moe.refinement.start=kmeans")),
+    "dive_plain_kmeans_shared": Method(
+        "the same, half of every expert shared by all",
+        grouped("moe=plain", "moe.refinement.start=kmeans", "moe.shared=0.5"),
+    ),
 }
 
 
