@@ -157,7 +157,9 @@ METHODS = {
     "dive_random": Method("ours from random groups", grouped("affinity=random")),
     "dive_importance": Method("ours from groups by importance", grouped("affinity=importance")),
     "dive_plain": Method("mined groups, not refined", grouped("moe=plain")),
-    "dive_plain_shared": Method("the same, half of every expert shared by all", grouped("moe=plain", "moe.shared=0.5")),
+    "dive_plain_shared": Method(
+        "mined groups, not refined, half of every expert shared", grouped("moe=plain", "moe.shared=0.5")
+    ),
     "dive_plain_random": Method("random groups, not refined", grouped("moe=plain", "affinity=random")),
     "dive_plain_importance": Method("groups by importance, not refined", grouped("moe=plain", "affinity=importance")),
     "dive_plain_kmeans": Method("k-means on tokens, not refined", grouped("moe=plain", "moe.refinement.start=kmeans")),
