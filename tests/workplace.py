@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
-from dive.cli import CONF, register_schema, to_typed
+from dive.cli import composed
 from dive.config import Config
 from dive.pipeline import run
 
@@ -85,10 +83,7 @@ class Workplace:
 
     def compose(self, *overrides: str) -> Config:
         """The typed configuration of these overrides, in a store of its own unless one is named."""
-        register_schema("config", Config)
-        with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose("config", [*self.settings, f"store={self.root / 'store'}", *overrides])
-        return to_typed(composed, Config)
+        return composed([*self.settings, f"store={self.root / 'store'}", *overrides])
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Run in this process; the outputs are in ``<root>/<name>``."""

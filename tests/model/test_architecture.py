@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from transformers import PreTrainedModel
 
-from dive.cli import CONF, register_schema, to_typed
+from dive.cli import CONF, composed
 from dive.config import ArchitectureConfig, Config, ModelConfig
 from dive.errors import UserError
 from dive.model.architecture import EMBEDDED, check_architecture, locate_architecture, read_architecture
@@ -15,9 +14,7 @@ from dive.plan.parameters import shapes
 
 
 def typed(*overrides: str) -> Config:
-    register_schema("config", Config)
-    with initialize_config_dir(str(CONF), version_base=None):
-        return to_typed(compose("config", list(overrides)), Config)
+    return composed(overrides)
 
 
 # As the publishers and transformers count them.
