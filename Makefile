@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow check audit clean
 
 demo: .venv/installed ## the whole method on the embedded model and texts, in minutes on two cores
 	$(BIN)/python -m dive.train
@@ -17,6 +17,10 @@ check: .venv/installed-dev ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dive
+
+audit: .venv/installed-dev ## known faults of the installed packages; asks the package index
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.7'
+	$(BIN)/pip-audit --progress-spinner off --timeout 10
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.shapes import add_arguments, describe, random_domains, random_model
 from benchmarks.timing import interleaved, machine, median_ratio
-from dive.pruning.calibrate import stream_statistics
+from dive.pruning.calibrate import Calibration
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         return [run(input_ids=rows, use_cache=False)[0][:, -1] for rows in batches]
 
     def calibrate(*, second_moments: bool = False, inputs: int = 0) -> int:
-        layers = stream_statistics(model, tokens, batch=settings.batch, second_moments=second_moments, inputs=inputs)
-        return sum(s.count for layer in layers for s in layer)
+        found = Calibration(model, tokens, batch=settings.batch, second_moments=second_moments, inputs=inputs)
+        return sum(s.count for number in range(model.config.num_hidden_layers) for s in found.layer(number))
 
     assert calibrate() == sum(m.numel() for m in tokens.values()) * model.config.num_hidden_layers
     seconds = interleaved(

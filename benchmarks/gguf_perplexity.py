@@ -31,7 +31,7 @@ from dive.calibration_domains.embedded import embedded_texts
 from dive.calibration_domains.sampling import evaluation_windows
 from dive.eval.perplexity import perplexity
 from dive.model.load import document_tokens
-from dive.report.text import show
+from dive.progress import show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -36,6 +36,7 @@ from dive.plan import flops
 from dive.plan.parameters import Shapes, shapes
 from dive.retrain.freezing import apply_policy
 from dive.retrain.module import MoERetraining
+from dive.retrain.training import Training
 from dive.trainer.build import build_trainer, check_devices
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def random_moe(config: Config, s: Shapes, options: argparse.Namespace) -> "PreTr
             else:
                 nn.init.normal_(parameter, std=0.02)
     model.requires_grad_(False)
-    plug_routers(model, noise=config.moe.noise)
+    plug_routers(model, noise=config.retrain.noise)
     return model
 
 
@@ -110,14 +111,12 @@ def run_stage(
     accumulation = stage.accumulation or trainer.accumulation
     module = MoERetraining(
         model,
-        stage,
-        config.retrain,
+        Training.of(config, name),
         lambda: random_blocks(s.vocabulary, config.retrain.length, config.seed),
-        name=name,
         key="",
         first_block=0,
         accumulation=accumulation,
-        seed=config.seed,
+        log_every=config.retrain.log_every,
         shard=False,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -130,10 +129,11 @@ def run_stage(
             checkpoint_every=module.steps + 1,
             loggers=[],
         ).fit(module)
-    counted = module.curve[options.warm_up :]
+    points = module.points()
+    counted = points[options.warm_up :]
     rate = statistics.median(point["tokens_per_second"] for point in counted)
     learned = float(sum(p.numel() for p in model.parameters() if p.requires_grad))
-    return rate, peak_memory(options.device), learned, [point["loss"] for point in module.curve]
+    return rate, peak_memory(options.device), learned, [point["loss"] for point in points]
 
 
 def device_peak(config: Config, options: argparse.Namespace) -> float:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dive.pipeline
-from dive.artifacts import MANIFEST
+from dive.store import MANIFEST
 from dive.train import main as train
 
 SETTINGS = [
@@ -51,7 +51,7 @@ SETTINGS = [
 
 def tiny(directory: Path) -> None:
     """A dense Llama of two layers with seeded random weights and the embedded model's tokenizer."""
-    from dive.model.load import EMBEDDED
+    from dive.model.architecture import EMBEDDED
 
     torch.manual_seed(0)
     LlamaForCausalLM(
@@ -105,11 +105,11 @@ def finish(child: int) -> int:
 def outcome(out: Path) -> dict[str, object]:
     """What must not depend on interruptions."""
     results = json.loads((out / "run/results.json").read_text())
-    curves = [json.loads(f.read_text())["curve"] for f in sorted((out / "store").glob("retrained/*/curve.json"))]
+    curves = [load_file(f) for f in sorted((out / "store").glob("retrained/*/curve.safetensors"))]
     return {
         "groups": results["groups"],
         "perplexity": [(stage["name"], stage["perplexity"]) for stage in results["stages"]],
-        "curves": [[{k: v for k, v in p.items() if k != "tokens_per_second"} for p in curve] for curve in curves],
+        "curves": [{k: v.tolist() for k, v in curve.items() if k != "seconds"} for curve in curves],
         "weights": {
             name: (tuple(t.shape), str(t.dtype), t.contiguous().view(torch.uint8).numpy().tobytes())
             for name, t in load_file(out / "run/checkpoint/model.safetensors").items()

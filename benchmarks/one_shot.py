@@ -18,10 +18,10 @@ from dive.cli import composed
 from dive.config import Config
 from dive.errors import UserError
 from dive.model.load import document_tokens, load_dense
-from dive.pipeline import run
+from dive.pipeline import train
 
 OFF = ["moe=plain"]
-SEQUENTIAL = [*OFF, "moe.refinement.sequential=true"]
+SEQUENTIAL = ["moe.refined.rounds=0", "moe.refined.steps=0"]
 METHODS = {
     "scores (WIFV), nothing made up for": ("1", ["pruning.metric=wifv", "pruning.compensation=none", *OFF]),
     "FLAP: scores and a bias": ("1", ["pruning.metric=wifv", "pruning.compensation=bias", *OFF]),
@@ -31,7 +31,7 @@ METHODS = {
     "elimination, layer after layer": ("1", SEQUENTIAL),
     "the same, ridge chosen": ("1", [*SEQUENTIAL, "pruning.ridge=null"]),
     "the same, local gradient steps": ("1", []),
-    "8 token-refined experts, no gradient steps": ("8", ["moe.refinement.rounds=4", "moe.refinement.steps=0"]),
+    "8 token-refined experts, no gradient steps": ("8", ["moe.refined.rounds=4", "moe.refined.steps=0"]),
     "8 token-refined experts, local gradient steps": ("8", []),
 }
 
@@ -92,8 +92,8 @@ def main() -> None:
     configurations = {name: configured(name, common) for name in METHODS}
     rows: list[tuple[str, float]] = []
     for name, config in configurations.items():
-        results = run(config, settings.out / f"{len(rows):02d}", [])
-        stages = {stage["name"]: stage["perplexity"]["mean"] for stage in results["stages"]}
+        results = train(config, settings.out / f"{len(rows):02d}", [])
+        stages = {stage.name: stage.mean for stage in results.stages}
         if not rows:
             rows.append(("dense", stages["dense"]))
         rows.append((name, stages["reconstructed"]))

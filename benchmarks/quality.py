@@ -29,13 +29,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from dive.artifacts import write_json
 from dive.calibration_domains.local import domain_directories, split_file
 from dive.calibration_domains.sampling import pieces
 from dive.calibration_domains.texts import domain_names, load_domains
 from dive.cli import composed
 from dive.config import Config, Freezing, TextSource
 from dive.errors import UserError
+from dive.store import write_json
 
 SPLIT_SEED = 0
 """Of the order in which domains are held out; not of a run, so that all seeds leave out the same."""
@@ -105,7 +105,7 @@ def paper(size: Setting) -> list[str]:
     temperature = 0.05 if size.top_k == 1 else 0.5
     return [
         *("moe=plain", "pruning=flap", f"pruning.ratio={size.ratio:g}", f"moe.top_k={size.top_k}"),
-        *("moe.router_init=random", "moe.noise=0.0005", "retrain=two_stages"),
+        *("moe.plain.router_init=random", "retrain.noise=0.0005", "retrain=two_stages"),
         *(f"retrain.stages.router.temperature={temperature}", "retrain.stages.router.tokens=1"),
         *("retrain.stages.experts.tokens=10", "retrain.stages.experts.batch=8", "retrain.stages.router.batch=8"),
         *("retrain.stages.experts.train.experts=full", "retrain.stages.experts.learning_rate=1.5e-3"),
@@ -137,7 +137,7 @@ METHODS = {
     ),
     "random_split_ls": Method(
         "random split, refitted, fitted routers",
-        mixture("moe=random_split", "pruning=flap", REFITTED, "moe.router_init=distilled"),
+        mixture("moe=random_split", "pruning=flap", REFITTED, "moe.random_split.router_init=distilled"),
     ),
     "coactivation": Method(
         "co-activation split, shared channels (CMoE), fitted routers",
@@ -158,11 +158,14 @@ METHODS = {
     "dive_importance": Method("ours from groups by importance", grouped("affinity=importance")),
     "dive_plain": Method("mined groups, not refined", grouped("moe=plain")),
     "dive_plain_shared": Method(
-        "mined groups, not refined, half of every expert shared", grouped("moe=plain", "moe.shared=0.5")
+        "mined groups, not refined, half of every expert shared", grouped("moe=plain", "moe.plain.shared=0.5")
     ),
     "dive_plain_random": Method("random groups, not refined", grouped("moe=plain", "affinity=random")),
     "dive_plain_importance": Method("groups by importance, not refined", grouped("moe=plain", "affinity=importance")),
-    "dive_plain_kmeans": Method("k-means on tokens, not refined", grouped("moe=plain", "moe.refinement.start=kmeans")),
+    "dive_plain_kmeans": Method(
+        "k-means on tokens, not refined",
+        grouped("moe.refined.rounds=0", "moe.refined.sequential=false", "moe.refined.steps=0"),
+    ),
 }
 
 
@@ -222,26 +225,28 @@ def run_cell(overrides: Sequence[str], directory: Path) -> dict[str, Any]:
     Raises:
         UserError: as the pipeline.
     """
-    from dive.pipeline import run
+    from dive.pipeline import train
+    from dive.results import to_json
 
     config = composed(overrides)
     directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with (directory / "log.txt").open("w") as log, contextlib.redirect_stdout(log), logged(log):
-        results = run(config, directory, list(overrides))
+        results = train(config, directory, list(overrides))
+    assert results.dense is not None, "the dense model is measured"
+    assert results.routing is not None, "the experts are measured"
     for name in ("checkpoint", "checkpoint_with_expert_bias", "plots", "csv"):
         shutil.rmtree(directory / name, ignore_errors=True)  # the model can be made again from the store
-    dense, last = results["stages"][0], results["stages"][-1]
     return {
         "overrides": list(overrides),
-        "perplexity": last["perplexity"],
-        "dense": dense["perplexity"],
-        "sets": results["evaluation"]["sets"],
-        "tokens": sum(stage["tokens"] for stage in results["stages"]),
-        "parameters": results["parameters"],
-        "load_max_over_mean": max(results["routing"]["load_max_over_mean"]),
-        "load_entropy": statistics.fmean(results["routing"]["load_entropy"]),
-        "calibration_tokens": sum(math.prod(shape) for shape in results["run"]["samples"]["calibration"].values()),
+        "perplexity": results.stages[-1].perplexity,
+        "dense": results.dense.perplexity,
+        "sets": results.evaluation.sets,
+        "tokens": results.tokens,
+        "parameters": to_json(results.parameters),
+        "load_max_over_mean": max(results.routing.load_max_over_mean or [0.0]),
+        "load_entropy": statistics.fmean(results.routing.load_entropy or [0.0]),
+        "calibration_tokens": sum(math.prod(shape) for shape in (results.run.samples.calibration or {}).values()),
         "seconds": time.monotonic() - start,
     }
 

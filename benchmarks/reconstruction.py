@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from dive.errors import UserError
+from dive.model.architecture import EMBEDDED
 from dive.model.families import count_parameters
-from dive.model.load import EMBEDDED, load_weights, locate_dense
+from dive.model.load import load_weights, locate_dense
 from dive.model.shards import ShardWriter
+from dive.moe.assemble import assemble
 from dive.moe.layer import ExpertLayer
-from dive.moe.reconstruct import assemble
 
 SHAPES = {
     "tinyllama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,

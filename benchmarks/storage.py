@@ -23,9 +23,9 @@ from torch import Tensor
 
 from dive.config import Freezing, FreezingConfig, LoRAConfig
 from dive.model.families import decoder_layers, ffn, ffn_projections
+from dive.moe.assemble import assemble, assemble_indexed
 from dive.moe.layer import ExpertLayer
 from dive.moe.plug import plug_linear_lora, plug_routers
-from dive.moe.reconstruct import assemble, assemble_shared
 from dive.retrain.freezing import apply_policy
 from dive.retrain.teacher import share_frozen
 
@@ -39,8 +39,8 @@ SHAPES = {
 }
 ROWS = {
     "dense": "dense model, LoRA on its FFNs",
-    "shared": "shared, no refit (gate, up and down are the dense model's)",
-    "shared_refit": "shared, least squares (down of every expert is its own)",
+    "indexed": "indexed, no refit (gate, up and down are the dense model's)",
+    "indexed_refit": "indexed, least squares (down of every expert is its own)",
     "materialised": "materialised",
 }
 
@@ -80,8 +80,8 @@ def train(settings: argparse.Namespace) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".lora." in name or "norm" in name)
     else:
-        build = assemble if settings.row == "materialised" else assemble_shared
-        model = build(dense, slices(dense, settings, refit=settings.row == "shared_refit"), top_k=1)
+        build = assemble if settings.row == "materialised" else assemble_indexed
+        model = build(dense, slices(dense, settings, refit=settings.row == "indexed_refit"), top_k=1)
         plug_routers(model)
         policy = FreezingConfig(router=Freezing.full, experts=Freezing.lora, norms=Freezing.full)
         apply_policy(model, policy, lora)

@@ -10,6 +10,8 @@ The functions here are the method without configuration files, for notebooks::
     merged = [sum(statistics[d] for d in group) for group in groups]
     moe = dive.reconstruct(model, merged, ratio=0.5, top_k=1)
     dive.save(moe, tokenizer, "moe")
+
+That is the paper's way; ``dive.reconstruct(model, tokens, ratio=0.5, experts=4)`` is the command line's default.
 """
 
 import importlib
@@ -18,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dive.affinity.grouping import group_domains
     from dive.affinity.matrix import cross_domain_perplexity
+    from dive.api import reconstruct
     from dive.export import load_with_expert_bias, save
     from dive.model.load import load_dense
-    from dive.moe.reconstruct import reconstruct
     from dive.pruning.calibrate import collect_statistics
     from dive.pruning.metrics import keep_masks
     from dive.pruning.statistics import ChannelStatistics
@@ -45,7 +47,7 @@ _HOME = {
     "keep_masks": "dive.pruning.metrics",
     "load_dense": "dive.model.load",
     "load_with_expert_bias": "dive.export",
-    "reconstruct": "dive.moe.reconstruct",
+    "reconstruct": "dive.api",
     "save": "dive.export",
 }
 

@@ -1,11 +1,18 @@
 """The typed schema of the configuration, a dataclass a group, and every check that needs no model and no data.
 
-Each dataclass mirrors one folder of ``conf/``. A check that fails raises :class:`UserError` and names the override to
-change; it runs when the composed configuration is turned into these objects, before anything is loaded.
+Each dataclass mirrors one folder of ``conf/``. A number's bounds stand with its field and :func:`check_bounds` holds it to
+them; what contradicts another value is checked by hand. A check that fails raises :class:`UserError` and names the override
+to change; it runs when the composed configuration is turned into these objects, before anything is loaded.
 """
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 from omegaconf import MISSING
 
@@ -16,6 +23,93 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+# -------------------------------------------------------------------------------------------------------------- bounds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Where a number may lie."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def hold(self, number: float) -> bool:
+        """Whether the number is finite and lies in them."""
+        return (
+            (isinstance(number, int) or math.isfinite(number))  # an int may be too large for a float
+            and (self.above is None or number > self.above)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.below is None or number < self.below)
+            and (self.at_most is None or number <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        named = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
+        return " and ".join(f"{name} {_figure(n)}" for name, n in named.items() if n is not None) or "finite"
+
+
+def _figure(number: float) -> str:
+    short = f"{number:g}"
+    return re.sub(r"e\+0*", "e", short) if float(short) == number else str(number)
+
+
+MAX_LENGTH = 2**20
+"""Tokens of a sequence."""
+MAX_SEED = 2**32 - 1
+"""What numpy's generators, which Lightning seeds, take at most."""
+
+
+def bounded(
+    default: Any = NO_DEFAULT,
+    *,
+    default_factory: Callable[[], Any] | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field whose number, or each number of whose list, :func:`check_bounds` holds to these bounds."""
+    bounds = Bounds(above=above, at_least=at_least, below=below, at_most=at_most)
+    if default_factory is not None:
+        return field(default_factory=default_factory, metadata={"bounds": bounds})
+    return field(default=default, metadata={"bounds": bounds})
+
+
+def check_bounds(value: Any, where: str = "") -> None:
+    """Hold every number of a tree of dataclasses, of dicts and of lists to the bounds of its field.
+
+    Null passes where the field's type admits it. Infinity and not-a-number pass nowhere, nor do lists and dicts where the
+    type has none, which OmegaConf lets through inside of lists.
+
+    Args:
+        value: a dataclass of this schema.
+        where: its place in the configuration, such as ``retrain``, with which the messages begin.
+
+    Raises:
+        UserError: names the override and says what it must be.
+    """
+    for entry in fields(value):
+        path = f"{where}.{entry.name}" if where else entry.name
+        _check_value(getattr(value, entry.name), path, entry.metadata.get("bounds", Bounds()), entry.type)
+
+
+def _check_value(value: Any, path: str, bounds: Bounds, kind: Any) -> None:
+    nullable = get_origin(kind) is UnionType
+    (kind,) = [choice for choice in get_args(kind) if choice is not NoneType] if nullable else [kind]
+    if is_dataclass(value):
+        check_bounds(value, path)
+    elif isinstance(value, dict | list):
+        wanted = {str: "text", int: "a whole number", float: "a number"}.get(kind, "something else")
+        require(get_origin(kind) is type(value), f"{path} must be {wanted}, not a {type(value).__name__}")
+        of_each = get_args(kind)[-1]
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_value(item, f"{path}.{name}" if isinstance(value, dict) else f"{path}[{name}]", bounds, of_each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        require(bounds.hold(value), f"{path} ({value}) must be {bounds}{', or null' if nullable else ''}")
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -51,19 +145,23 @@ class ArchitectureConfig:
     """
 
     model_type: str = MISSING
-    hidden_size: int = MISSING
+    hidden_size: int = bounded(MISSING, at_least=1, at_most=2**20)
     """D"""
-    intermediate_size: int = MISSING
+    intermediate_size: int = bounded(MISSING, at_least=1, at_most=2**24)
     """F, channels of each FFN."""
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int = MISSING
-    head_dim: int = MISSING
-    vocab_size: int = MISSING
-    max_position_embeddings: int = MISSING
+    num_hidden_layers: int = bounded(MISSING, at_least=1, at_most=10_000)
+    num_attention_heads: int = bounded(MISSING, at_least=1, at_most=2**16)
+    num_key_value_heads: int = bounded(MISSING, at_least=1, at_most=2**16)
+    head_dim: int = bounded(MISSING, at_least=1, at_most=2**16)
+    vocab_size: int = bounded(MISSING, at_least=1, at_most=2**26)
+    max_position_embeddings: int = bounded(MISSING, at_least=1, at_most=2**31)
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"
     """Element type of the checkpoint, which ``model.dtype=auto`` takes."""
+
+    def __post_init__(self) -> None:
+        known = ("float64", "float32", "bfloat16", "float16")
+        require(self.dtype in known, f"model.architecture.dtype ({self.dtype}) is none of {', '.join(known)}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,31 +244,35 @@ class CalibrationDomainsConfig:
     """Names to use; all that the source has if null."""
     hub: dict[str, HubTextConfig] = field(default_factory=dict)
     """``hub`` only: the data set of each domain."""
-    samples: int = 32
+    samples: int = bounded(32, at_least=1, at_most=10**7)
     """Calibration sequences per domain."""
-    length: int = 256
+    length: int = bounded(256, at_least=2, at_most=MAX_LENGTH)
     """Tokens per calibration sequence."""
-    group_samples: int | None = None
+    group_samples: int | None = bounded(None, at_least=1, at_most=10**9)
     """Calibration sequences of a group, split evenly over its domains, as in the paper; all of theirs if null. Where experts
     do not begin with groups, so many for each expert, of all domains."""
     repeat: bool = False
     """Crop the same documents again where a domain has fewer tokens than are asked for, instead of refusing it."""
-    batch: int = 16
+    batch: int = bounded(16, at_least=1, at_most=2**16)
     """Sequences per forward pass."""
 
     def __post_init__(self) -> None:
-        require(
-            self.group_samples is None or self.group_samples > 0,
-            f"calibration_domains.group_samples ({self.group_samples}) must be positive, or null",
-        )
-        require(self.samples > 0, f"calibration_domains.samples ({self.samples}) must be positive")
-        require(self.length > 1, f"calibration_domains.length ({self.length}) must be at least 2")
-        require(self.batch > 0, f"calibration_domains.batch ({self.batch}) must be positive")
+        check_bounds(self, "calibration_domains")
         if self.source is TextSource.local:
             require(
                 self.path is not None,
                 "calibration_domains.path is needed with calibration_domains=local: a directory with <domain>/train.jsonl",
             )
+        for name, given, source in (
+            ("path", self.path is not None, TextSource.local),
+            ("text_field", self.text_field != "text", TextSource.local),
+            ("hub", bool(self.hub), TextSource.hub),
+        ):
+            if given and self.source is not source:
+                raise UserError(
+                    f"calibration_domains.{name} has no say with calibration_domains.source={self.source.value}; set "
+                    f"calibration_domains{'=local' if source is TextSource.local else '.source=hub'}"
+                )
         if self.source is TextSource.hub:
             require(bool(self.hub), "calibration_domains.hub names no data set; calibration_domains=paper has 24")
             unknown = sorted(set(self.domains or []) - set(self.hub))
@@ -211,31 +313,35 @@ class PruningConfig:
     """How an FFN becomes narrower."""
 
     metric: Metric = Metric.wifv
-    ratio: float = 0.75
+    ratio: float = bounded(0.75, above=0, below=1)
     """Share of every FFN's channels that is removed, in (0, 1)."""
     compensation: Compensation = Compensation.least_squares
-    ridge: float | None = 0.01
+    ridge: float | None = bounded(0.01, at_least=0, at_most=1000)
     """Ridge of least squares and of ``metric=obs``, as a share of the mean channel energy; keeps rare channels from
     over-fitting. Null chooses one for every expert by its error on a quarter of the calibration sequences."""
-    obs_block: int = 16
+    obs_block: int = bounded(16, at_least=1, at_most=2**16)
     """``metric=obs`` only: channels removed at a time; 1 is the exact greedy order."""
-    width_multiple: int = 8
+    width_multiple: int = bounded(8, at_least=1, at_most=2**16)
     """The kept width is rounded to this multiple. Grouped matrix products need 8 (16 bytes of bfloat16); 32 is faster, 256
     suits llama.cpp's k-quants."""
 
     def __post_init__(self) -> None:
-        require(0.0 < self.ratio < 1.0, f"pruning.ratio ({self.ratio}) must lie strictly between 0 and 1")
-        require(
-            self.ridge is None or self.ridge >= 0.0,
-            f"pruning.ridge ({self.ridge}) must not be negative, or null to choose one",
-        )
-        require(self.obs_block >= 1, f"pruning.obs_block ({self.obs_block}) must be at least 1")
+        check_bounds(self, "pruning")
         require(
             self.metric is not Metric.obs or self.compensation is Compensation.least_squares,
             f"pruning.metric=obs removes channels while it refits the others: pruning.compensation={self.compensation.value} "
             "contradicts it; set pruning.metric=wifv as well, or pruning.compensation=least_squares",
         )
-        require(self.width_multiple >= 1, f"pruning.width_multiple ({self.width_multiple}) must be at least 1")
+
+    def effective(self) -> "PruningConfig":
+        """The settings, with those that have no say under the others at their defaults."""
+        default = PruningConfig()
+        solves = self.compensation is Compensation.least_squares or self.metric is Metric.obs
+        return replace(
+            self,
+            ridge=self.ridge if solves else default.ridge,
+            obs_block=self.obs_block if self.metric is Metric.obs else default.obs_block,
+        )
 
     @property
     def score_metric(self) -> Metric:
@@ -290,7 +396,8 @@ class Linkage(Enum):
 class AffinityConfig:
     """How the calibration domains become groups."""
 
-    grouping: Grouping = Grouping.mined
+    grouping: Grouping | None = None
+    """Null leaves it to the construction: plain experts are built from mined groups, refined ones begin without groups."""
     measure: Measure = Measure.perplexity
     """``mined`` only. ``perplexity``: of each pruned model on every domain, as in the paper; domains² evaluations.
     ``importance``: rank correlation of the channels' importance; ``mask_overlap``: channels kept in common. Both come from the
@@ -298,13 +405,13 @@ class AffinityConfig:
     linkage: Linkage = Linkage.complete
     """``mined`` only. The paper does not name its own; average linkage tends to one large group and many single domains,
     complete linkage to groups of like size, as the published ones are."""
-    samples: int = 8
+    samples: int = bounded(8, at_least=1, at_most=10**6)
     """``mined`` only: sequences per domain that measure each pruned model; drawn apart from the calibration ones."""
     groups: list[list[str]] | None = None
     """``published`` and ``given``: the domains of each expert."""
 
     def __post_init__(self) -> None:
-        require(self.samples > 0, f"affinity.samples ({self.samples}) must be positive")
+        check_bounds(self, "affinity")
         if self.grouping in (Grouping.given, Grouping.published):
             require(
                 bool(self.groups),
@@ -320,15 +427,6 @@ class AffinityConfig:
 # ----------------------------------------------------------------------------------------------------------------- moe
 
 
-class Construction(Enum):
-    """Where the experts come from."""
-
-    dive = "dive"
-    random_split = "random_split"
-    coactivation = "coactivation"
-    upcycle = "upcycle"
-
-
 class RouterInit(Enum):
     """How the routers start."""
 
@@ -340,142 +438,179 @@ class RouterInit(Enum):
 class DistillationConfig:
     """Fit of each router to the expert with the smallest error against the dense FFN."""
 
-    tokens: int = 32768
+    tokens: int = bounded(32768, at_least=1, at_most=10**9)
     """Calibration tokens per layer."""
-    steps: int = 900
+    steps: int = bounded(900, at_least=1, at_most=10**7)
     """Optimiser steps per layer."""
-    batch: int = 4096
+    batch: int = bounded(4096, at_least=1, at_most=2**24)
     """Tokens per step."""
-    learning_rate: float = 0.05
-    temperature: float = 0.1
+    learning_rate: float = bounded(0.05, above=0, at_most=100)
+    """Of the router, Adam."""
+    temperature: float = bounded(0.1, at_least=1e-6, at_most=1e6)
     """Of the first steps' soft target softmax(-error / (temperature · mean error))."""
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "batch", "learning_rate", "temperature"):
-            value = getattr(self, name)
-            require(value > 0, f"moe.distillation.{name} ({value}) must be positive")
 
 
 class Start(Enum):
-    """Tokens that each expert is first derived from."""
+    """Tokens that each expert is first derived from, whatever their domain."""
 
-    groups = "groups"
     kmeans = "kmeans"
     random = "random"
 
 
 @dataclass(slots=True, kw_only=True)
-class RefinementConfig:
-    """Experts refined on calibration tokens, layer by layer; all off is one expert a group of domains, as in the paper."""
+class RefinedConfig:
+    """Experts refined on calibration tokens, layer by layer, with the routers that were fitted to them."""
 
-    start: Start = Start.groups
-    """``groups`` of domains; ``kmeans`` on the layer's FFN inputs, or ``random``: tokens whatever their domain."""
-    rounds: int = 0
+    router_init: ClassVar[RouterInit] = RouterInit.distilled
+
+    start: Start | None = None
+    """``kmeans`` on the layer's FFN inputs, or ``random``. Null begins with the groups that ``affinity`` names, or with
+    ``kmeans`` where it names none."""
+    rounds: int = bounded(1, at_least=0, at_most=1000)
     """Times that tokens go to the expert the router picks, and experts are derived anew from their tokens: k-means whose
     centroids are pruned FFNs."""
-    sequential: bool = False
+    sequential: bool = True
     """Take each layer's tokens through the already rebuilt layers before it."""
-    correction: float = 0.5
-    """``sequential`` only: share of the earlier layers' error that a layer's target makes up for, in [0, 1]."""
-    steps: int = 0
+    correction: float = bounded(0.5, at_least=0, at_most=1)
+    """``sequential`` only: share of the earlier layers' error that a layer's target makes up for."""
+    steps: int = bounded(300, at_least=0, at_most=10**7)
     """Gradient steps a layer on experts and router together, against the dense FFN's output."""
-    batch: int = 4096
+    batch: int = bounded(4096, at_least=1, at_most=2**24)
     """Tokens per step."""
-    learning_rate: float = 1e-2
+    learning_rate: float = bounded(1e-2, above=0, at_most=100)
     """Of the experts, Adam."""
-    router_learning_rate: float = 2e-2
-    balance: float = 0.1
+    router_learning_rate: float = bounded(2e-2, above=0, at_most=100)
+    """Of the router, Adam."""
+    balance: float = bounded(0.1, at_least=0, at_most=1e6)
     """Weight of the penalty on experts with more load than ``max_load``."""
-    max_load: float = 1.5
+    max_load: float = bounded(1.5, at_least=1, at_most=1e6)
     """Load of an expert over the mean load, from which it is penalised."""
 
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether experts follow from the tokens themselves, and not from statistics of domains alone."""
-        return self.rounds > 0 or self.steps > 0 or self.sequential or self.start is not Start.groups
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "steps", "balance"):
-            value = getattr(self, name)
-            require(value >= 0, f"moe.refinement.{name} ({value}) must not be negative")
-        for name in ("batch", "learning_rate", "router_learning_rate"):
-            value = getattr(self, name)
-            require(value > 0, f"moe.refinement.{name} ({value}) must be positive")
-        require(
-            0.0 <= self.correction <= 1.0, f"moe.refinement.correction ({self.correction}) must lie between 0 and 1"
+    def effective(self, *, experts: int) -> "RefinedConfig":
+        """The settings, with those that have no say under the others at their defaults."""
+        default = RefinedConfig()
+        trains, routes = self.steps > 0, experts > 1
+        return replace(
+            self,
+            start=self.start if routes else default.start,
+            rounds=self.rounds if routes else default.rounds,
+            correction=self.correction if self.sequential else default.correction,
+            batch=self.batch if trains else default.batch,
+            learning_rate=self.learning_rate if trains else default.learning_rate,
+            router_learning_rate=self.router_learning_rate if trains and routes else default.router_learning_rate,
+            balance=self.balance if trains and routes else default.balance,
+            max_load=self.max_load if trains and routes and self.balance else default.max_load,
         )
-        require(self.max_load >= 1.0, f"moe.refinement.max_load ({self.max_load}) must be at least 1")
 
 
-class Storage(Enum):
-    """What experts rest in while they are retrained."""
+@dataclass(slots=True, kw_only=True)
+class PlainConfig:
+    """One expert a group of domains, pruned on its group's statistics alone, as in the paper."""
 
-    materialised = "materialised"
-    shared = "shared"
+    shared: float = bounded(0.0, at_least=0, below=1)
+    """Share of every expert's width that goes to channels which all experts have: those most important to all text together.
+    The gates of the chosen experts sum to one, so a channel that stands in each of them is always on."""
+    router_init: RouterInit = RouterInit.distilled
+
+
+@dataclass(slots=True, kw_only=True)
+class RandomSplitConfig:
+    """The channels of every FFN dealt out to the experts at random, as in LLaMA-MoE."""
+
+    router_init: RouterInit = RouterInit.random
+
+
+@dataclass(slots=True, kw_only=True)
+class CoactivationConfig:
+    """Channels that fire together become an expert (MoEfication), those that fire most often stand in all (CMoE)."""
+
+    shared: float = bounded(0.25, at_least=0, below=1)
+    """Share of every expert's width that goes to channels which all experts have: those most often active."""
+    active_channels: int = bounded(10, at_least=1, at_most=2**20)
+    """Channels counted as active on a token (CMoE's K_a)."""
+    router_init: RouterInit = RouterInit.distilled
+
+
+@dataclass(slots=True, kw_only=True)
+class UpcycleConfig:
+    """Every expert starts as the same FFN, as in sparse upcycling; a router has nothing to learn from that yet."""
+
+    router_init: ClassVar[RouterInit] = RouterInit.random
+
+
+ConstructionConfig = RefinedConfig | PlainConfig | RandomSplitConfig | CoactivationConfig | UpcycleConfig
 
 
 @dataclass(slots=True, kw_only=True)
 class MoEConfig:
-    """The Mixture-of-Experts that is built."""
+    """The Mixture-of-Experts that is built, in the one way whose settings are there: ``moe=refined``'s are ``moe.refined``."""
 
-    experts: int = 8
-    top_k: int = 1
-    construction: Construction = Construction.dive
-    shared: float = 0.0
-    """Share of every expert's width that goes to channels which all experts have, in [0, 1). ``dive``: those most important
-    to all text together; ``coactivation``: those most often active. The gates of the chosen experts sum to one, so a channel
-    that stands in each of them is always on."""
-    active_channels: int = 10
-    """``coactivation`` only: channels counted as active on a token (CMoE's K_a)."""
-    router_init: RouterInit = RouterInit.distilled
-    noise: float = 0.0
-    """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
+    experts: int = bounded(8, at_least=1, at_most=10_000)
+    """Experts of every layer."""
+    top_k: int = bounded(1, at_least=1, at_most=10_000)
+    """Experts that each token is sent to."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    refinement: RefinementConfig = field(default_factory=RefinementConfig)
-    storage: Storage = Storage.materialised
-    """``shared``: while retraining, experts are index sets into the dense model's FFNs, and adapters. Down projections that
-    least squares refitted are each expert's own. The export is the same."""
+    refined: RefinedConfig | None = None
+    plain: PlainConfig | None = None
+    random_split: RandomSplitConfig | None = None
+    coactivation: CoactivationConfig | None = None
+    upcycle: UpcycleConfig | None = None
 
     @property
-    def needs_groups(self) -> bool:
-        """Whether experts begin with groups of domains."""
-        return self.construction is Construction.dive and self.experts > 1 and self.refinement.start is Start.groups
+    def _constructions(self) -> dict[str, ConstructionConfig]:
+        found = {f.name: getattr(self, f.name) for f in fields(self) if type(None) in get_args(f.type)}
+        return {name: settings for name, settings in found.items() if settings is not None}
+
+    @property
+    def construction(self) -> str:
+        """Name of the one way to build experts whose settings are there, and of its module in ``dive.moe.constructions``.
+
+        Raises:
+            UserError: there are none.
+        """
+        require(bool(self._constructions), "moe says no way to build experts; set moe=default")
+        return next(iter(self._constructions))
+
+    @property
+    def settings(self) -> ConstructionConfig:
+        """Of that construction."""
+        return self._constructions[self.construction]
+
+    @property
+    def distils(self) -> bool:
+        """Whether routers are fitted to the experts' errors."""
+        return self.experts > 1 and self.settings.router_init is RouterInit.distilled
+
+    def effective(self, pruning: PruningConfig) -> "MoEConfig":
+        """What building the experts follows from: settings that have no say in it are at their defaults."""
+        averages = self.coactivation is not None and pruning.compensation is Compensation.none
+        refined, plain = self.refined, self.plain
+        if plain is not None and self.experts == 1:  # one pruned FFN has neither a router nor channels in common
+            plain = PlainConfig()
+        return replace(
+            self,
+            top_k=self.top_k if averages or refined is not None else 1,
+            distillation=self.distillation if self.distils else DistillationConfig(),
+            refined=None if refined is None else refined.effective(experts=self.experts),
+            plain=plain,
+        )
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether experts can begin with groups of domains."""
+        return self.experts > 1 and (self.plain is not None or self.refined is not None)
 
     def __post_init__(self) -> None:
-        require(self.experts >= 1, f"moe.experts ({self.experts}) must be at least 1")
-        require(self.top_k >= 1, f"moe.top_k ({self.top_k}) must be at least 1")
+        check_bounds(self, "moe")
         require(
             self.top_k <= self.experts,
             f"moe.top_k ({self.top_k}) must not exceed moe.experts ({self.experts})",
         )
+        chosen = [f"moe.{name}" for name in self._constructions]
         require(
-            self.construction is not Construction.upcycle or self.router_init is RouterInit.random,
-            "moe.router_init=distilled has nothing to learn from identical experts; set moe.router_init=random, or moe=upcycle",
-        )
-        require(0.0 <= self.shared < 1.0, f"moe.shared ({self.shared}) must lie in [0, 1)")
-        require(
-            self.shared == 0.0 or self.construction in (Construction.dive, Construction.coactivation),
-            f"moe.shared ({self.shared}) goes with moe.construction=dive or coactivation; set moe.shared=0",
-        )
-        require(self.active_channels >= 1, f"moe.active_channels ({self.active_channels}) must be at least 1")
-        require(self.noise >= 0.0, f"moe.noise ({self.noise}) must not be negative")
-        refined = self.refinement.needs_tokens
-        require(
-            not refined or self.shared == 0.0,
-            f"moe.shared ({self.shared}) and moe.refinement contradict each other; set moe=plain or moe.shared=0",
-        )
-        require(
-            not refined or self.construction is Construction.dive,
-            f"moe.refinement goes with moe.construction=dive, not {self.construction.value}; set moe={self.construction.value}",
-        )
-        require(
-            not refined or self.router_init is RouterInit.distilled or self.experts == 1,
-            "moe.refinement needs routers that know their experts: set moe.router_init=distilled, or moe=plain",
-        )
-        require(
-            self.storage is Storage.materialised or self.refinement.steps == 0,
-            "moe.storage=shared: moe.refinement.steps change the experts' gate and up projections, which are then no longer the "
-            "dense model's; set moe.refinement.steps=0, moe=plain, or moe.storage=materialised",
+            len(chosen) < 2,
+            f"{' and '.join(chosen)} are both set, and a run builds experts in one way: choose it by the group, as in moe=plain, "
+            "and leave out what is of another",
         )
 
 
@@ -535,15 +670,15 @@ class FreezingConfig:
 class TeacherConfig:
     """What a stage learns from the dense model beside the text."""
 
-    logits: float = 0.0
+    logits: float = bounded(0.0, at_least=0, at_most=1)
     """Share of the loss that is the Kullback-Leibler divergence from the dense model's next-token distribution, in [0, 1];
     the rest is cross-entropy."""
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, at_least=0.01, at_most=1000)
     """Of both distributions."""
-    top_k: int | None = None
+    top_k: int | None = bounded(None, at_least=1, at_most=2**26)
     """Compare the dense model's k likeliest tokens, and all others as one; null compares every token."""
-    hidden: float = 0.0
-    """Weight of the relative squared distance between both models' hidden states, averaged over layers."""
+    hidden: float = bounded(0.0, at_least=0, at_most=10_000)
+    """Weight of the relative squared distance between both models' hidden states, averaged over sequences and layers."""
 
     @property
     def wanted(self) -> bool:
@@ -559,28 +694,30 @@ class StageConfig:
     gate: Gate = Gate.renormalised
     """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
     top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage."""
-    balance: float = 0.0
+    balance: float = bounded(0.0, at_least=0, at_most=10_000)
     """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
-    max_load: float = 1.5
+    max_load: float = bounded(1.5, at_least=1, at_most=10_000)
     """Load of an expert over the mean load, from which it is penalised."""
-    z_loss: float = 0.0
+    z_loss: float = bounded(0.0, at_least=0, at_most=10_000)
     """Weight of the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906)."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, at_least=0.001, at_most=1000)
     """Dense mode only: the gate is softmax(logits / temperature)."""
     train: FreezingConfig = field(default_factory=FreezingConfig)
-    learning_rate: float = 1e-4
+    learning_rate: float = bounded(1e-4, above=0, at_most=10)
+    """Highest of the stage; AdamW."""
     schedule: Schedule = Schedule.constant
-    warmup: float = 0.0
+    warmup: float = bounded(0.0, at_least=0, below=1)
     """Share of the steps over which the learning rate rises from 0."""
-    floor: float = 0.0
+    floor: float = bounded(0.0, at_least=0, at_most=1)
     """Cosine only: final learning rate as a share of the peak."""
-    weight_decay: float = 0.0
-    tokens: int = MISSING
+    weight_decay: float = bounded(0.0, at_least=0, at_most=10)
+    """Of AdamW."""
+    tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
     """Tokens of the whole stage, over all devices; rounded up to whole steps."""
-    batch: int = 16
+    batch: int = bounded(16, at_least=1, at_most=10**6)
     """Sequences per optimiser step, over all devices and accumulation steps."""
-    accumulation: int | None = None
+    accumulation: int | None = bounded(None, at_least=1, at_most=10**6)
     """Forward passes per optimiser step; trainer.accumulation if null."""
 
 
@@ -588,13 +725,12 @@ class StageConfig:
 class LoRAConfig:
     """Low-rank adaptation of the parts whose freezing is ``lora`` (METHOD: r 8, alpha 16, dropout 0.1)."""
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 1, f"retrain.lora.rank ({self.rank}) must be at least 1")
-        require(0.0 <= self.dropout < 1.0, f"retrain.lora.dropout ({self.dropout}) must lie in [0, 1)")
+    rank: int = bounded(8, at_least=1, at_most=4096)
+    """Rank of the two factors."""
+    alpha: float = bounded(16.0, above=0, at_most=100_000)
+    """Scale: what the factors add is multiplied by alpha / rank."""
+    dropout: float = bounded(0.0, at_least=0, below=1)
+    """Of what the factors are given, in training."""
 
 
 class CorpusSource(Enum):
@@ -609,22 +745,55 @@ class CorpusSource(Enum):
 class CorpusConfig:
     """The retraining corpus."""
 
-    source: CorpusSource = CorpusSource.domains
-    """``domains``: the train splits of the calibration domains, evenly; ``local``: files; ``hub``: a data set."""
+    source: CorpusSource | None = None
+    """``domains``: the train splits of the calibration domains, evenly; ``local``: files; ``hub``: a data set. Null takes what
+    ``path`` or ``hub.path`` names, else ``domains``."""
     path: str | None = None
     """``local`` only: a file or a directory of jsonl, txt or parquet files."""
     text_field: str = "text"
     """``local`` only: name of the text column."""
     hub: HubTextConfig = field(default_factory=lambda: HubTextConfig(path=""))
     """``hub`` only."""
-    shuffle_buffer: int = 10_000
+    shuffle_buffer: int = bounded(10_000, at_least=1, at_most=10**8)
     """``hub`` only: documents held for shuffling the stream."""
 
+    @property
+    def chosen(self) -> CorpusSource:
+        """``source``, or the one that ``path`` or ``hub`` names."""
+        if self.source is not None:
+            return self.source
+        if self.path is not None:
+            return CorpusSource.local
+        return CorpusSource.hub if self._names_hub else CorpusSource.domains
+
+    @property
+    def _names_hub(self) -> bool:
+        return self.hub != HubTextConfig(path="") or self.shuffle_buffer != 10_000
+
     def __post_init__(self) -> None:
-        if self.source is CorpusSource.local:
+        chosen = self.chosen
+        require(
+            self.source is not None or self.path is None or not self._names_hub,
+            "retrain.corpus.path and retrain.corpus.hub name two corpora; take one away, or set retrain.corpus.source",
+        )
+        if chosen is not CorpusSource.local:
+            for name, given in (("path", self.path is not None), ("text_field", self.text_field != "text")):
+                require(
+                    not given,
+                    f"retrain.corpus.{name} has no say with retrain.corpus.source={chosen.value}; set "
+                    "retrain.corpus.source=local",
+                )
+        if chosen is CorpusSource.local:
             require(self.path is not None, "retrain.corpus.path is needed with retrain.corpus.source=local")
-        if self.source is CorpusSource.hub:
+        if chosen is CorpusSource.hub:
             require(self.hub.path != "", "retrain.corpus.hub.path is needed with retrain.corpus.source=hub")
+
+
+class Storage(Enum):
+    """What experts rest in while they are retrained."""
+
+    materialised = "materialised"
+    indexed = "indexed"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -632,48 +801,52 @@ class RetrainConfig:
     """Retraining: stages in the order of their names' appearance."""
 
     stages: dict[str, StageConfig] = field(default_factory=dict)
-    length: int = 256
+    """By name, in the order they are run."""
+    length: int = bounded(256, at_least=2, at_most=MAX_LENGTH)
     """Tokens per training sequence."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     resume: str | None = "last"
     """``last`` goes on from an interrupted stage's last checkpoint, a path from that checkpoint, null starts anew."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = bounded(100, at_least=1, at_most=10**9)
     """Optimiser steps between checkpoints of a running stage."""
-    log_every: int = 4
+    log_every: int = bounded(4, at_least=1, at_most=10**9)
     """Optimiser steps between logged values."""
+    noise: float = bounded(0.0, at_least=0)
+    """Scale of the learned router noise in training; the paper's is 0.0005. 0 adds none, and no noise weights."""
+    storage: Storage = Storage.materialised
+    """``indexed``: while retraining, experts are index sets into the dense model's FFNs, and adapters. Down projections that
+    least squares refitted are each expert's own. The export is the same."""
 
     def __post_init__(self) -> None:
-        require(self.length > 1, f"retrain.length ({self.length}) must be at least 2")
-        require(self.checkpoint_every >= 1, "retrain.checkpoint_every must be at least 1")
-        require(self.log_every >= 1, "retrain.log_every must be at least 1")
+        check_bounds(self, "retrain")
         for name, stage in self.stages.items():
             where = f"retrain.stages.{name}"
-            require(name not in RESERVED_STAGES, f"{where}: the name is taken by the pipeline; rename the stage")
-            require(stage.tokens > 0, f"{where}.tokens ({stage.tokens}) must be positive")
-            require(stage.batch > 0, f"{where}.batch ({stage.batch}) must be positive")
-            require(stage.learning_rate > 0, f"{where}.learning_rate ({stage.learning_rate}) must be positive")
-            require(stage.temperature > 0, f"{where}.temperature ({stage.temperature}) must be positive")
-            require(stage.balance >= 0, f"{where}.balance ({stage.balance}) must not be negative")
-            require(stage.max_load >= 1, f"{where}.max_load ({stage.max_load}) must be at least 1")
-            require(stage.z_loss >= 0, f"{where}.z_loss ({stage.z_loss}) must not be negative")
-            teacher = stage.teacher
-            require(0 <= teacher.logits <= 1, f"{where}.teacher.logits ({teacher.logits}) must lie between 0 and 1")
-            require(teacher.temperature > 0, f"{where}.teacher.temperature ({teacher.temperature}) must be positive")
-            require(teacher.hidden >= 0, f"{where}.teacher.hidden ({teacher.hidden}) must not be negative")
+            require(name not in RESERVED_STAGES, f"{where}: a run uses this name itself; rename the stage")
             require(
-                teacher.top_k is None or teacher.top_k > 0, f"{where}.teacher.top_k ({teacher.top_k}) must be positive"
+                re.fullmatch(r"\w[\w.-]{0,63}", name) is not None,
+                f"{where}: a stage's name has up to 64 letters, digits, dots, dashes and underscores; rename it",
             )
-            require(0 <= stage.warmup < 1, f"{where}.warmup ({stage.warmup}) must lie in [0, 1)")
-            require(0 <= stage.floor <= 1, f"{where}.floor ({stage.floor}) must lie in [0, 1]")
             require(
                 any(getattr(stage.train, part) is not Freezing.frozen for part in PARTS),
                 f"{where}.train freezes everything; set one of {', '.join(PARTS)} to full or lora",
             )
-            require(stage.accumulation is None or stage.accumulation > 0, f"{where}.accumulation must be positive")
 
 
-RESERVED_STAGES = ("dense", "pruned", "reconstructed")
+RESERVED_STAGES = (
+    *("dense", "pruned", "reconstructed", "total"),  # of results and timings
+    *("calibration", "mining", "pruning", "building experts", "evaluation", "export"),  # of the plan
+    *(
+        "eval",
+        "seconds",
+        "parameters",
+        "affinity",
+        "figures",
+        "results",
+        "final",
+    ),  # what loggers keep other values under
+)
+"""Names that a stage of retraining cannot have."""
 PARTS = ("router", "experts", "norms", "attention", "embeddings", "head")
 """Parts of the model that the freezing policy speaks of."""
 
@@ -689,9 +862,10 @@ class EvalSetConfig:
     path: str | None = None
     """``local``: a jsonl, txt or parquet file; ``embedded``: the name of an embedded domain, whose test text is taken."""
     text_field: str = "text"
+    """Name of the text column."""
     hub: HubTextConfig | None = None
     """``hub``: its ``test`` split is read."""
-    lengths: list[int] = field(default_factory=lambda: [1024, 2048])
+    lengths: list[int] = bounded(default_factory=lambda: [1024, 2048], at_least=2, at_most=MAX_LENGTH)
     """Window lengths in tokens."""
     separator: str | None = "\n\n"
     """Joins the documents to one text before it is cut into windows; null leaves them apart."""
@@ -701,9 +875,9 @@ class EvalSetConfig:
 class TaskConfig:
     """How one of ``eval.tasks`` is put to the model."""
 
-    shots: int | None = None
+    shots: int | None = bounded(None, at_least=0, at_most=1000)
     """Solved examples before each question; the task's own number (mostly none) if null."""
-    limit: int | None = None
+    limit: int | None = bounded(None, at_least=1, at_most=10**9)
     """Questions, from the first (of a group such as mmlu: of each member); ``eval.task_limit`` if null."""
     metric: str | None = None
     """Shown in tables and averaged; the task's first if null. All are recorded."""
@@ -713,52 +887,43 @@ class TaskConfig:
 class EvalConfig:
     """What is measured, and on how much text."""
 
-    lengths: list[int] = field(default_factory=lambda: [256])
+    lengths: list[int] = bounded(default_factory=lambda: [256], at_least=2, at_most=MAX_LENGTH)
     """Window lengths in tokens on the domains' test texts; the headline mean is taken at the first."""
-    windows: int | None = 12
+    windows: int | None = bounded(12, at_least=1, at_most=10**9)
     """Windows per set; all that the text fills if null."""
-    batch: int = 16
+    batch: int = bounded(16, at_least=1, at_most=2**16)
     """Windows per forward pass."""
     allow_overlap: bool = False
     """Accept evaluation documents that stand in the training text as well."""
-    generations: int = 6
+    generations: int = bounded(6, at_least=0, at_most=10_000)
     """Test texts that the dense model and the Mixture-of-Experts continue, to be read in the report."""
-    generated_tokens: int = 32
+    generated_tokens: int = bounded(32, at_least=1, at_most=MAX_LENGTH)
     """Tokens of each continuation, at most half a window."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
+    """Further texts, by name."""
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-evaluation-harness, or of ``task_path``; results.json lists them in this order."""
     task_settings: dict[str, TaskConfig] = field(default_factory=dict)
     """By name of the task; what stands here of tasks that are not in ``tasks`` is left aside."""
     task_path: str | None = None
     """Directory of task YAMLs of your own, beside the harness's. What their ``!function`` names is run."""
-    task_limit: int | None = None
+    task_limit: int | None = bounded(None, at_least=1, at_most=10**9)
     """Questions per task, from the first; all if null."""
     add_bos_token: bool | None = None
     """Whether prompts of tasks begin with the BOS token; as the tokenizer does by itself if null, the harness's default."""
-    ngram: int = 13
+    ngram: int = bounded(13, at_least=0, at_most=1000)
     """Words of the n-grams by which evaluation text is looked for in the training text; 0 for not at all."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "eval")
         require(bool(self.lengths), "eval.lengths is empty")
-        require(all(length > 1 for length in self.lengths), "eval.lengths must be at least 2 tokens")
-        require(self.windows is None or self.windows > 0, "eval.windows must be positive, or null for all")
-        require(self.batch > 0, f"eval.batch ({self.batch}) must be positive")
-        require(self.generations >= 0, f"eval.generations ({self.generations}) must not be negative")
-        require(self.generated_tokens > 0, f"eval.generated_tokens ({self.generated_tokens}) must be positive")
         for name, entry in self.sets.items():
             where = f"eval.sets.{name}"
             require(bool(entry.lengths), f"{where}.lengths is empty")
             require(entry.source is TextSource.hub or entry.path is not None, f"{where}.path is needed")
             require(entry.source is not TextSource.hub or entry.hub is not None, f"{where}.hub is needed")
-        require(self.ngram >= 0, f"eval.ngram ({self.ngram}) must not be negative")
-        require(self.task_limit is None or self.task_limit > 0, "eval.task_limit must be positive, or null for all")
         twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
         require(not twice, f"eval.tasks names {twice} twice")
-        for name, settings in self.task_settings.items():
-            where = f"eval.task_settings.{name}"
-            require(settings.shots is None or settings.shots >= 0, f"{where}.shots must not be negative")
-            require(settings.limit is None or settings.limit > 0, f"{where}.limit must be positive, or null for all")
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer
@@ -782,18 +947,23 @@ class TrainerConfig:
     """The hardware side of retraining."""
 
     accelerator: str = "cpu"
-    devices: int = 1
-    num_nodes: int = 1
+    """``cpu``, ``gpu`` or ``cuda``."""
+    devices: int = bounded(1, at_least=1, at_most=1024)
+    """On each node."""
+    num_nodes: int = bounded(1, at_least=1, at_most=10_000)
+    """Machines."""
     strategy: Strategy = Strategy.single
     precision: str = "32-true"
     """Lightning precision; ``bf16-mixed`` on a GPU keeps what is trained in float32, whatever ``model.dtype`` is."""
     gradient_checkpointing: bool = False
-    accumulation: int = 1
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    accumulation: int = bounded(1, at_least=1, at_most=10**6)
     """Forward passes per optimiser step where a stage does not say."""
-    gradient_clip: float | None = 1.0
+    gradient_clip: float | None = bounded(1.0, above=0, at_most=10**6)
     """Largest gradient norm; null for no clipping."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "trainer")
         require(
             self.accelerator in ACCELERATORS,
             f"trainer.accelerator ({self.accelerator}) is none of {', '.join(ACCELERATORS)}",
@@ -801,13 +971,6 @@ class TrainerConfig:
         require(
             self.precision in PRECISIONS, f"trainer.precision ({self.precision}) is none of {', '.join(PRECISIONS)}"
         )
-        require(
-            self.gradient_clip is None or self.gradient_clip > 0,
-            f"trainer.gradient_clip ({self.gradient_clip}) must be positive, or null for none",
-        )
-        require(self.devices >= 1, f"trainer.devices ({self.devices}) must be at least 1")
-        require(self.num_nodes >= 1, f"trainer.num_nodes ({self.num_nodes}) must be at least 1")
-        require(self.accumulation >= 1, f"trainer.accumulation ({self.accumulation}) must be at least 1")
         world = self.devices * self.num_nodes
         require(
             self.strategy is not Strategy.single or world == 1,
@@ -837,10 +1000,15 @@ class WandbConfig:
     """Weights & Biases; offline by itself where nobody is logged in."""
 
     project: str = "dive"
+    """Where the run is listed."""
     entity: str | None = None
+    """User or team; the one logged in if null."""
     group: str | None = None
+    """Of runs that belong together; a sweep names its own."""
     name: str | None = None
+    """Of the run."""
     tags: list[str] = field(default_factory=list)
+    """Of the run."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -867,25 +1035,20 @@ class PlanTable(Enum):
 class DeviceConfig:
     """A device to estimate time and memory on."""
 
-    bfloat16: float = MISSING
+    bfloat16: float = bounded(MISSING, at_least=1, at_most=1e21)
     """Peak of matrix products in bfloat16 or float16, FLOP/s, without sparsity."""
-    float32: float = MISSING
+    float32: float = bounded(MISSING, at_least=1, at_most=1e21)
     """The same in float32 (torch's default: without TF32)."""
-    float64: float = MISSING
+    float64: float = bounded(MISSING, at_least=1, at_most=1e21)
     """The same in float64, in which least squares is solved."""
-    utilisation: float = MISSING
+    utilisation: float = bounded(MISSING, at_least=1e-6, at_most=1)
     """Share of these peaks that whole stages reach."""
-    bandwidth: float = MISSING
+    bandwidth: float = bounded(MISSING, at_least=1, at_most=1e21)
     """Of its memory, bytes/s."""
-    link: float = MISSING
+    link: float = bounded(MISSING, at_least=1, at_most=1e21)
     """Between it and the host's memory, bytes/s."""
-    memory: float | None = None
+    memory: float | None = bounded(None, at_least=1, at_most=1e18)
     """Bytes; null for a CPU, which computes in the host's memory."""
-
-    def __post_init__(self) -> None:
-        for name in ("bfloat16", "float32", "float64", "bandwidth", "link"):
-            require(getattr(self, name) > 0, f"plan.devices.*.{name} ({getattr(self, name)}) must be positive")
-        require(0 < self.utilisation <= 1, f"plan.devices.*.utilisation ({self.utilisation}) must lie in (0, 1]")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -895,23 +1058,26 @@ class PlanConfig:
     device: str = "auto"
     """One of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
+    """By name; the preset has some."""
     table: PlanTable = PlanTable.stages
     """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs."""
     enforce: bool = True
     """Refuse a run that the plan says this machine has no room for."""
-    windows: int = 300
+    windows: int = bounded(300, at_least=1, at_most=10**9)
     """Windows taken for granted of each evaluation text where ``eval.windows`` is null."""
-    disk: float = 1e9
+    disk: float = bounded(1e9, at_least=1, at_most=1e15)
     """Of the disk, bytes/s."""
 
     def __post_init__(self) -> None:
-        require(self.windows > 0, f"plan.windows ({self.windows}) must be positive")
-        require(self.disk > 0, f"plan.disk ({self.disk}) must be positive")
+        check_bounds(self, "plan")
         choices = ["auto", *self.devices]
         require(self.device in choices, f"plan.device ({self.device}) is none of {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- experiment
+
+
+NO_STORE = "store is empty: set store=DIR"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -928,46 +1094,41 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
-    seed: int = 42
+    seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
+    """Of everything drawn at random."""
     store: str = "outputs/store"
     """Directory of the artifacts that runs share."""
 
     @property
+    def grouping(self) -> Grouping | None:
+        """How the domains are grouped that experts begin with; none where they begin otherwise."""
+        if not self.moe.takes_groups:
+            return None
+        return self.affinity.grouping or (Grouping.mined if self.moe.plain is not None else None)
+
+    @property
     def mines(self) -> bool:
         """Whether groups are mined, which takes a calibration pass and the measure between domains."""
-        return self.affinity.grouping is Grouping.mined and self.moe.needs_groups
+        return self.grouping is Grouping.mined
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed ({self.seed}) must not be negative")
+        check_bounds(self)
+        require(self.store.strip() != "", NO_STORE)
+        construction = self.moe.construction
+        if self.moe.refined is not None:
+            self._check_refined(self.moe.refined)
         require(
-            not (self.pruning.compensation is Compensation.bias and self.moe.construction is not Construction.dive),
-            "pruning.compensation=bias goes with moe.construction=dive alone; choose least_squares or none",
+            self.pruning.compensation is not Compensation.bias or self.moe.plain is not None,
+            f"pruning.compensation=bias goes with moe=plain, not with moe={construction}; choose least_squares or none",
         )
-        require(
-            self.pruning.compensation is Compensation.least_squares or not self.moe.refinement.needs_tokens,
-            f"moe.refinement refits by least squares: pruning.compensation={self.pruning.compensation.value} contradicts it; "
-            "set moe=plain",
-        )
-        require(
-            self.pruning.metric is not Metric.taylor or not self.moe.refinement.needs_tokens,
-            "pruning.metric=taylor takes gradients of the dense model, which moe.refinement does not pass through; "
-            "set moe=plain, or another pruning.metric",
-        )
-        named = self.affinity.measure if self.affinity.grouping is Grouping.mined else self.affinity.grouping
-        chosen = named is not Measure.perplexity
-        unheard = self.moe.construction is Construction.dive and self.moe.experts > 1 and not self.moe.needs_groups
-        require(
-            not (chosen and unheard),
-            f"affinity={named.value}: with moe.refinement.start={self.moe.refinement.start.value} experts begin with tokens, and "
-            "groups of domains have no say; set moe.refinement.start=groups, or moe=plain",
-        )
-        require(
-            self.affinity.groups is None or self.affinity.grouping in (Grouping.given, Grouping.published),
-            f"affinity.groups has no say with affinity.grouping={self.affinity.grouping.value}; set affinity=given",
-        )
-        if self.affinity.groups is not None and self.moe.needs_groups:
+        if self.affinity.groups is not None:
             require(
-                self.moe.experts == len(self.affinity.groups),
+                self.affinity.grouping in (Grouping.given, Grouping.published),
+                "affinity.groups has no say with affinity.grouping="
+                f"{'null' if self.affinity.grouping is None else self.affinity.grouping.value}; set affinity=given",
+            )
+            require(
+                not self.moe.takes_groups or self.moe.experts == len(self.affinity.groups),
                 f"moe.experts ({self.moe.experts}) differs from the number of affinity.groups "
                 f"({len(self.affinity.groups)}); set moe.experts={len(self.affinity.groups)}",
             )
@@ -978,8 +1139,8 @@ class Config:
         )
         if self.model.load is Load.streamed:
             self._check_streamed()
-        if self.moe.storage is Storage.shared:
-            self._check_shared()
+        if self.retrain.storage is Storage.indexed:
+            self._check_indexed()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
             parts = (stage.accumulation or self.trainer.accumulation) * world
@@ -989,18 +1150,49 @@ class Config:
                 "(accumulation × trainer.devices × trainer.num_nodes)",
             )
 
-    def _check_shared(self) -> None:
+    def _check_refined(self, refined: RefinedConfig) -> None:
+        """What refinement on tokens leaves no room for."""
+        require(
+            self.pruning.compensation is Compensation.least_squares,
+            f"moe.refined refits by least squares: pruning.compensation={self.pruning.compensation.value} contradicts it; "
+            "set moe=plain",
+        )
+        require(
+            self.pruning.metric is not Metric.taylor,
+            "pruning.metric=taylor takes gradients of the dense model, which moe.refined does not pass through; "
+            "set moe=plain, or another pruning.metric",
+        )
+        if not self.moe.takes_groups:
+            return
+        grouping, measure = self.affinity.grouping, self.affinity.measure
+        require(
+            grouping is None or refined.start is None,
+            f"moe.refined.start={'' if refined.start is None else refined.start.value} begins without groups of domains, and "
+            f"affinity.grouping={'' if grouping is None else grouping.value} names some; leave one of them out",
+        )
+        require(
+            grouping is not None or measure is Measure.perplexity,
+            f"affinity.measure={measure.value}: experts begin without groups of domains, so that it has no say; set "
+            "affinity=mined, or moe=plain",
+        )
+
+    def _check_indexed(self) -> None:
         """Experts that are one tensor cannot be trained apart, or sharded apart from the dense model."""
+        require(
+            self.moe.refined is None or self.moe.refined.steps == 0,
+            "retrain.storage=indexed: moe.refined.steps change the experts' gate and up projections, which are then no longer "
+            "the dense model's; set moe.refined.steps=0, moe=plain, or retrain.storage=materialised",
+        )
         for name, stage in self.retrain.stages.items():
             require(
                 stage.train.experts is not Freezing.full,
-                f"moe.storage=shared: retrain.stages.{name}.train.experts=full trains what the experts share; set it to lora, or "
-                "moe.storage=materialised",
+                f"retrain.storage=indexed: retrain.stages.{name}.train.experts=full trains what experts have in common; set it "
+                "to lora, or retrain.storage=materialised",
             )
         require(
             self.trainer.strategy in (Strategy.single, Strategy.ddp),
-            f"moe.storage=shared: trainer={self.trainer.strategy.value} shards the weights; set trainer=ddp, or "
-            "moe.storage=materialised",
+            f"retrain.storage=indexed: trainer={self.trainer.strategy.value} shards the weights; set trainer=ddp, or "
+            "retrain.storage=materialised",
         )
 
     def _check_streamed(self) -> None:
@@ -1013,7 +1205,7 @@ class Config:
         require(
             not self.mines,
             "model.load=streamed: affinity=mined runs the whole model for every pair of domains; set affinity=random, given or "
-            "published/NAME, or moe.refinement.start=kmeans, or model.load=full",
+            "published/NAME, or default with moe=default, or model.load=full",
         )
         require(
             self.pruning.metric is not Metric.taylor,
@@ -1046,11 +1238,14 @@ class EvaluateConfig:
     calibration_domains: CalibrationDomainsConfig | None = None
     """Domains whose test texts are measured; null for none."""
     eval: EvalConfig = field(default_factory=EvalConfig)
-    seed: int = 42
+    seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
+    """Of everything drawn at random."""
     store: str = "outputs/store"
     """Directory of the artifacts that runs share."""
 
     def __post_init__(self) -> None:
+        check_bounds(self)
+        require(self.store.strip() != "", NO_STORE)
         require(
             self.calibration_domains is not None or bool(self.eval.sets or self.eval.tasks),
             "nothing to measure: set eval.tasks=[NAME], eval.sets, or calibration_domains=embedded",

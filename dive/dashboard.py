@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from dive.cli import run
+from dive.cli import require_extra, run
 from dive.config import require
 from dive.errors import UserError
 
@@ -16,10 +16,13 @@ class DashboardConfig:
     entity: str = MISSING
     """User or team."""
     project: str = "dive"
+    """That runs are logged to."""
     name: str = "DIVE"
     """Of the workspace."""
     stages: list[str] = field(default_factory=lambda: ["experts"])
     """Names of the retraining stages, in order; the paper's recipes have router, experts and further."""
+    results: str | None = None
+    """Directory of a run, whose stages are shown in place of ``stages``."""
     dry_run: bool = False
     """List the sections and their panels, and save nothing."""
 
@@ -31,16 +34,21 @@ def dashboard(config: DashboardConfig) -> None:
     """Save the workspace and print its address.
 
     Raises:
-        UserError: wandb-workspaces is not installed, nobody is logged in, or W&B refuses.
+        UserError: ``results`` is no run's, wandb-workspaces is not installed, nobody is logged in, or W&B refuses.
     """
+    from pathlib import Path
+
+    require_extra("wandb_workspaces", "dashboard", "dive.dashboard needs wandb-workspaces")
     from dive.logger.build import wandb_logged_in
     from dive.logger.dashboard import workspace
-    from dive.report.text import show
+    from dive.progress import show
+    from dive.results import LABELS, read_results
 
-    try:
-        made = workspace(config.entity, config.project, name=config.name, stages=config.stages)
-    except ModuleNotFoundError as error:
-        raise UserError("dive.dashboard needs wandb-workspaces: pip install 'dive-moe[dashboard]'") from error
+    measured, retrained = [*LABELS, *config.stages], list(config.stages)
+    if config.results is not None:
+        stages = read_results(Path(config.results)).stages
+        measured, retrained = [s.name for s in stages], [s.name for s in stages if s.tokens]
+    made = workspace(config.entity, config.project, name=config.name, measured=measured, retrained=retrained)
     for section in made.sections:
         show(f"{section.name}: {len(section.panels)} panels")
     if config.dry_run:

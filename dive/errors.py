@@ -11,6 +11,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 class UserError(Exception):
     """What is wrong, where, and which override mends it; shown as one line, without a traceback."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # it may repeat what a user wrote
+
 
 def disk_trouble(error: BaseException) -> str | None:
     """What the disk says, where an error or one below it comes from a disk that takes no more.
@@ -26,3 +29,9 @@ def disk_trouble(error: BaseException) -> str | None:
             return os.strerror(int(wrapped[1]))
         below = below.__cause__ or below.__context__
     return None
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, as one line of at most 300 characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -1,22 +1,32 @@
 """Perplexity and tasks of any checkpoint: ``python -m dive.evaluate checkpoint=DIR eval.tasks=[piqa]``."""
 
-from dive.cli import run
+import logging
+from pathlib import Path
+
+from dive.cli import require_tasks, run
 from dive.config import EvaluateConfig
+from dive.model.architecture import local_directory
+
+log = logging.getLogger(__name__)
 
 
 def main(config: EvaluateConfig) -> None:
     """Measure, write ``results.json`` and print the tables."""
-    from pathlib import Path
-
+    local_directory(config.checkpoint, "checkpoint")  # before the heavy imports
     from hydra.core.hydra_config import HydraConfig
-
-    from dive.eval.checkpoint import evaluate_checkpoint
-    from dive.report.text import perplexity_table, show, task_tables
 
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
-    results = evaluate_checkpoint(config, directory, list(hydra.overrides.task))
-    if results["stages"][0]["perplexity"]:
+    domains, tasks = config.calibration_domains, config.eval.tasks
+    measured = [*([f"{domains.source.value} domains"] if domains is not None else []), *config.eval.sets, *tasks]
+    log.info("begins: checkpoint %s, measured on %s, into %s", config.checkpoint, ", ".join(measured), directory)
+    require_tasks(config.eval)
+    from dive.pipeline import evaluate  # takes seconds, in which the line above is there to read
+    from dive.progress import show
+    from dive.report.text import perplexity_table, task_tables
+
+    results = evaluate(config, directory, list(hydra.overrides.task))
+    if results.stages[0].perplexity:
         show(perplexity_table(results))
     show(*task_tables(results), f"results  {directory / 'results.json'}")
 

@@ -7,23 +7,39 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from dive.artifacts import write_json
-from dive.config import SHARD_BYTES
-from dive.errors import UserError, disk_trouble
-from dive.model.families import decoder_layers, moe_block, moe_class, moe_config, stock_layer_tensors
-from dive.model.load import DenseSource, fingerprint_directory, load_weights, locate_dense
+from dive.config import SHARD_BYTES, Dtype, Load, ModelConfig
+from dive.errors import UserError, disk_trouble, one_line
+from dive.model.architecture import check_figures, local_directory, read_settings
+from dive.model.families import (
+    TWINS,
+    decoder_layers,
+    is_inherited,
+    moe_block,
+    moe_class,
+    moe_config,
+    stock_layer_tensors,
+    twin_of,
+)
+from dive.model.headers import WEIGHTS
+from dive.model.load import DenseSource, check_files, fingerprint_directory, load_weights, locate_dense
+from dive.model.recipe import Dense
 from dive.model.shards import ShardWriter
+from dive.moe.build import read_experts
 from dive.moe.layer import ExpertLayer
+from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers, unplug, use_stock_experts
+from dive.retrain.retrained import Retrained
+from dive.store import write_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -101,9 +117,9 @@ def copy_sentencepiece(tokenizer: "PreTrainedTokenizerBase", directory: Path) ->
 def add_earlier_names(directory: Path) -> None:
     """Write what transformers 5 renamed under its former name as well, so that releases before it read the same model.
 
-    Without ``rope_theta`` they fall back to another base in silence, without ``num_experts`` Qwen3-MoE to 128 of them, and
-    they know no class ``TokenizersBackend``; engines and llama.cpp's converter pin such releases. How the tokenizer was
-    loaded here is left out: it says nothing about it.
+    Without ``rope_theta`` they fall back to another base in silence, and they know no class ``TokenizersBackend``; engines
+    and llama.cpp's converter pin such releases. A twin knows what else they need. How the tokenizer was loaded here is left
+    out: it says nothing about it.
     """
     file = directory / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -112,8 +128,7 @@ def add_earlier_names(directory: Path) -> None:
         config["rope_theta"] = rope.pop("rope_theta")
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = rope
-    if config["model_type"] == "qwen3_moe":
-        config["num_experts"] = config["num_local_experts"]
+    config |= twin_of(config["model_type"]).earlier_names(config)
     write_json(file, config)
     file = directory / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
@@ -157,6 +172,7 @@ def save_streamed(
         UserError: the experts have biases, the directory cannot be written, or what was read back differs.
     """
     target, kind = Path(directory), dense.dtype if dtype is None else dtype
+    places = twin_of(dense.config.model_type)
     twin: PreTrainedModel | None = None
     with _replacing(target) as working:
         writer = ShardWriter(working, dtype=kind, shard_bytes=shard_bytes)
@@ -168,14 +184,14 @@ def save_streamed(
                 config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts))
                 with torch.device("meta"):
                     twin = moe_class(config)(config)
-                _copy_shared(dense, twin, writer, "model.embed_tokens.")
-            _copy_shared(dense, twin, writer, f"model.layers.{number}.")
+                _copy_shared(dense, twin, writer, f"{places.embeddings}.")
+            _copy_shared(dense, twin, writer, f"{places.layers}.{number}.")
             parts = stock_layer_tensors(config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router)
             for name, tensor in parts:
                 writer.add(name, tensor)
         if twin is None:
             raise ValueError("no layers")
-        _copy_shared(dense, twin, writer, "model.norm.", "lm_head.")
+        _copy_shared(dense, twin, writer, f"{places.norm}.", f"{places.head}.")
         writer.close()
         total = twin.num_parameters()
         if writer.parameters != total:
@@ -196,7 +212,7 @@ def _copy_shared(dense: "PreTrainedModel", twin: "PreTrainedModel", writer: Shar
     """Copy what the dense model and its twin share, of the names that begin so, from disk to disk."""
     host = torch.device("cpu")
     for name, _ in twin.named_parameters():  # a tied head stands there once, as the embedding
-        if name.startswith(prefixes) and ".mlp." not in name:
+        if name.startswith(prefixes) and is_inherited(twin, name):
             writer.add(name, dense.checkpoint.read([name], dtype=writer.dtype, device=host)[name])
 
 
@@ -281,22 +297,30 @@ def save_with_expert_bias(
     return target
 
 
-def expert_bias_config(directory: Path) -> "PretrainedConfig":
+def expert_bias_config(directory: Path, named: str | None = None) -> "PretrainedConfig":
     """The stock configuration of a directory of :func:`save_with_expert_bias`.
 
+    Args:
+        named: what to begin errors with: ``checkpoint=DIR``; the directory if none.
+
     Raises:
-        UserError: the directory holds something else.
+        UserError: the directory holds something else, or its config.json cannot be read.
     """
     from transformers import AutoConfig
 
-    try:
-        settings = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: config.json cannot be read") from error
+    named = named or str(directory)
+    settings = read_settings(directory, named)
     if settings.get("model_type") != BIASED_MODEL_TYPE:
-        raise UserError(f"{directory} is not a directory of save_with_expert_bias; load it with transformers")
+        raise UserError(f"{named} is not a directory of save_with_expert_bias; load it with transformers")
+    known = [twin.name for twin in TWINS]
+    if settings.get("stock_model_type") not in known:
+        raise UserError(f"{named}: stock_model_type in config.json is not one of {', '.join(known)}")
+    check_figures(settings, named)
     settings["model_type"] = settings.pop("stock_model_type")
-    config: PretrainedConfig = AutoConfig.for_model(**settings)
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(**settings)
+    except Exception as error:  # transformers and its validation raise types of many kinds
+        raise UserError(f"{named}: config.json cannot be read ({one_line(error)})") from error
     return config
 
 
@@ -304,21 +328,28 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
     """Load what :func:`save_with_expert_bias` wrote.
 
     Raises:
-        UserError: the directory holds something else.
+        UserError: the directory holds something else, or its weights are not those of its configuration.
     """
+    return _load_biased(Path(directory), str(directory))
+
+
+def _load_biased(path: Path, named: str) -> "PreTrainedModel":
     from safetensors.torch import load_file, load_model
 
     from dive.model.families import empty_moe
 
-    path = Path(directory)
-    config = expert_bias_config(path)
-    dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
-    model = empty_moe(config, dtype)
-    shapes = load_file(path / "model.safetensors")
-    for number in range(len(decoder_layers(model))):
-        bias = next(t for n, t in shapes.items() if n.endswith(f"layers.{number}.mlp.experts.down_bias"))
-        moe_block(model, number).experts.down_bias = nn.Parameter(bias, requires_grad=False)
-    load_model(model, str(path / "model.safetensors"))
+    config = expert_bias_config(path, named)
+    try:
+        model = empty_moe(config, getattr(torch, str(config.dtype).removeprefix("torch.")))
+        stored, places = load_file(path / WEIGHTS), twin_of(config.model_type)
+        for number in range(len(decoder_layers(model))):
+            bias = stored.get(f"{places.layers}.{number}.{places.block}.experts.down_bias")
+            if bias is None:
+                raise UserError(f"{named}: {WEIGHTS} lacks the experts' biases")
+            moe_block(model, number).experts.down_bias = nn.Parameter(bias, requires_grad=False)
+        load_model(model, str(path / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{named}: the weights are not those of its config.json ({one_line(error)})") from error
     plug_routers(model)
     assert isinstance(model, moe_class(config))
     return model.requires_grad_(False).eval()
@@ -326,8 +357,8 @@ def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
 
 def open_checkpoint(
     path: str, *, revision: str | None = None, dtype: str, device: torch.device, where: str = "checkpoint"
-) -> tuple[DenseSource, Callable[[], "PreTrainedModel"]]:
-    """A finished model that was found, and what loads its weights: a stock directory or hub id, or one with expert biases.
+) -> Dense:
+    """The recipe of a finished model: a stock directory or hub id, or one with expert biases.
 
     Args:
         path: a directory, a hub id, or ``embedded``.
@@ -338,29 +369,23 @@ def open_checkpoint(
     Raises:
         UserError: nothing there, or not readable.
     """
-    directory = Path(path).expanduser()
+    named = f"{where}={path}"
+    directory = local_directory(path, where)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if _model_type(directory) != BIASED_MODEL_TYPE:
+    if directory is None or read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE:
         source = locate_dense(path, revision, dtype=dtype, where=where, any_family=True)
-        return source, partial(load_weights, source, dtype=wanted, device=device)
-    fingerprint = fingerprint_directory(directory)
+        return Dense(source, device, partial(load_weights, source, dtype=wanted, device=device))
+    config = expert_bias_config(directory, named)
+    check_files(directory, named)
     source = DenseSource(
-        str(directory), None, expert_bias_config(directory), fingerprint, dtype, offline=True, where=where
+        str(directory), None, config, fingerprint_directory(directory), dtype, offline=True, where=where
     )
 
     def load() -> "PreTrainedModel":
-        model = load_with_expert_bias(directory)
+        model = _load_biased(directory, named)
         return model.to(device=device, dtype=model.dtype if wanted == "auto" else wanted)
 
-    return source, load
-
-
-def _model_type(directory: Path) -> str | None:
-    try:
-        found = json.loads((directory / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None  # whoever reads it next says what is wrong
-    return found if isinstance(found, str) else None
+    return Dense(source, device, load)
 
 
 @contextmanager
@@ -394,3 +419,40 @@ def _replacing(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(working, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def export(
+    config: ModelConfig, model: Mixture | Retrained, tokenizer: "PreTrainedTokenizerBase", directory: Path, *, card: str
+) -> Path:
+    """Write a run's model: a stock directory, or with expert biases a custom one under a name that says so.
+
+    Args:
+        directory: of the run's outputs.
+        card: text of the model card.
+
+    Returns:
+        The directory that was written.
+    """
+    dense, dtype = model.dense, export_dtype(config, model.dense.source)
+    if config.load is Load.streamed:
+        layers, top_k = read_experts(model.mixture.experts), model.mixture.top_k
+        return save_streamed(
+            dense.load(), layers, tokenizer, directory / "checkpoint", top_k=top_k, card=card, dtype=dtype
+        )
+    whole = model.take(master_weights=False)
+    if not has_expert_bias(whole):
+        return save(whole, tokenizer, directory / "checkpoint", card=card, dtype=dtype)
+    log.warning(
+        "pruning.compensation=bias: experts have biases, which no stock class has a place for; the export is a custom "
+        "directory that only dive.load_with_expert_bias reads"
+    )
+    return save_with_expert_bias(whole, tokenizer, directory / "checkpoint_with_expert_bias", card=card)
+
+
+def export_dtype(config: ModelConfig, source: DenseSource) -> torch.dtype | None:
+    """Element type of the export; none for that of the weights in memory."""
+    wanted = config.export_dtype
+    if wanted is None:
+        return None
+    found: torch.dtype = source.config.dtype if wanted is Dtype.auto else getattr(torch, wanted.value)
+    return found

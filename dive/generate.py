@@ -7,7 +7,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import MISSING
 
 from dive.cli import run
-from dive.config import Dtype, require
+from dive.config import MAX_SEED, Dtype, bounded, check_bounds, require
+from dive.model.architecture import local_directory
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,24 +18,28 @@ class GenerateConfig:
     checkpoint: str = MISSING
     """Directory of an export or of a dense model, a hub id, or ``embedded``."""
     prompt: str = MISSING
+    """Text to go on from."""
     compare: str | None = None
     """A second model that continues the same text: the dense one, named in the same ways."""
-    max_new_tokens: int = 100
-    temperature: float = 0.7
+    max_new_tokens: int = bounded(100, at_least=1, at_most=10**6)
+    """Longest continuation."""
+    temperature: float = bounded(0.7, at_least=0, at_most=1000)
     """0 takes the likeliest token each time."""
-    top_p: float = 0.95
+    top_p: float = bounded(0.95, above=0, at_most=1)
     """Sample among the likeliest tokens that together have this probability."""
-    seed: int = 42
+    seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
+    """Of what is sampled."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     dtype: Dtype = Dtype.float32
     """Element type of the weights; ``auto`` takes the checkpoint's own."""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, f"max_new_tokens ({self.max_new_tokens}) must be at least 1")
-        require(self.temperature >= 0.0, f"temperature ({self.temperature}) must not be negative")
-        require(0.0 < self.top_p <= 1.0, f"top_p ({self.top_p}) must lie in (0, 1]")
-        require(self.seed >= 0, f"seed ({self.seed}) must not be negative")
+        check_bounds(self)
+        require(
+            self.temperature == 0 or self.temperature >= 0.01,
+            f"temperature ({self.temperature}) must be 0, or at least 0.01",
+        )
 
 
 def generate(config: GenerateConfig) -> None:
@@ -43,6 +48,10 @@ def generate(config: GenerateConfig) -> None:
     Raises:
         UserError: a model cannot be loaded, or the text would be longer than its positions.
     """
+    local_directory(config.checkpoint, "checkpoint")  # before the heavy imports
+    local_directory(config.compare or "embedded", "compare")
+    named = config.checkpoint + (f" and {config.compare}" if config.compare else "")
+    print(f"loading {named}", file=sys.stderr, flush=True)  # beside the text, which may go elsewhere
     from dive.eval.generation import continue_text
     from dive.export import open_checkpoint
     from dive.model.load import load_tokenizer, resolve_device
@@ -51,14 +60,13 @@ def generate(config: GenerateConfig) -> None:
     quiet_libraries()
     models = {"checkpoint": config.checkpoint} | ({"compare": config.compare} if config.compare else {})
     for option, path in models.items():
-        source, load = open_checkpoint(
-            path, dtype=config.dtype.value, device=resolve_device(config.device), where=option
-        )
-        tokenizer = load_tokenizer(source)
+        device = resolve_device(config.device, "device")
+        model = open_checkpoint(path, dtype=config.dtype.value, device=device, where=option)
+        tokenizer = load_tokenizer(model.source)
         if len(models) > 1:
             print(f"--- {path}")
         continue_text(
-            load(),
+            model.load(),
             tokenizer,
             config.prompt,
             max_new_tokens=config.max_new_tokens,

@@ -42,8 +42,10 @@ def _read_json(file: Path, where: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{where}: no {file.name} in this directory") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {file.name} cannot be read") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {file.name} cannot be read: it is no JSON object")
     return found
 
 
@@ -55,8 +57,11 @@ def _check_weights(directory: Path, where: str) -> None:
     places: dict[str, set[str]] = {"model.safetensors": set()}
     if index.is_file():
         places = {}
-        for name, file in _read_json(index, where)["weight_map"].items():
-            places.setdefault(file, set()).add(name)
+        try:
+            for name, file in _read_json(index, where)["weight_map"].items():
+                places.setdefault(file, set()).add(name)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{where}: {index.name} names no files of tensors; export again") from error
     for file, expected in places.items():
         try:
             with safe_open(directory / file, framework="pt") as tensors:

@@ -1,6 +1,5 @@
 """An export to the Hugging Face hub: ``python -m dive.push checkpoint=DIR repo=user/name``, ``dry_run=true`` to look first."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,8 @@ from omegaconf import MISSING
 
 from dive.cli import run
 from dive.config import require
+from dive.errors import UserError
+from dive.model.architecture import local_directory
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,10 +29,14 @@ class PushConfig:
     """List what would be uploaded, and upload nothing."""
 
     def __post_init__(self) -> None:
-        require(
-            re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo, flags=re.ASCII) is not None,
-            f"repo ({self.repo}) is not of the form user/name",
-        )
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils._validators import validate_repo_id
+
+        require(self.repo.count("/") == 1, f"repo ({self.repo}) is not of the form user/name")
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError as error:
+            raise UserError(f"repo ({self.repo}): {' '.join(str(error).split())}; set repo=USER/NAME") from error
 
 
 def push(config: PushConfig) -> None:
@@ -40,20 +45,21 @@ def push(config: PushConfig) -> None:
     Raises:
         UserError: the directory is not whole, or the hub refuses.
     """
+    local_directory(config.checkpoint, "checkpoint")  # before the heavy imports
     from dive.hub import message_for, upload, whole_export
-    from dive.progress import quiet_libraries
-    from dive.report.text import count, show
+    from dive.progress import quiet_libraries, show
+    from dive.units import size
 
     quiet_libraries()
     directory = Path(config.checkpoint).expanduser()
     files, left_out = whole_export(directory)
     message = config.message or message_for(directory)
     for file in files:
-        show(f"{count(file.stat().st_size):>8}B  {file.name}")
+        show(f"{size(file.stat().st_size):>9}  {file.name}")
     if left_out:
         show(f"left out: {', '.join(left_out)}")
     to = f"{config.repo} ({'private' if config.private else 'public'}, {config.revision or 'main'})"
-    show(f'{len(files)} files, {count(sum(file.stat().st_size for file in files))}B to {to}: "{message}"')
+    show(f'{len(files)} files, {size(sum(file.stat().st_size for file in files))} to {to}: "{message}"')
     if config.dry_run:
         show("dry_run=true: nothing uploaded")
         return

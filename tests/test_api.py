@@ -1,5 +1,6 @@
-"""The example in the package's docstring, from beginning to end."""
+"""The examples in the package's docstring and in the README, from beginning to end."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,17 +8,70 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import dive
+from dive.cli import CONF, PACKAGE, composed
 from dive.eval.perplexity import perplexity
+from dive.moe.assemble import assemble
+from dive.moe.build import build_layers
 
 
 def example() -> str:
     """The code of the docstring."""
     assert dive.__doc__ is not None
     return "\n".join(line[4:] for line in dive.__doc__.splitlines() if line.startswith("    "))
+
+
+def readme() -> str:
+    """The code of the README's notebook."""
+    text = (
+        (PACKAGE.parent / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("## From a notebook")[2]
+        .partition("\n## ")[0]
+    )
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+
+
+@pytest.mark.slow
+def test_the_readmes_examples_run(
+    build: Callable[..., PreTrainedModel],
+    tokens: Callable[..., Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build().save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path)
+    code = readme().replace('"embedded"', '"dense"')
+    assert code.count("dive.reconstruct(") == 4
+    names = {"tokens": {name: tokens(3, 16, seed=i) for i, name in enumerate("abcdef")}}
+    exec(code, names)
+    assert names["moe"].config.num_local_experts == 8
+
+
+def test_a_notebook_builds_what_the_command_line_builds(
+    build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor]
+) -> None:
+    model = build()
+    text = {name: tokens(5, 16, seed=i) for i, name in enumerate("abc")}
+    short = ["moe.refined.steps=3", "moe.distillation.steps=20"]
+    config = composed(["moe.experts=3", "pruning.ratio=0.5", *short])
+    together = [torch.cat(list(text.values()))]
+    layers = build_layers(
+        model, together, config.pruning, config.moe, batch=config.calibration_domains.batch, seed=config.seed
+    )
+    expected = assemble(model, layers, top_k=config.moe.top_k).state_dict()
+    with initialize_config_dir(str(CONF), version_base=None):  # as in a Hydra application
+        found = dive.reconstruct(model, text, short, experts=3, ratio=0.5).state_dict()
+        assert compose("config").moe.experts == 8  # which goes on
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    begun = dive.reconstruct(model, list(text.values()), short, ratio=0.5).state_dict()  # with a group each
+    assert any(not torch.equal(begun[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_example_runs(

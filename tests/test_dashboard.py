@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dive.results import write_results
+from tests.report.made import results, stage
 from tests.workplace import environment
 
 pytest.importorskip("wandb_workspaces")
@@ -16,7 +18,13 @@ pytest.importorskip("wandb_workspaces")
 def test_every_panel_shows_what_runs_log(tmp_path: Path) -> None:
     from dive.logger.dashboard import workspace
 
-    made = workspace("someone", "dive", name="DIVE", stages=["router", "experts"])
+    made = workspace(
+        "someone",
+        "dive",
+        name="DIVE",
+        measured=["dense", "extra", "router", "experts"],
+        retrained=["router", "experts"],
+    )
     assert [section.name for section in made.sections] == [
         *("Results", "Affinity and routing", "Retraining", "Experts", "Cost")
     ]
@@ -28,6 +36,10 @@ def test_every_panel_shows_what_runs_log(tmp_path: Path) -> None:
     assert any(re.fullmatch(p, "experts/expert_load/layer_00/expert_1") for p in patterns)
     document: dict[str, Any] = made._to_model().model_dump()  # what would be sent
     assert "final/perplexity" in str(document)
+    bars = {p.title: p.metrics for section in made.sections for p in section.panels if type(p).__name__ == "BarPlot"}
+    names = ["dense", "extra", "router", "experts"]
+    assert bars["Perplexity after each stage"] == [f"eval/{name}/mean" for name in names]
+    assert bars["Seconds"] == [f"seconds/{name}" for name in (*names, "total")]
 
 
 def test_a_dry_run_lists_sections_and_saves_nothing(tmp_path: Path) -> None:
@@ -37,6 +49,19 @@ def test_a_dry_run_lists_sections_and_saves_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Retraining: 3 panels" in done.stdout
+    write_results(
+        results(stages=[stage("dense", 2.0), stage("one", 1.0, tokens=8), stage("two", 1.0, tokens=8)]), tmp_path
+    )
+    like_a_run = subprocess.run(
+        [*command, "dry_run=true", f"results={tmp_path}"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Retraining: 6 panels" in like_a_run.stdout
+    (tmp_path / "results.json").unlink()
     environ = {k: v for k, v in environment().items() if k != "WANDB_API_KEY"} | {"HOME": str(tmp_path)}
     refused = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 1

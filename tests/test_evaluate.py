@@ -13,7 +13,9 @@ from hydra import compose, initialize_config_dir
 from dive.cli import CONF, register_schema, to_typed
 from dive.config import EvaluateConfig
 from dive.errors import UserError
-from dive.eval.checkpoint import evaluate_checkpoint
+from dive.pipeline import evaluate as evaluate_checkpoint
+from dive.report.run import write_report
+from dive.results import to_json
 from tests.workplace import WORDS, Workplace, environment, write_task
 
 TEXT = ["eval.lengths=[32]", "eval.windows=3"]
@@ -24,7 +26,8 @@ def evaluate(workplace: Workplace, checkpoint: Path | str, directory: Path, *ove
     settings = [f"checkpoint={checkpoint}", f"store={directory / 'store'}", *overrides]
     with initialize_config_dir(str(CONF), version_base=None):
         config = to_typed(compose("evaluate", settings), EvaluateConfig)
-    return evaluate_checkpoint(config, directory, settings)
+    found: dict[str, Any] = to_json(evaluate_checkpoint(config, directory, settings))
+    return found
 
 
 def domains(workplace: Workplace) -> list[str]:
@@ -61,8 +64,8 @@ def test_another_task_leaves_the_first_one_measured(
     with caplog.at_level("INFO", logger="dive"):
         again = workplace.run("more tasks", *tasks[1:], "eval.tasks=[cats,more]")
     said = [r.getMessage() for r in caplog.records]
-    assert sum(bool(re.fullmatch(r"task \w+: reused", line)) for line in said) == 5
-    assert sum(bool(re.fullmatch(r"task \w+: computing", line)) for line in said) == 5
+    assert sum(bool(re.fullmatch(r"evaluation: task \w+: reused", line)) for line in said) == 5
+    assert sum(bool(re.fullmatch(r"evaluation: task \w+: computing", line)) for line in said) == 5
     assert [s["tasks"]["cats"] for s in again["stages"]] == [s["tasks"]["cats"] for s in finished["stages"]]
 
 
@@ -93,6 +96,11 @@ def test_sets_without_domains(workplace: Workplace, tmp_path: Path) -> None:
     sets = f"+eval.sets={{mine:{{path:{text},lengths:[16],separator:null}}}}"
     results = evaluate(workplace, workplace.root / "dense", tmp_path, "~calibration_domains", sets, "eval.windows=2")
     assert list(results["stages"][0]["perplexity"]) == ["mine@16"]
+    assert set(results) == {"run", "evaluation", "contamination", "parameters", "stages", "timings"}
+    assert set(results["run"]["fingerprints"]) == {"model", "domains"}
+    assert set(results["run"]["samples"]) == {"evaluation"}
+    with pytest.raises(UserError, match="a finished model was measured here"):
+        write_report(tmp_path)
     assert results["contamination"] == {}
 
 

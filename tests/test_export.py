@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import dive
-from dive.config import Freezing, FreezingConfig, LoRAConfig, MoEConfig, PruningConfig
+from dive.api import reconstruct
+from dive.config import Freezing, FreezingConfig, LoRAConfig, MoEConfig, PruningConfig, RefinedConfig
 from dive.errors import UserError
 from dive.export import (
     has_expert_bias,
@@ -32,9 +33,10 @@ from dive.export import (
 from dive.model.families import moe_block
 from dive.model.load import load_weights, locate_dense
 from dive.model.streamed import load_streamed
+from dive.moe.assemble import assemble
+from dive.moe.build import build_layers
 from dive.moe.layer import ExpertLayer
 from dive.moe.plug import plug_routers
-from dive.moe.reconstruct import assemble, build_refined_layers, reconstruct
 from dive.retrain.freezing import apply_policy
 
 Tokens = Callable[..., Tensor]
@@ -353,5 +355,5 @@ def stream(dense: PreTrainedModel, tokens: Tokens, root: Path) -> tuple[PreTrain
     dense.save_pretrained(root / "dense", max_shard_size="40KB")
     streamed = load_streamed(locate_dense(str(root / "dense")), dtype=torch.float32, device=CPU)
     groups = [tokens(4, 16, seed=seed) for seed in (1, 2, 3)]
-    moe = MoEConfig(experts=3, top_k=2)
-    return streamed, list(build_refined_layers(streamed, groups, PruningConfig(), moe, batch=4, seed=0))
+    moe = MoEConfig(experts=3, top_k=2, refined=RefinedConfig(rounds=0, sequential=False, steps=0))
+    return streamed, list(build_layers(streamed, groups, PruningConfig(), moe, batch=4, seed=0))

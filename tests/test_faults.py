@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dive import preemption
-from dive.artifacts import Store
 from dive.errors import UserError
 from dive.model.load import load_tokenizer, locate_dense
 from dive.retrain.stage import find_checkpoint
+from dive.store import Place, Store
 from tests.workplace import Workplace, environment
 
 LONG = ("retrain.stages.experts.tokens=204800", "retrain.checkpoint_every=97")
@@ -158,7 +158,7 @@ def test_a_broken_model_is_refused(workplace: Workplace, tmp_path: Path, fault: 
     [
         ((), r"dense: the perplexity of \w+@32 is nan: .*; set model.dtype=float32"),
         (
-            ("model.load=streamed", "moe.refinement.start=kmeans"),
+            ("model.load=streamed", "affinity=default"),
             r"layer 0: .* not finite; set model.dtype=float32",
         ),
     ],
@@ -255,7 +255,8 @@ def test_a_damaged_entry_is_computed_again(
 
 
 def compute(root: Path, log: Path, seconds: float) -> None:
-    def slowly(directory: Path) -> None:
+    def slowly(place: Place) -> None:
+        directory = place.directory
         with log.open("a") as lines:
             lines.write("begun\n")
         (directory / "half").write_text("half")
@@ -353,12 +354,12 @@ def test_a_signal_in_training_saves_a_checkpoint(
     assert f"going on from {checkpoint}" in output
     assert same(exported(workplace, f"{name}-whole"), exported(workplace, f"{name}-stopped"))
     assert perplexities(workplace, f"{name}-whole") == perplexities(workplace, f"{name}-stopped")
-    logged = [
-        [point["step"] for point in json.loads(file.read_text())["curve"]]
+    steps = [
+        len(load_file(file)["loss"])
         for folder in ("a", "b")
-        for file in sorted((tmp_path / folder).glob("retrained/*/curve.json"))
+        for file in sorted((tmp_path / folder).glob("retrained/*/curve.safetensors"))
     ]
-    assert logged[:2] == logged[2:]
+    assert steps[:2] == steps[2:]
 
 
 # --------------------------------------------------------------------------------------------------------- the processes

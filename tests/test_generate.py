@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import dive
+from dive.api import reconstruct
 from dive.errors import UserError
 from dive.generate import GenerateConfig, generate, quoted
-from dive.moe.reconstruct import reconstruct
 from tests.conftest import Build
 from tests.workplace import environment
 
@@ -84,14 +84,22 @@ def test_two_models_continue_the_same_text(directories: dict[str, str], capsys: 
     assert alone[0] != alone[1]
 
 
+def test_what_is_loaded_is_said_beside_the_text(
+    directories: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, moe = directories["dense"], directories["moe"]
+    generate(GenerateConfig(prompt=TEXT, checkpoint=moe, compare=dense, max_new_tokens=1, device="cpu"))
+    assert capsys.readouterr().err == f"loading {moe} and {dense}\n"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"checkpoint": "/nowhere"}, "checkpoint=/nowhere: no such directory"),
         ({"compare": "/nowhere"}, "compare=/nowhere: no such directory"),
         ({"max_new_tokens": 64}, r"max_new_tokens \(64\) and the prompt's \d+ tokens exceed the model's 64 positions"),
-        ({"temperature": -1.0}, r"temperature \(-1.0\) must not be negative"),
-        ({"top_p": 0.0}, r"top_p \(0.0\) must lie in \(0, 1\]"),
+        ({"temperature": -1.0}, r"temperature \(-1.0\) must be at least 0 and at most 1000"),
+        ({"top_p": 0.0}, r"top_p \(0.0\) must be above 0 and at most 1"),
     ],
 )
 def test_a_users_errors(

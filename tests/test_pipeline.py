@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
 import dive
-from dive import artifacts, pipeline
+from dive import store
 from dive.calibration_domains.local import read_documents
 from dive.calibration_domains.sampling import evaluation_windows
 from dive.errors import UserError
 from dive.eval.perplexity import perplexity
 from dive.model.load import document_tokens
+from dive.moe import build as building
+from dive.pipeline import train
 from dive.report.run import read_curves
 from tests.conftest import Build
 from tests.workplace import WORDS, Workplace
@@ -68,7 +70,7 @@ def test_what_was_planned_stands_beside_what_it_took(finished: Path) -> None:
     found = json.loads((finished / "results.json").read_text())
     planned, actual = found["plan"]["planned"], found["plan"]["actual"]
     assert [s["name"] for s in planned["stages"]] == [
-        *("calibration", "mining", "pruning", "building experts", "router", "experts", "evaluation", "export")
+        *("calibration", "mining", "pruned", "reconstructed", "router", "experts", "evaluation", "export")
     ]
     assert {s["name"] for s in actual["stages"]} == {s["name"] for s in planned["stages"]}
     for name in ("total", "active", "trained"):
@@ -76,7 +78,7 @@ def test_what_was_planned_stands_beside_what_it_took(finished: Path) -> None:
     tokens = {s["name"]: s["tokens"] for s in planned["stages"]}
     assert all(tokens[s["name"]] == s["tokens"] for s in found["stages"] if s["tokens"])
     # headers and the tokenizer's files weigh a little in a model of 20 thousand parameters, and nothing in a real one
-    experts = [next(s for s in side["stages"] if s["name"] == "building experts") for side in (planned, actual)]
+    experts = [next(s for s in side["stages"] if s["name"] == "reconstructed") for side in (planned, actual)]
     assert experts[0]["disk_bytes"] == pytest.approx(experts[1]["disk_bytes"], rel=0.1)
     assert actual["host_bytes"] > 1e8
 
@@ -142,7 +144,8 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="dive"):
         workplace.run("three", "moe.experts=3")
-    computed = {r.getMessage().split()[0] for r in caplog.records if r.getMessage().endswith("computing")}
+    messages = [r.getMessage().split() for r in caplog.records if r.name == "dive.store"]
+    computed = {words[-3] for words in messages if words[-1] == "computing"}
     assert {"retrained", "evaluation"} <= computed
     assert not computed & {"statistics", "matrix"}
 
@@ -157,25 +160,29 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
         ["moe=coactivation", "moe.experts=3"],
         ["moe=coactivation", "moe.experts=2", "moe.top_k=2", "pruning=wanda_sp", "pruning.ratio=0.75"],
         ["moe=plain", "moe.experts=1", "pruning=llm_pruner"],
-        ["moe=plain", "moe.experts=2", "pruning.metric=taylor", "moe.shared=0.25"],
-        ["moe=plain", "moe.experts=2", "moe.shared=0.5"],
+        ["moe=plain", "moe.experts=2", "pruning.metric=taylor", "moe.plain.shared=0.25"],
+        ["moe=plain", "moe.experts=2", "moe.plain.shared=0.5"],
         ["moe.experts=1", "pruning.metric=wifn"],
         [
             "moe=plain",
             "moe.experts=2",
             "pruning.metric=magnitude",
             "pruning.compensation=none",
-            "moe.router_init=random",
+            "moe.plain.router_init=random",
         ],
         ["moe=plain", "moe.experts=3", "pruning.ridge=null", "pruning.metric=wifv"],
-        ["moe.experts=6", "moe.refinement.start=kmeans", "moe.top_k=2"],  # more experts than domains
+        ["moe.experts=6", "affinity=default", "moe.top_k=2"],  # more experts than domains
         [
             "retrain.stages.experts.gate=switch",
             "retrain.stages.experts.teacher.logits=1",
             "retrain.stages.experts.teacher.hidden=0.1",
             "retrain.stages.experts.z_loss=0.001",
         ],
-        ["retrain.stages.experts.train.attention=lora", "retrain.stages.experts.train.experts=full", "moe.noise=0.01"],
+        [
+            "retrain.stages.experts.train.attention=lora",
+            "retrain.stages.experts.train.experts=full",
+            "retrain.noise=0.01",
+        ],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -196,7 +203,7 @@ def test_groups_from_statistics_need_no_evaluation_and_say_how_far_they_agree(
     with caplog.at_level(logging.INFO, logger="dive"):
         cheap = workplace.run("importance", "affinity=importance", *short, f"store={tmp_path}")
         again = workplace.run("overlap", "affinity.measure=mask_overlap", *short)
-    assert not [r for r in caplog.records if r.getMessage().startswith("matrix")]
+    assert not [r for r in caplog.records if " matrix " in r.getMessage()]
     assert set(cheap["affinity"]["agreement"]) == {"mask_overlap"}
     assert np.array(cheap["affinity"]["similarity"]).shape == (4, 4)
     assert (workplace.root / "importance/plots/affinity.png").stat().st_size > 0
@@ -259,8 +266,8 @@ def test_streamed_it_writes_the_same_model(untrained: Workplace, tmp_path: Path,
     "overrides",
     [
         ["affinity=random"],
-        ["moe.refinement.start=kmeans", "model.dtype=bfloat16", "moe.refinement.steps=5"],
-        ["affinity=random", "moe.refinement.sequential=false", "moe.refinement.steps=5", "model.load=streamed"],
+        ["affinity=default", "model.dtype=bfloat16", "moe.refined.steps=5"],
+        ["affinity=random", "moe.refined.sequential=false", "moe.refined.steps=5", "model.load=streamed"],
         ["affinity=random", "moe=plain", "pruning.ridge=null"],
         ["affinity=random", "moe=plain", "pruning.metric=taylor"],
     ],
@@ -274,7 +281,7 @@ def test_an_interrupted_construction_goes_on_after_its_last_whole_layer(
     overrides: list[str],
 ) -> None:
     settings = ["retrain=none", "eval.windows=1", *overrides, "moe.experts=2"]
-    save = pipeline.save_file
+    save = building.save_file
 
     def stop_in_the_second_layer(tensors: dict[str, torch.Tensor], file: Path, **arguments: object) -> None:
         second = file.name == "unfinished" and (file.parent / "layer_000.safetensors").exists()
@@ -283,7 +290,7 @@ def test_an_interrupted_construction_goes_on_after_its_last_whole_layer(
             raise KeyboardInterrupt
         save(tensors, file, **arguments)
 
-    monkeypatch.setattr(pipeline, "save_file", stop_in_the_second_layer)
+    monkeypatch.setattr(building, "save_file", stop_in_the_second_layer)
     name = "interrupted-" + "-".join(overrides)
     with pytest.raises(KeyboardInterrupt):
         untrained.run(name, *settings, f"store={tmp_path / 'stopped'}")
@@ -308,12 +315,12 @@ def test_built_layers_outlive_a_failure_while_they_are_stored(
     settings = ["moe=plain", "moe.experts=1", "retrain=none", "eval.windows=1", f"store={tmp_path}"]
 
     def no_room(file: Path, value: object) -> None:
-        if file.name == artifacts.MANIFEST and file.parent.parent.name == "experts":
+        if file.name == store.MANIFEST and file.parent.parent.name == "experts":
             raise OSError(errno.ENOSPC, "No space left on device")
-        artifacts_write(file, value)
+        write(file, value)
 
-    artifacts_write = artifacts.write_json
-    monkeypatch.setattr(artifacts, "write_json", no_room)
+    write = store.write_json
+    monkeypatch.setattr(store, "write_json", no_room)
     with pytest.raises(UserError, match="make room"):
         untrained.run("full-disk", *settings)
     monkeypatch.undo()
@@ -323,7 +330,7 @@ def test_built_layers_outlive_a_failure_while_they_are_stored(
         untrained.run("full-disk", *settings)
     assert "experts: going on after layer 2" in caplog.text
     (artifact,) = (tmp_path / "experts").iterdir()
-    assert float(json.loads((artifact / artifacts.MANIFEST).read_text())["seconds"]) >= before > 0.0
+    assert float(json.loads((artifact / store.MANIFEST).read_text())["seconds"]) >= before > 0.0
     assert not place.exists()
 
 
@@ -336,35 +343,6 @@ def test_a_domain_that_becomes_a_text_apart_leaves_the_mean(untrained: Workplace
     assert apart.pop("mean") == pytest.approx(math.prod(apart[f"{d}@32"] for d in ("cats", "code", "sums")) ** (1 / 3))
     assert everything.pop("mean") == pytest.approx(math.prod(everything.values()) ** (1 / 4))
     assert apart == everything  # of each text the same
-
-
-@pytest.mark.parametrize(
-    ("start", "of_the_experts"),
-    [("kmeans", [6]), ("groups", [3, 3])],  # the same text, in one piece or in one a group
-)
-def test_as_much_text_as_was_planned_is_built_from(
-    untrained: Workplace, tmp_path: Path, start: str, of_the_experts: list[int]
-) -> None:
-    groups = ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"] if start == "groups" else []
-    settings = [*groups, f"moe.refinement.start={start}", "calibration_domains.group_samples=3", f"store={tmp_path}"]
-    results = untrained.run(f"text-{start}", "retrain=none", "eval.windows=1", *settings)
-    found = [json.loads((made / artifacts.MANIFEST).read_text())["inputs"] for made in (tmp_path / "experts").iterdir()]
-    samples = {inputs["moe"]["experts"]: inputs["samples"] for inputs in found}
-    assert samples == {1: [3], 2: of_the_experts}
-    planned = {stage["name"]: stage["tokens"] for stage in results["plan"]["planned"]["stages"]}
-    assert planned["pruning"] == 3 * 32
-    assert planned["building experts"] == 6 * 32
-
-
-def test_layers_after_a_missing_or_a_short_one_are_built_again(tmp_path: Path) -> None:
-    for number in range(4):
-        save_file({"a": torch.zeros(100)}, tmp_path / pipeline.LAYER_FILE.format(number))
-    assert len(pipeline.whole_layers(tmp_path)) == 4
-    with (tmp_path / pipeline.LAYER_FILE.format(3)).open("r+b") as file:
-        file.truncate(200)
-    assert len(pipeline.whole_layers(tmp_path)) == 3
-    (tmp_path / pipeline.LAYER_FILE.format(1)).unlink()
-    assert len(pipeline.whole_layers(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("load", ["full", "streamed"])
@@ -485,20 +463,22 @@ def test_learning_from_the_dense_model_comes_closer_to_it(workplace: Workplace) 
 
 
 def test_a_diverging_stage_says_so(workplace: Workplace) -> None:
+    config = workplace.compose("trainer.gradient_clip=null")
+    config.retrain.stages["experts"].learning_rate = 1e30  # beyond its bounds, to be sure
     with pytest.raises(
         UserError, match=r"retrain\.stages\.experts: the loss is .* retrain\.stages\.experts\.learning_rate"
     ):
-        workplace.run("diverging", "retrain.stages.experts.learning_rate=1e30", "trainer.gradient_clip=null")
+        train(config, workplace.root / "diverging", [])
 
 
-def test_shared_storage_retrains_to_the_same_model(workplace: Workplace, tmp_path: Path) -> None:
+def test_indexed_storage_retrains_to_the_same_model(workplace: Workplace, tmp_path: Path) -> None:
     settings = ["moe=plain", "retrain.stages.experts.train.experts=lora"]
     one = workplace.run("materialised", *settings)
-    other = workplace.run("shared", *settings, "moe.storage=shared")
+    other = workplace.run("indexed", *settings, "retrain.storage=indexed")
     for mine, theirs in zip(other["stages"], one["stages"], strict=True):
         assert mine["perplexity"]["mean"] == pytest.approx(theirs["perplexity"]["mean"], rel=1e-4)
     curves = [
-        read_curves(workplace.root / name, ["experts"])[0]["scalars"]["loss"] for name in ("materialised", "shared")
+        read_curves(workplace.root / name, ["experts"])[0]["scalars"]["loss"] for name in ("materialised", "indexed")
     ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     assert one["parameters"] == other["parameters"]
@@ -513,11 +493,11 @@ def test_shared_storage_retrains_to_the_same_model(workplace: Workplace, tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"moe\.refinement\.steps.*moe=plain"),
+        ([], r"moe\.refined\.steps.*moe=plain"),
         (["moe=plain", "retrain.stages.experts.train.experts=full"], r"experts=full.*lora"),
         (["moe=plain", "trainer=fsdp2", "retrain.stages.experts.train.experts=lora"], r"trainer=fsdp2.*trainer=ddp"),
     ],
 )
-def test_what_shared_storage_cannot_do_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^moe\.storage=shared: .*{message}"):
-        workplace.compose("moe.storage=shared", *overrides)
+def test_what_indexed_storage_cannot_do_is_refused(workplace: Workplace, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^retrain\.storage=indexed: .*{message}"):
+        workplace.compose("retrain.storage=indexed", *overrides)

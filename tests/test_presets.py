@@ -14,7 +14,6 @@ from dive.cli import CONF, register_schema, to_typed
 from dive.config import (
     Compensation,
     Config,
-    Construction,
     CorpusSource,
     Dtype,
     EvaluateConfig,
@@ -24,10 +23,10 @@ from dive.config import (
     Measure,
     Metric,
     Mode,
+    RefinedConfig,
     RouterInit,
     Schedule,
     StageConfig,
-    Start,
     TextSource,
 )
 from dive.errors import UserError
@@ -68,7 +67,7 @@ NEEDED = {
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
 }
-OTHER_SCHEMAS = {"config", "pretrain", "evaluate", "generate", "push", "dashboard"}
+OTHER_SCHEMAS = {"config", "evaluate", "generate", "push", "dashboard"}
 
 
 def options() -> list[str]:
@@ -123,7 +122,7 @@ def test_the_defaults_compose() -> None:
 
 def test_the_best_recipe_is_the_default() -> None:
     assert typed("experiment=dive_plus") == typed()
-    assert typed().moe.refinement.needs_tokens
+    assert typed().moe.refined == RefinedConfig()  # which a notebook begins with
 
 
 def test_groups_are_not_named_in_vain() -> None:
@@ -169,10 +168,9 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
     assert config.pruning.compensation is Compensation.bias
     assert config.affinity.grouping is Grouping.mined
     assert (config.moe.experts, config.moe.top_k) == (8, top_k)
-    assert config.moe.construction is Construction.dive
-    assert config.moe.router_init is RouterInit.random
-    assert config.moe.noise == 0.0005
-    assert not config.moe.refinement.needs_tokens
+    assert config.moe.construction == "plain"
+    assert config.moe.settings.router_init is RouterInit.random
+    assert config.retrain.noise == 0.0005
     for stage in config.retrain.stages.values():  # cross-entropy alone, the gate of the stock class
         assert not stage.teacher.wanted
         assert stage.gate is Gate.renormalised
@@ -181,7 +179,7 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
     assert config.retrain.length == 1024
     lora = config.retrain.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (8, 16.0, 0.1)
-    assert config.retrain.corpus.source is CorpusSource.hub
+    assert config.retrain.corpus.chosen is CorpusSource.hub
     assert config.retrain.corpus.hub.streaming
 
     assert list(config.retrain.stages) == ["router", "experts", "further"]
@@ -252,7 +250,7 @@ def test_the_commands_in_the_papers_comments_compose(experiment: str) -> None:
 
     assert paper.calibration_domains.source is TextSource.hub
     assert sum(stage.tokens for stage in paper.retrain.stages.values()) == pytest.approx(15.5e9, rel=0.01)
-    assert small.retrain.corpus.source is CorpusSource.domains
+    assert small.retrain.corpus.chosen is CorpusSource.domains
     assert sum(stage.tokens for stage in small.retrain.stages.values()) == 65536 + 131072
 
 
@@ -294,18 +292,35 @@ def test_the_active_size_stays_while_top_k_grows() -> None:
 
 def test_naming_groups_means_to_begin_with_them() -> None:
     default = typed()
-    assert default.moe.refinement.start is Start.kmeans
-    assert not default.moe.needs_groups
-    for option in ("mined", "random", "importance", "published/llama2_20"):
+    assert default.grouping is None
+    assert not default.mines
+    for option, grouping in {
+        "mined": Grouping.mined,
+        "random": Grouping.random,
+        "importance": Grouping.mined,
+        "published/llama2_20": Grouping.published,
+    }.items():
         config = typed(f"affinity={option}")
-        assert config.moe.needs_groups
-        config.moe.refinement.start = Start.kmeans
+        assert config.grouping is grouping
         assert config.moe == default.moe
-    assert typed("moe=plain").moe.needs_groups
-    with pytest.raises(UserError, match=r"affinity=random: .* set moe\.refinement\.start=groups"):
-        typed("affinity=random", "moe.refinement.start=kmeans")
-    with pytest.raises(UserError, match="affinity=importance: "):
-        typed("affinity=importance", "moe.refinement.start=random")
+    assert typed("moe=plain").mines
+    assert not typed("moe=plain", "moe.experts=1").mines
+    assert typed("moe=coactivation", "affinity=mined").grouping is None
+    with pytest.raises(UserError, match=r"moe\.refined\.start=kmeans .* affinity\.grouping=random names some"):
+        typed("affinity=random", "moe.refined.start=kmeans")
+    with pytest.raises(UserError, match=r"moe\.refined\.start=random .* affinity\.grouping=mined names some"):
+        typed("affinity=importance", "moe.refined.start=random")
+    with pytest.raises(UserError, match=r"affinity\.measure=importance: .* set affinity=mined, or moe=plain"):
+        typed("affinity.measure=importance")
+
+
+def test_one_construction_is_chosen() -> None:
+    presets = {"default": "refined"} | {name: name for name in ("plain", "random_split", "coactivation", "upcycle")}
+    assert {name: typed(f"moe={name}").moe.construction for name in presets} == presets
+    with pytest.raises(UserError, match=r"moe\.refined and moe\.plain are both set"):
+        typed("+moe={plain:{}}")
+    with pytest.raises(UserError, match="no way to build experts; set moe=default"):
+        typed("moe.refined=null")
 
 
 def test_groups_by_importance_are_mined_from_statistics() -> None:
@@ -323,8 +338,9 @@ def test_the_published_baselines() -> None:
         "wanda_sp": (Metric.wifn, Compensation.none),
         "llm_pruner": (Metric.taylor, Compensation.none),
     }
-    split = typed("moe=coactivation").moe
-    assert (split.construction, split.shared, split.active_channels) == (Construction.coactivation, 0.25, 10)
+    split = typed("moe=coactivation").moe.coactivation
+    assert split is not None
+    assert (split.shared, split.active_channels) == (0.25, 10)
 
 
 def test_the_paper_domains() -> None:
@@ -415,10 +431,16 @@ def test_dive_evaluate_takes_the_same_options(option: str) -> None:
     ("override", "message"),
     [
         ("eval.tasks=[a,a]", r"eval\.tasks names \['a'\] twice"),
-        ("eval.task_limit=0", r"eval\.task_limit must be positive"),
-        ("+eval.task_settings={a:{shots:-1}}", r"eval\.task_settings\.a\.shots must not be negative"),
-        ("+eval.task_settings={a:{limit:0}}", r"eval\.task_settings\.a\.limit must be positive"),
-        ("eval.ngram=-1", r"eval\.ngram \(-1\)"),
+        ("eval.task_limit=0", r"eval\.task_limit \(0\) must be at least 1 and at most 1e9, or null"),
+        (
+            "+eval.task_settings={a:{shots:-1}}",
+            r"eval\.task_settings\.a\.shots \(-1\) must be at least 0 and at most 1000, or null",
+        ),
+        (
+            "+eval.task_settings={a:{limit:0}}",
+            r"eval\.task_settings\.a\.limit \(0\) must be at least 1 and at most 1e9, or null",
+        ),
+        ("eval.ngram=-1", r"eval\.ngram \(-1\) must be at least 0 and at most 1000"),
     ],
 )
 def test_settings_of_tasks_that_make_no_sense(override: str, message: str) -> None:

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import dive
+from dive.api import reconstruct
 from dive.errors import UserError
 from dive.hub import whole_export
-from dive.moe.reconstruct import reconstruct
 from dive.push import PushConfig, push
 from tests.conftest import Build
 from tests.workplace import environment
@@ -183,7 +183,7 @@ def test_a_dry_run_lists_files_sizes_and_message(export: Path, capsys: pytest.Ca
     lines = [line.split() for line in out.splitlines()[: len(FILES)]]
     assert [line[-1] for line in lines] == FILES
     size = (export / "README.md").stat().st_size
-    assert lines[0][:-1] == [f"{size}B"]
+    assert lines[0][:-1] == [str(size), "B"]
     assert "6 files, " in out
     assert 'to me/moe (public, main): "First"' in out
     assert out.splitlines()[-1] == "dry_run=true: nothing uploaded"
@@ -236,7 +236,15 @@ def test_shards_are_whole_too(export: Path) -> None:
     assert left_out == []
 
 
-@pytest.mark.parametrize("repo", ["moe", "me/moe/2", "me/mo e", "https://x/y"])
+@pytest.mark.parametrize("repo", ["moe", "me/moe/2", "https://x/y"])
 def test_a_repository_needs_a_user_and_a_name(repo: str) -> None:
     with pytest.raises(UserError, match="is not of the form user/name"):
+        PushConfig(checkpoint="x", repo=repo)
+
+
+@pytest.mark.parametrize(
+    "repo", ["../x", "me/..", "/moe", "me/", "me/mo e", "me/mo--e", "me/moe.git", f"me/{'x' * 97}"]
+)
+def test_a_repository_is_named_by_the_hubs_rules(repo: str) -> None:
+    with pytest.raises(UserError, match=r"^repo \(.*; set repo=USER/NAME$"):
         PushConfig(checkpoint="x", repo=repo)

@@ -5,12 +5,15 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dive.cli import composed
 from dive.config import Config
-from dive.pipeline import run
+from dive.pipeline import train
+from dive.results import to_json
+from dive.store import Store, identity
 
 WORDS = {
     "sums": ["12", "+", "30", "=", "42", "7", "19", "adds", "up", "to"],
@@ -53,6 +56,32 @@ def write_task(root: Path, name: str, *, questions: int = 24, seed: int = 0, yam
     return root
 
 
+class Bench:
+    """What a step needs of a run: a store."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = Store(root)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that is in memory already, as a recipe."""
+
+    model: Any
+    key: str = "ready"
+    routed: bool = False
+
+    def load(self) -> Any:
+        """The model; whoever has none must not be asked."""
+        assert self.model is not None, "nobody may load this model"
+        return self.model
+
+
+@identity.register
+def _(value: Ready) -> str:
+    return value.key
+
+
 class Workplace:
     """Runs experiments on one dense model, in this process or in another."""
 
@@ -68,7 +97,7 @@ class Workplace:
             "affinity.samples=2",
             "pruning.ratio=0.5",
             "moe.experts=2",
-            "moe.refinement.start=groups",
+            "affinity=mined",
             "moe.distillation.steps=20",
             "eval.lengths=[32]",
             "eval.windows=3",
@@ -87,7 +116,8 @@ class Workplace:
 
     def run(self, name: str, *overrides: str) -> dict[str, Any]:
         """Run in this process; the outputs are in ``<root>/<name>``."""
-        return run(self.compose(*overrides), self.root / name, list(overrides))
+        found: dict[str, Any] = to_json(train(self.compose(*overrides), self.root / name, list(overrides)))
+        return found
 
     def command(self, name: str, *overrides: str) -> list[str]:
         """The command line of a run whose outputs are in ``<root>/<name>``."""

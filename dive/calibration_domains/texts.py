@@ -2,14 +2,20 @@
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dive.calibration_domains.local import domain_directories, read_documents, split_file
+from dive.calibration_domains.local import domain_directories, passed_over, read_documents, split_file
 from dive.config import CalibrationDomainsConfig, EvalSetConfig, HubTextConfig, TextSource
 from dive.errors import UserError
+from dive.store import identity
+
+log = logging.getLogger(__name__)
+
+log = logging.getLogger(__name__)
 
 HUB_DOCUMENTS = 50_000
 """Documents read of each hub data set at most; the largest have hundreds of millions."""
@@ -58,6 +64,12 @@ def load_domains(config: CalibrationDomainsConfig, *, seed: int) -> list[DomainT
         return [DomainTexts(name, *splits) for name, splits in embedded_texts(config.domains).items()]
     if config.source is TextSource.local:
         assert config.path is not None
+        others = passed_over(config.path) if config.domains is None else []
+        if others:
+            log.warning(
+                "%s.path=%s: no domains, as they have no train.jsonl, train.txt or train.parquet: %s",
+                *(where, config.path, ", ".join(others)),
+            )
         return [
             DomainTexts(
                 name,
@@ -128,6 +140,18 @@ def fingerprint(documents: Iterable[str]) -> str:
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents as an input of a step."""
+
+    items: Sequence[str]
+
+
+@identity.register
+def _(value: Documents) -> str:
+    return fingerprint(value.items)
 
 
 def training_documents(documents: Iterable[str]) -> frozenset[str]:

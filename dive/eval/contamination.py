@@ -7,22 +7,20 @@ probability of about 2^-63. N-grams do not cross from one passage into the next.
 
 import hashlib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dive.artifacts import Store, write_json
-from dive.calibration_domains.texts import DomainTexts, fingerprint
+from dive.calibration_domains.texts import Documents, DomainTexts
 from dive.config import EvalConfig
 from dive.eval.evaluate import EvaluationTexts
-from dive.eval.tasks import TaskSuite
+from dive.eval.tasks import Task, TaskSuite
+from dive.store import HasStore, Place, step, write_json
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +29,7 @@ Document: TypeAlias = Sequence[str]
 """The passages of one document; a plain text is one passage."""
 
 WORD = re.compile(r"[^\W_]+")
+GAP = re.compile(r"[\W_]")
 CHUNK = 1 << 20
 """Words that are hashed at once."""
 BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -39,6 +38,10 @@ VOCABULARY = 2_000_000
 """Distinct words whose hashes are kept."""
 DOCUMENTS = 20_000
 """Documents of each evaluation set that are looked at, from its first."""
+CHARACTERS = 4_000_000
+"""Characters of an evaluation document that are looked at, from its start: about six books."""
+SLICE = 1 << 20
+"""Characters of a passage whose words are found at once."""
 CORPUS = "retrain.corpus"
 """Name of the retraining corpus among the training sources."""
 
@@ -55,24 +58,51 @@ class _WordHashes(dict[str, int]):
 
 
 def ngrams(documents: Iterable[Document], n: int) -> Iterator[tuple[Hashes, NDArray[np.int64]]]:
-    """(hashes of the n-grams, number of the document each stands in), chunk by chunk."""
+    """(hashes of the n-grams, number of the document each stands in), chunk by chunk, however long a passage is."""
     known = _WordHashes()
     words: list[int] = []
-    passages: list[int] = []  # words of each passage
+    passages: list[int] = []  # words of each passage, or of its part in this chunk
     owners: list[int] = []  # document of each passage
     for number, document in enumerate(documents):
         for passage in document:
-            found = WORD.findall(passage.lower())
-            if len(found) < n:
+            begin = len(words)
+            for part in _slices(passage):
+                words += map(known.__getitem__, WORD.findall(part.lower()))
+                if len(words) - begin >= max(CHUNK, n):
+                    yield _roll(words, [*passages, len(words) - begin], [*owners, number], n)
+                    words, passages, owners = words[1 - n :] if n > 1 else [], [], []
+                    begin = 0
+            if len(words) - begin < n:
+                del words[begin:]
                 continue
-            words += map(known.__getitem__, found)
-            passages.append(len(found))
+            passages.append(len(words) - begin)
             owners.append(number)
         if len(words) >= CHUNK:
             yield _roll(words, passages, owners, n)
             words, passages, owners = [], [], []
     if words:
         yield _roll(words, passages, owners, n)
+
+
+def _slices(passage: str) -> Iterator[str]:
+    """A passage in parts of about :data:`SLICE` characters, cut where no word is."""
+    start = 0
+    while start < len(passage):
+        cut = GAP.search(passage, start + SLICE)
+        stop = len(passage) if cut is None else cut.end()
+        yield passage[start:stop]
+        start = stop
+
+
+def _beginning(document: Document) -> Document:
+    """The passages of a document up to its first :data:`CHARACTERS`; itself if it is no longer."""
+    if sum(map(len, document)) <= CHARACTERS:
+        return document
+    kept, room = [], CHARACTERS
+    for passage in document:
+        kept.append(passage[:room])
+        room -= len(kept[-1])
+    return kept
 
 
 def _roll(words: list[int], passages: list[int], owners: list[int], n: int) -> tuple[Hashes, NDArray[np.int64]]:
@@ -99,6 +129,8 @@ class Overlap:
     ngrams_found: int
     sources: dict[str, int] = field(default_factory=dict)
     """{training source: documents found in it}, those with any."""
+    cut: int = 0
+    """Documents of which only the first :data:`CHARACTERS` were looked at."""
 
     def summary(self) -> dict[str, Any]:
         """JSON values: the counts, and what share of documents and n-grams was found."""
@@ -111,6 +143,7 @@ class Overlap:
             "ngrams_found": self.ngrams_found,
             "ngram_share": self.ngrams_found / max(self.ngrams, 1),
             "sources": self.sources,
+            "cut": self.cut,
         }
 
 
@@ -128,23 +161,28 @@ def find_overlap(
     for name, documents in evaluation.items():
         chunks = [*ngrams(documents, n)] or [(np.zeros(0, np.uint64), np.zeros(0, np.int64))]
         sets[name] = np.concatenate([c[0] for c in chunks]), np.concatenate([c[1] for c in chunks])
-    wanted = np.unique(np.concatenate([hashes for hashes, _ in sets.values()])) if sets else np.zeros(0, np.uint64)
+    everything = np.concatenate([np.zeros(0, np.uint64), *(hashes for hashes, _ in sets.values())])
+    # The inverse also keeps NumPy from finding them by a hash table, which takes ten times as long.
+    wanted, place = np.unique(everything, return_inverse=True)
     seen: dict[str, NDArray[np.bool_]] = {}
     for source, texts in training.items():
         seen[source] = np.zeros(len(wanted), dtype=bool)
         for hashes, _ in ngrams(texts, n) if len(wanted) else ():
-            place = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
-            seen[source][place[wanted[place] == hashes]] = True
+            hashes.sort()  # neighbours in ``wanted`` one after another
+            near = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
+            seen[source][near[wanted[near] == hashes]] = True
     anywhere = np.logical_or.reduce([*seen.values(), np.zeros(len(wanted), dtype=bool)])
     overlaps = {}
+    begin = 0
     for name, (hashes, owners) in sets.items():
-        place = np.searchsorted(wanted, hashes)
-        found = anywhere[place]
-        by_source = {source: int(np.unique(owners[mask[place]]).size) for source, mask in seen.items()}
+        here = place[begin : begin + len(hashes)]
+        begin += len(hashes)
+        found = anywhere[here]
+        by_source = {source: _distinct(owners[mask[here]]) for source, mask in seen.items()}
         overlaps[name] = Overlap(
             documents=len(evaluation[name]),
-            long_enough=int(np.unique(owners).size),
-            found=int(np.unique(owners[found]).size),
+            long_enough=_distinct(owners),
+            found=_distinct(owners[found]),
             ngrams=len(hashes),
             ngrams_found=int(found.sum()),
             sources={source: count for source, count in by_source.items() if count},
@@ -152,8 +190,46 @@ def find_overlap(
     return overlaps
 
 
+def _distinct(owners: NDArray[np.int64]) -> int:
+    """Different values of a sorted array."""
+    return int(np.count_nonzero(owners[1:] != owners[:-1])) + int(owners.size > 0)
+
+
+@step("contamination")
+def look_for_overlap(
+    place: Place,
+    run: HasStore,
+    *,
+    ngram: int,
+    training: Mapping[str, Documents],
+    texts: Mapping[str, Documents],
+    tasks: Mapping[str, Task],
+) -> None:
+    """``contamination.json``: {"ngram": words, "domains" | "sets" | "tasks": {name: :meth:`Overlap.summary`}}
+
+    Args:
+        ngram: words that must follow each other alike.
+        training: {source: documents}
+        texts: {"domains/<name>" or "sets/<name>": documents that are measured on}
+        tasks: {"tasks/<name>": questions}
+    """
+    evaluation: dict[str, Sequence[Document]] = {
+        name: [[document] for document in documents.items[:DOCUMENTS]] for name, documents in texts.items()
+    }
+    evaluation |= {name: [*itertools.islice(task.documents(), DOCUMENTS)] for name, task in tasks.items()}
+    cut = {name: sum(sum(map(len, row)) > CHARACTERS for row in rows) for name, rows in evaluation.items()}
+    evaluation = {name: [*map(_beginning, rows)] for name, rows in evaluation.items()}
+    sources = {name: ([document] for document in documents.items) for name, documents in training.items()}
+    found: dict[str, Any] = {"ngram": ngram, "domains": {}, "sets": {}, "tasks": {}}
+    for key, overlap in find_overlap(sources, evaluation, n=ngram).items():
+        overlap.cut = cut[key]
+        kind, _, name = key.partition("/")
+        found[kind][name] = overlap.summary()
+    write_json(place.directory / "contamination.json", found)
+
+
 def contamination(
-    store: Store,
+    run: HasStore,
     config: EvalConfig,
     domains: Sequence[DomainTexts],
     texts: EvaluationTexts,
@@ -167,41 +243,40 @@ def contamination(
         corpus: retraining documents beside the domains' own. Those streamed from the hub are not looked at.
 
     Returns:
-        {"ngram": words, "domains" | "sets" | "tasks": {name: :meth:`Overlap.summary`}}; empty where
-        ``eval.ngram`` is 0 or there is no training text.
+        What :func:`look_for_overlap` writes; empty where ``eval.ngram`` is 0 or there is no training text.
     """
     training = {domain.name: domain.train for domain in domains} | ({CORPUS: corpus} if corpus else {})
     if config.ngram == 0 or not training:
         return {}
-    plain = {(kind, name): found for kind, sets in texts.documents.items() for name, found in sets.items()}
-    asked = {("tasks", task.name): task for task in tasks.tasks}
-
-    def compute(directory: Path) -> None:
-        evaluation: dict[tuple[str, str], Sequence[Document]] = {
-            key: [[document] for document in documents[:DOCUMENTS]] for key, documents in plain.items()
-        }
-        evaluation |= {key: [*itertools.islice(task.documents(), DOCUMENTS)] for key, task in asked.items()}
-        sources = {name: ([document] for document in documents) for name, documents in training.items()}
-        overlaps = find_overlap(sources, {"/".join(key): rows for key, rows in evaluation.items()}, n=config.ngram)
-        found: dict[str, Any] = {"ngram": config.ngram, "domains": {}, "sets": {}, "tasks": {}}
-        for kind, name in evaluation:
-            found[kind][name] = overlaps[f"{kind}/{name}"].summary()
-        write_json(directory / "contamination.json", found)
-
-    depends = {
-        "ngram": config.ngram,
-        "training": {name: fingerprint(documents) for name, documents in training.items()},
-        "texts": {"/".join(key): fingerprint(documents) for key, documents in plain.items()},
-        "tasks": {name: task.identity for (_, name), task in asked.items()},
+    measured = {
+        f"{kind}/{name}": Documents(found) for kind, sets in texts.documents.items() for name, found in sets.items()
     }
-    artifact = store.get("contamination", depends, compute)
-    found: dict[str, Any] = json.loads((artifact.path / "contamination.json").read_text())
+    artifact = look_for_overlap(
+        run,
+        ngram=config.ngram,
+        training={name: Documents(documents) for name, documents in training.items()},
+        texts=measured,
+        tasks={f"tasks/{task.name}": task for task in tasks.tasks},
+    )
+    found: dict[str, Any] = artifact.read("contamination.json")
+    _say(found)
+    return found
+
+
+def _say(found: Mapping[str, Any]) -> None:
+    """Log what of :func:`contamination` a reader must know."""
+    rows = {name: row for kind in ("domains", "sets", "tasks") for name, row in found[kind].items()}
+    if long := {name: row["cut"] for name, row in rows.items() if row.get("cut")}:
+        log.info(
+            "%d evaluation documents (of %s) are longer than %d characters: "
+            "only their beginnings are compared with the training text",
+            *(sum(long.values()), ", ".join(long), CHARACTERS),
+        )
     for kind in ("domains", "sets", "tasks"):
         hit = {name: row for name, row in found[kind].items() if row["found"]}
         if hit:
             most = max(hit, key=lambda name: hit[name]["share"])
             log.info(
                 "%d of %d %s share %d words in a row with the training text, most of all %s: %d of %d documents",
-                *(len(hit), len(found[kind]), kind, config.ngram, most, hit[most]["found"], hit[most]["documents"]),
+                *(len(hit), len(found[kind]), kind, found["ngram"], most, hit[most]["found"], hit[most]["documents"]),
             )
-    return found

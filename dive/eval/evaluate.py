@@ -14,6 +14,7 @@ from dive.config import EvalConfig
 from dive.errors import UserError
 from dive.eval.perplexity import geometric_mean, perplexity
 from dive.progress import track
+from dive.store import identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,3 +106,10 @@ def means(values: Mapping[str, float], texts: EvaluationTexts) -> dict[str, Any]
     }
     first = next(iter(found.values()))
     return {"mean": first} | (found if len(found) > 1 else {})
+
+
+@identity.register
+def _(value: EvaluationTexts) -> dict[str, Any]:
+    """The windows, and over which domains means are taken in which order."""
+    windows = {name: identity(matrix) for name, matrix in value.all().items()}
+    return {"windows": windows, "means_over": [[length, *by] for length, by in value.domains.items()]}

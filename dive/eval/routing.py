@@ -43,6 +43,8 @@ class Routing:
 def routing_share(model: "PreTrainedModel", windows: Mapping[str, Tensor], *, batch: int = 16) -> Routing:
     """Count which experts the routers select on each domain's windows (N, T) int64."""
     layers, experts = len(decoder_layers(model)), int(model.config.num_experts)
+    if experts == 1:
+        return Routing({domain: torch.ones(layers, 1) for domain in windows})
     counts = torch.zeros(layers, experts)
     hooks = []
     for number in range(layers):
@@ -56,7 +58,7 @@ def routing_share(model: "PreTrainedModel", windows: Mapping[str, Tensor], *, ba
         for domain, matrix in windows.items():
             counts.zero_()
             for rows in matrix.split(batch):
-                model.model(input_ids=rows.to(model.device), use_cache=False)
+                model.base_model(input_ids=rows.to(model.device), use_cache=False)
             share[domain] = counts / counts.sum(dim=1, keepdim=True)
     finally:
         for hook in hooks:

@@ -22,13 +22,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dive.artifacts import Store, write_json
 from dive.config import EvalConfig, TaskConfig
 from dive.connection import hub_answers
 from dive.errors import UserError
+from dive.model.recipe import Model
+from dive.store import HasStore, Place, identity, step, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class Task:
     shots: int | None
     limit: int | None
     metric: str | None
-    identity: str
+    add_bos_token: bool | None
+    """Whether prompts begin with the BOS token; as the tokenizer does by itself if null."""
+    asked: str
     """SHA-256 of everything that decides what is asked and how the answers are counted."""
 
     @property
@@ -74,25 +77,16 @@ class TaskSuite:
     tasks: list[Task] = field(default_factory=list)
     tokenizer: "PreTrainedTokenizerBase | None" = None
     batch: int = 16
-    add_bos_token: bool | None = None
 
-    def identity(self) -> list[str]:
-        """What results depend on beside the model."""
-        return [task.identity for task in self.tasks]
-
-    def measure(self, store: Store, depends: Mapping[str, Any], model: "PreTrainedModel") -> dict[str, Metrics]:
+    def measure(self, run: HasStore, model: Model) -> dict[str, Metrics]:
         """{task: metrics} of one model, task by task from the store where they rest there.
 
         Tags, and groups that have no metrics of their own, are replaced by their members.
         """
         found: dict[str, Metrics] = {}
         for task in self.tasks:
-
-            def compute(directory: Path, task: Task = task) -> None:
-                write_json(directory / "task.json", self._run(task, model))
-
-            artifact = store.get("task", {**depends, "task": task.identity, "bos": self.add_bos_token}, compute)
-            metrics: dict[str, Metrics] = json.loads((artifact.path / "task.json").read_text())
+            artifact = put_task(run, self.tokenizer, self.batch, model=model, task=task)
+            metrics: dict[str, Metrics] = artifact.read("task.json")
             own = {task.name: metrics[task.name]} if metrics.get(task.name) else {}
             found |= own or {name: values for name, values in metrics.items() if name in task.members}
         return found
@@ -110,22 +104,40 @@ class TaskSuite:
             for task in self.tasks
         }
 
-    def _run(self, task: Task, model: "PreTrainedModel") -> dict[str, Metrics]:
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        tokenizer = copy.deepcopy(
-            self.tokenizer
-        )  # the harness gives it a padding token, which the export must not have
-        if self.add_bos_token is not None:
-            tokenizer.add_bos_token = self.add_bos_token  # type: ignore[union-attr]
-        with _quiet(), _seeded():
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch, add_bos_token=self.add_bos_token)
-            _prepare(task)
-            results = evaluate(lm=lm, task_dict=task.loaded, limit=task.limit, log_samples=False)["results"]
-        for member in task.members.values():
-            member._instances = None  # prompts and answers: much memory, and never read again
-        return {name: _metrics(row) for name, row in results.items()}
+@identity.register
+def _(value: Task) -> dict[str, Any]:
+    return {"asked": value.asked, "add_bos_token": value.add_bos_token}
+
+
+@identity.register
+def _(value: TaskSuite) -> list[Any]:
+    return [identity(task) for task in value.tasks]
+
+
+@step("task")
+def put_task(
+    place: Place, run: HasStore, tokenizer: "PreTrainedTokenizerBase | None", batch: int, *, model: Model, task: Task
+) -> None:
+    """``task.json``: metrics of one model on one task.
+
+    Args:
+        tokenizer: of the model.
+        batch: sequences per forward pass.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    own = copy.deepcopy(tokenizer)  # the harness gives it a padding token, which the export must not have
+    if task.add_bos_token is not None:
+        own.add_bos_token = task.add_bos_token  # type: ignore[union-attr]
+    with _quiet(), _seeded():
+        lm = HFLM(pretrained=model.load(), tokenizer=own, batch_size=batch, add_bos_token=task.add_bos_token)
+        _prepare(task)
+        results = evaluate(lm=lm, task_dict=task.loaded, limit=task.limit, log_samples=False)["results"]
+    for member in task.members.values():
+        member._instances = None  # prompts and answers: much memory, and never read again
+    write_json(place.directory / "task.json", {name: _metrics(row) for name, row in results.items()})
 
 
 def headline(metrics: Metrics, chosen: str | None) -> tuple[str, float]:
@@ -142,7 +154,7 @@ def load_tasks(config: EvalConfig, tokenizer: "PreTrainedTokenizerBase") -> Task
     Raises:
         UserError: the harness is not installed; a task is unknown, cannot be loaded, has no data or too few examples.
     """
-    suite = TaskSuite(tokenizer=tokenizer, batch=config.batch, add_bos_token=config.add_bos_token)
+    suite = TaskSuite(tokenizer=tokenizer, batch=config.batch)
     if not config.tasks:
         return suite
     if find_spec("lm_eval") is None:
@@ -247,7 +259,7 @@ def _checked(name: str, loaded: Any, settings: TaskConfig, config: EvalConfig, o
     if settings.metric is not None and settings.metric not in metrics:
         raise UserError(f"{where}.metric: {settings.metric!r} is none of {', '.join(sorted(metrics))}")
     limit = settings.limit or config.task_limit
-    task = Task(name, loaded, settings.shots, limit, settings.metric, identity="")
+    task = Task(name, loaded, settings.shots, limit, settings.metric, config.add_bos_token, asked="")
     _prepare(task)
     shots = {member.config.num_fewshot for member in task.members.values()}
     task.shots = shots.pop() if len(shots) == 1 else settings.shots
@@ -264,7 +276,7 @@ def _checked(name: str, loaded: Any, settings: TaskConfig, config: EvalConfig, o
                     f"({text}); lower {where}.shots, or mend the task"
                 ) from error
     _prepare(task)  # the trial drew from the examples
-    task.identity = _identity(task, own)
+    task.asked = _asked(task, own)
     return task
 
 
@@ -283,7 +295,7 @@ def _prepare(task: Task) -> None:
 # ------------------------------------------------------------------------------------------------------------ identity
 
 
-def _identity(task: Task, own: Path | None) -> str:
+def _asked(task: Task, own: Path | None) -> str:
     """SHA-256 of the settings, the questions, the examples and the code of a task; not of where they are kept."""
     digest = hashlib.sha256(f"lm_eval {version('lm_eval')} {task.name} {task.limit}".encode())
 

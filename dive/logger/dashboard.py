@@ -9,23 +9,24 @@ if TYPE_CHECKING:
 PARAMETERS = ("dense", "total", "active", "trained")
 
 
-def workspace(entity: str, project: str, *, name: str, stages: Sequence[str]) -> "Workspace":
+def workspace(
+    entity: str, project: str, *, name: str, measured: Sequence[str], retrained: Sequence[str]
+) -> "Workspace":
     """Results, affinity and routing, retraining over tokens, experts, cost; one section each.
 
     Args:
-        stages: names of the retraining stages, in order.
+        measured: names of all the stages, in order.
+        retrained: those of them that trained.
     """
     import wandb_workspaces.reports.v2.interface as wr
     import wandb_workspaces.workspaces as ws
-
-    measured = ["dense", "pruned", "reconstructed", *stages]
 
     def over_tokens(title: str, metric: str, log_y: bool | None = None) -> list[wr.LinePlot]:
         return [
             wr.LinePlot(
                 title=f"{stage}: {title}", x=f"{stage}/tokens", y=[f"{stage}/{metric}"], title_x="tokens", log_y=log_y
             )
-            for stage in stages
+            for stage in retrained
         ]
 
     def by_layer(title: str, pattern: str) -> list[wr.LinePlot]:
@@ -33,7 +34,7 @@ def workspace(entity: str, project: str, *, name: str, stages: Sequence[str]) ->
             wr.LinePlot(
                 title=f"{stage}: {title}", x=f"{stage}/tokens", metric_regex=f"{stage}/{pattern}", title_x="tokens"
             )
-            for stage in stages
+            for stage in retrained
         ]
 
     results = ws.Section(

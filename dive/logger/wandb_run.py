@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dive.artifacts import key_of, write_json
+from dive.results import Results, to_json
+from dive.store import key_of, write_json
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -40,11 +41,10 @@ def define_axes(run: "Run", stages: Iterable[str]) -> None:
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/tokens")
 
 
-def log_results(run: "Run", results: Mapping[str, Any], directory: Path) -> None:
+def log_results(run: "Run", results: Results, directory: Path) -> None:
     """Tables, images, summary and artifacts of a finished run.
 
     Args:
-        results: what ``results.json`` holds.
         directory: of the run's outputs, with ``plots/``.
     """
     import wandb
@@ -52,35 +52,32 @@ def log_results(run: "Run", results: Mapping[str, Any], directory: Path) -> None
     media: dict[str, Any] = {}
     for name, (columns, rows) in tables(results).items():
         media[name] = wandb.Table(columns=columns, data=rows)
-    for name in ("affinity", "routing", "loss"):
-        file = directory / "plots" / f"{name}.png"
-        if file.is_file():
-            media[f"figures/{name}"] = wandb.Image(str(file))
+    for file in sorted((directory / "plots").glob("*.png")):
+        media[f"figures/{file.stem}"] = wandb.Image(str(file))
     run.log(media)
     run.summary.update(final_summary(results))
     log_artifacts(run, results)
 
 
-def tables(results: Mapping[str, Any]) -> dict[str, tuple[list[str | int], list[list[Any]]]]:
+def tables(results: Results) -> dict[str, tuple[list[str | int], list[list[Any]]]]:
     """{section/name: (columns, rows)} of what a run found."""
-    found: dict[str, tuple[list[str | int], list[list[Any]]]] = {}
+    made: dict[str, tuple[list[str | int], list[list[Any]]]] = {}
     columns: list[str | int] = ["stage", "perplexity", "trained parameters", "tokens", "seconds"]
-    rows = [[s["name"], s["perplexity"]["mean"], s["trained"], s["tokens"], s["seconds"]] for s in results["stages"]]
-    found["results/stages"] = (columns, rows)
-    if results["stages"]:
-        stages = [stage["name"] for stage in results["stages"]]
-        keys = [key for key in results["stages"][0]["perplexity"] if not key.startswith("mean")]
-        values = [[key, *(stage["perplexity"][key] for stage in results["stages"])] for key in keys]
-        found["results/perplexity"] = (["text", *stages], values)
-    if results["groups"]:
-        members = [[number, ", ".join(group)] for number, group in enumerate(results["groups"])]
-        found["affinity/groups"] = (["expert", "domains"], members)
-    affinity = results.get("affinity") or {}
-    for measure in ("perplexity", "similarity"):
-        if measure in affinity:
-            matrix = [[domain, *row] for domain, row in zip(affinity["domains"], affinity[measure], strict=True)]
-            found[f"affinity/{measure}"] = (["pruned on", *affinity["domains"]], matrix)
-    by_layer = results["routing"].get("share_by_layer", {}) if results["routing"] else {}
+    made["results/stages"] = (columns, [[s.name, s.mean, s.trained, s.tokens, s.seconds] for s in results.stages])
+    if results.stages:
+        keys = [key for key in results.stages[0].perplexity if not key.startswith("mean")]
+        values = [[key, *(stage.perplexity[key] for stage in results.stages)] for key in keys]
+        made["results/perplexity"] = (["text", *(stage.name for stage in results.stages)], values)
+    if results.groups:
+        members = [[number, ", ".join(group)] for number, group in enumerate(results.groups)]
+        made["affinity/groups"] = (["expert", "domains"], members)
+    mined = results.affinity
+    if mined is not None:
+        for measure, matrix in (("perplexity", mined.perplexity), ("similarity", mined.similarity)):
+            if matrix is not None:
+                rows = [[domain, *row] for domain, row in zip(mined.domains, matrix, strict=True)]
+                made[f"affinity/{measure}"] = (["pruned on", *mined.domains], rows)
+    by_layer = (results.routing.share_by_layer if results.routing is not None else None) or {}
     shares = [
         [domain, layer, expert, share]
         for domain, layers in by_layer.items()
@@ -88,25 +85,25 @@ def tables(results: Mapping[str, Any]) -> dict[str, tuple[list[str | int], list[
         for expert, share in enumerate(experts)
     ]
     if shares:
-        found["routing/share"] = (["domain", "layer", "expert", "share of tokens"], shares)
-    return found
+        made["routing/share"] = (["domain", "layer", "expert", "share of tokens"], shares)
+    return made
 
 
-def final_summary(results: Mapping[str, Any]) -> dict[str, Any]:
+def final_summary(results: Results) -> dict[str, Any]:
     """The columns by which runs are compared in W&B's table of runs."""
-    found = {f"parameters/{name}": value for name, value in results["parameters"].items()}
-    found |= {f"seconds/{name}": value for name, value in results["timings"].items()}
-    if results["stages"]:
-        last = results["stages"][-1]
-        found |= {"final/stage": last["name"], "final/perplexity": last["perplexity"]["mean"]}
-        found["final/tokens"] = sum(stage["tokens"] for stage in results["stages"])
-        found["final/perplexity_over_dense"] = last["perplexity"]["mean"] / results["stages"][0]["perplexity"]["mean"]
-        if "tasks_mean" in last:
-            found["final/tasks_mean"] = last["tasks_mean"]
-    return found
+    summary: dict[str, Any] = {f"parameters/{name}": value for name, value in to_json(results.parameters).items()}
+    summary |= {f"seconds/{name}": value for name, value in results.timings.items()}
+    if results.stages:
+        last = results.stages[-1]
+        summary |= {"final/stage": last.name, "final/perplexity": last.mean, "final/tokens": results.tokens}
+        if results.dense is not None:
+            summary["final/perplexity_over_dense"] = last.mean / results.dense.mean
+        if last.tasks_mean is not None:
+            summary["final/tasks_mean"] = last.tasks_mean
+    return summary
 
 
-def log_artifacts(run: "Run", results: Mapping[str, Any]) -> None:
+def log_artifacts(run: "Run", results: Results) -> None:
     """Groups and export as outputs of the run; dense model and texts as its inputs.
 
     Weights are not uploaded: the artifacts refer to them and hold their fingerprints. W&B records inputs online alone, so
@@ -114,28 +111,28 @@ def log_artifacts(run: "Run", results: Mapping[str, Any]) -> None:
     """
     import wandb
 
-    prints = results["run"]["fingerprints"]
-    config = results["run"]["config"]
-    origin = {"dense_model": prints["model"], "retraining_corpus": prints["retraining_corpus"]}
+    prints, config = results.run.fingerprints, results.run.config
+    origin = {"dense_model": prints.model, "retraining_corpus": prints.retraining_corpus}
     if not run.offline:
-        dense = wandb.Artifact(f"dense-{config['model']['name']}", type="model", metadata={"sha256": prints["model"]})
-        texts = wandb.Artifact("texts", type="dataset", metadata={"retraining_corpus": prints["retraining_corpus"]})
+        dense = wandb.Artifact(f"dense-{config['model']['name']}", type="model", metadata={"sha256": prints.model})
+        texts = wandb.Artifact("texts", type="dataset", metadata={"retraining_corpus": prints.retraining_corpus})
         with texts.new_file("fingerprints.json") as stream:
-            json.dump(prints["domains"], stream, indent=2)
+            json.dump(to_json(prints.domains), stream, indent=2)
         with dense.new_file("source.json") as stream:
             json.dump(config["model"], stream, indent=2)
         run.use_artifact(dense)
         run.use_artifact(texts)
     groups = wandb.Artifact("groups", type="groups", metadata=origin)
     with groups.new_file("groups.json") as stream:
-        json.dump({"groups": results["groups"], "affinity": results.get("affinity", {})}, stream, indent=2)
+        json.dump({"groups": results.groups, "affinity": to_json(results.affinity) or {}}, stream, indent=2)
     run.log_artifact(groups)
     export = wandb.Artifact(
         f"moe-{config['model']['name']}",
         type="model",
-        metadata=origin | {"groups": groups.digest, "parameters": results["parameters"]},
+        metadata=origin | {"groups": groups.digest, "parameters": to_json(results.parameters)},
     )
-    export.add_reference(Path(results["export"]).resolve().as_uri())
+    assert results.export is not None, "the run is finished"
+    export.add_reference(Path(results.export).resolve().as_uri())
     run.log_artifact(export)
 
 

@@ -24,7 +24,7 @@ class FFNBatch:
     """What one FFN saw of one batch of tokens; n sequences × T tokens are flattened."""
 
     index: int
-    """Position of the batch in the sequence given to :func:`walk_layers`."""
+    """Position of the batch in the sequence given to :class:`Track`."""
     inputs: Tensor
     """(n · T, D), after the norm."""
     channels: Tensor
@@ -33,33 +33,6 @@ class FFNBatch:
 
 class _StopForward(Exception):
     """Raised by the hook on the first layer once its arguments are known."""
-
-
-@torch.no_grad()
-def walk_layers(
-    model: "PreTrainedModel", batches: Sequence[Tensor]
-) -> Iterator[tuple[int, Callable[[], Iterator[FFNBatch]]]]:
-    """Yield each layer's number and a function that runs it over all batches.
-
-    Calling the function advances the hidden states to the next layer, so it is called once a layer and exhausted. The
-    arithmetic is the model's own forward pass without the head: one pass over the tokens in all.
-
-    Args:
-        model: dense model.
-        batches: token matrices (n, T), int64; lengths may differ between batches.
-    """
-    device = model.device
-    hidden, arguments = _embed(model, batches)
-    for number, layer in enumerate(decoder_layers(model)):
-
-        def run(number: int = number, layer: nn.Module = layer) -> Iterator[FFNBatch]:
-            for index in range(len(hidden)):
-                states = hidden[index].to(device)
-                states, inputs, channels = _forward(model, number, layer, states, arguments[index])
-                hidden[index] = states
-                yield FFNBatch(index, inputs.flatten(0, -2), channels.flatten(0, -2))
-
-        yield number, run
 
 
 def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[HiddenStates, list[dict[str, Any]]]:
@@ -78,7 +51,7 @@ def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[HiddenS
         shared: dict[tuple[int, ...], dict[str, Any]] = {}
         for batch in batches:
             try:
-                model.model(input_ids=batch.to(model.device), use_cache=False)
+                model.base_model(input_ids=batch.to(model.device), use_cache=False)
             except _StopForward:
                 # Positions and mask depend on the batch's shape alone: one copy a shape.
                 arguments[-1] = shared.setdefault(tuple(batch.shape), arguments[-1])
@@ -88,9 +61,10 @@ def _embed(model: "PreTrainedModel", batches: Sequence[Tensor]) -> tuple[HiddenS
 
 
 class Track:
-    """All tokens on their way through a model whose FFNs the caller computes.
+    """All tokens on their way through a model, from one layer to the next; one pass over them in all.
 
-    For each layer in turn: :meth:`attend`, then :meth:`add`.
+    For each layer in turn either :meth:`run`, which is the model's own arithmetic, or :meth:`attend` and then :meth:`add` of
+    what the caller makes the FFN return.
     """
 
     @torch.no_grad()
@@ -98,10 +72,20 @@ class Track:
         """
         Args:
             model: dense model.
-            batches: token matrices (n, T), int64.
+            batches: token matrices (n, T), int64; lengths may differ between batches.
         """
         self.model = model
         self.hidden, self.arguments = _embed(model, batches)
+
+    @torch.no_grad()
+    def run(self, number: int) -> Iterator[FFNBatch]:
+        """Run a layer over all batches; yield what its FFN saw of each. To be exhausted."""
+        layer = decoder_layers(self.model)[number]
+        for index, arguments in enumerate(self.arguments):
+            states = self.hidden[index].to(self.model.device)
+            states, inputs, channels = _forward(self.model, number, layer, states, arguments)
+            self.hidden[index] = states
+            yield FFNBatch(index, inputs.flatten(0, -2), channels.flatten(0, -2))
 
     @torch.no_grad()
     def attend(self, number: int) -> Iterator[Tensor]:

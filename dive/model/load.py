@@ -1,10 +1,11 @@
 """Loading dense models from the package, a directory or the hub."""
 
+import copy
 import hashlib
-import json
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dive.connection import hub_answers
-from dive.errors import UserError
-from dive.model.architecture import EMBEDDED, SUPPORTED, unsupported
-from dive.model.families import check_supported
+from dive.errors import UserError, one_line
+from dive.model.architecture import (
+    check_figures,
+    local_directory,
+    read_settings,
+    refuse_quantised,
+)
+from dive.model.families import KNOWN, SUPPORTED, check_supported, twin_of, unsupported
+from dive.model.headers import (
+    INDEX,
+    WEIGHTS,
+    Stored,
+    check_layers,
+    check_tensors,
+    check_types,
+    indexed_files,
+    read_headers,
+    refuse_unexpected,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,54 +85,91 @@ def locate_dense(
     """
     from transformers import AutoConfig
 
-    location = str(EMBEDDED) if path == "embedded" else path
-    directory = Path(location).expanduser()
-    is_local = directory.is_dir()
-    if not is_local and (directory.is_absolute() or location.startswith((".", "~")) or location.count("/") != 1):
-        raise UserError(f"{where}={path}: no such directory")
-    if is_local:
-        _check_directory(directory, f"{where}={path}")
-        location = str(directory)
-    offline = not is_local and not hub_answers()
+    named = f"{where}={path}"
+    directory = local_directory(path, where)
+    location = path if directory is None else str(directory)
+    offline = directory is None and not hub_answers()
+    stored: dict[str, Stored] = {}
+    if directory is not None:
+        settings = read_settings(directory, named)
+        family = settings.get("model_type")
+        if family not in SUPPORTED and not any_family:
+            raise UserError(unsupported(path, family))
+        if family in KNOWN:
+            check_figures(settings, named)
+        stored = check_files(directory, named)
     try:
         config = AutoConfig.from_pretrained(
             location, revision=revision, local_files_only=offline, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        if is_local:
-            family = _model_type(directory)
-            if family not in (None, *SUPPORTED) and not any_family:
-                raise UserError(unsupported(path, family)) from error
-            raise UserError(f"{where}={path}: config.json cannot be read ({_first_line(error)})") from error
+        if not any_family:
+            check_supported(config, path)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and its validation raise types of many kinds, of hub files OSError
+        if directory is not None or not isinstance(error, OSError):
+            raise UserError(f"{named}: config.json cannot be read ({one_line(error)})") from error
         if offline:
             raise UserError(_not_cached(path, revision, where)) from error
         raise UserError(
-            f"{where}={path}: the hub does not give it out ({_first_line(error)}); check it and its revision, and "
+            f"{named}: the hub does not give it out ({one_line(error)}); check it and its revision, and "
             "accept its licence there if it has one (then `hf auth login`)"
         ) from error
-    if not any_family:
-        check_supported(config, path)
-    if is_local:
+    refuse_quantised(getattr(config, "quantization_config", None), named)
+    if config.model_type in KNOWN:
+        check_figures(config.to_dict(), named)
+        _check_model(config, stored, named)
+    if directory is None:
+        fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
+    else:
         try:
             fingerprint = fingerprint_directory(directory)
         except OSError as error:
-            raise UserError(f"{where}={path}: {error.filename} cannot be read ({error.strerror})") from error
-    else:
-        fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
-    return DenseSource(location, revision, config, fingerprint, dtype, is_local or offline, where)
+            raise UserError(f"{named}: {error.filename} cannot be read ({error.strerror})") from error
+    return DenseSource(location, revision, config, fingerprint, dtype, directory is not None or offline, where)
 
 
-def _model_type(directory: Path) -> str | None:
+def _check_model(config: "PretrainedConfig", stored: Mapping[str, Stored], named: str) -> None:
+    """Build the model without memory, and compare it with the headers of its weights where they are at hand.
+
+    Raises:
+        UserError: there is no such model, or the weights are another's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    twin = twin_of(config.model_type)
+    if stored:
+        check_layers(stored, config.num_hidden_layers, named, place=twin.layers)
     try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(settings["model_type"]) if isinstance(settings, dict) and "model_type" in settings else None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:
+        raise UserError(f"{named}: config.json describes no model that can be built ({one_line(error)})") from error
+    # A twin's experts have other names on disk. Files of a bare decoder lack the prefix, which loading adds.
+    if config.model_type in SUPPORTED and any(name.startswith(twin.layers) for name in stored):
+        wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied heads stand once
+        check_tensors(stored, wanted, spare=twin.spare(tied=config.tie_word_embeddings), named=named)
+    try:
+        if not 0 < (config.rope_parameters or {}).get("partial_rotary_factor", 1) <= 1:
+            raise ValueError("partial_rotary_factor is not in (0, 1]")
+        rotary: Any = type(model.get_submodule(twin.rotary))(config=model.config)
+        sensible = bool((rotary.inv_freq.isfinite() & (rotary.inv_freq > 0)).all())
+        sensible = sensible and math.isfinite(rotary.attention_scaling)
+    except Exception as error:
+        raise UserError(f"{named}: the rope settings of config.json cannot be used ({one_line(error)})") from error
+    if not sensible:
+        raise UserError(f"{named}: the rope settings of config.json give frequencies that are not positive numbers")
 
 
-def _check_directory(directory: Path, named: str) -> None:
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{named}: no config.json in this directory")
+def check_files(directory: Path, named: str) -> dict[str, Stored]:
+    """Headers of the weights of a directory whose files are all whole.
+
+    Raises:
+        UserError: a file is missing, truncated, no regular file, or pickled; or a weight has an element type that is not read.
+    """
+    for file in _model_files(directory):
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise UserError(f"{named}: {file.name} cannot be read: it is not a regular file; take it out")
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         if any(directory.glob("*.bin")):
@@ -124,34 +179,18 @@ def _check_directory(directory: Path, named: str) -> None:
                 f"m.save_pretrained('NEW'); AutoTokenizer.from_pretrained('{directory}').save_pretrained('NEW')\""
             )
         raise UserError(f"{named}: no weights: a *.safetensors file is missing")
-    _check_shards(directory, shards, named)
-
-
-def _check_shards(directory: Path, shards: Sequence[Path], named: str) -> None:
-    """Read the header of every shard: it says how long the file must be."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in shards:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{named}: {file.name} cannot be read or is truncated ({_first_line(error)}); copy or fetch it again"
-            ) from error
-    index = directory / "model.safetensors.index.json"
+    read_headers(shards, named)
+    index = directory / INDEX
     if index.is_file():
-        try:
-            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{named}: {index.name} cannot be read ({_first_line(error)})") from error
-        missing = sorted(listed - {file.name for file in shards})
+        missing = sorted(set(indexed_files(index, named)) - {file.name for file in shards})
         if missing:
             raise UserError(f"{named}: {len(missing)} shards that {index.name} lists are missing (first: {missing[0]})")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    files = weight_files(directory, named)
+    if not files:
+        raise UserError(f"{named}: no weights: {WEIGHTS} or {INDEX} is missing")
+    stored = read_headers(files, named)
+    check_types(stored, named)
+    return stored
 
 
 def _not_cached(path: str, revision: str | None, where: str) -> str:
@@ -163,11 +202,20 @@ def _not_cached(path: str, revision: str | None, where: str) -> str:
     )
 
 
+def _model_files(directory: Path) -> list[Path]:
+    """What in a directory is named like a file that defines a model, whatever it is."""
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.suffix in (".safetensors", ".json", ".model") and file.name != "recipe.json"
+    )
+
+
 def fingerprint_directory(directory: Path) -> str:
     """SHA-256 over names and bytes of the files that define a model."""
     digest = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".model") and file.name != "recipe.json":
+    for file in _model_files(directory):
+        if file.is_file():  # reading a pipe would wait for ever
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -178,34 +226,69 @@ def load_tokenizer(source: DenseSource) -> "PreTrainedTokenizerBase":
     """The tokenizer beside the weights.
 
     Raises:
-        UserError: no tokenizer, or one with more tokens than the model has embeddings.
+        UserError: no tokenizer, an unreadable one, or one with more tokens than the model has embeddings.
     """
     from transformers import AutoTokenizer
 
+    named = f"{source.where}={source.path}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, revision=source.revision, local_files_only=source.offline, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.where}={source.path}: no tokenizer there ({_first_line(error)})") from error
-    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())  # ids may have gaps
+        highest = max([len(tokenizer) - 1, *tokenizer.get_vocab().values()])  # ids may have gaps
+        probe = document_tokens(tokenizer, "The quick brown fox: 12 + 30 = 42.")
+    except BaseException as error:  # tokenizers raises bare Exception, and on a bug of its own what is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        there = (Path(source.path) / "tokenizer.json").is_file()
+        what = "tokenizer.json or tokenizer_config.json cannot be read" if there else "no tokenizer there"
+        raise UserError(f"{named}: {what} ({one_line(error)})") from error
     if highest >= source.config.vocab_size:
         raise UserError(
-            f"{source.where}={source.path}: its tokenizer has token ids up to {highest}, its config.json vocab_size="
+            f"{named}: its tokenizer has token ids up to {highest}, its config.json vocab_size="
             f"{source.config.vocab_size}; the two are not of one model: put the model's own tokenizer there"
         )
+    if len(probe) < 2:  # a boundary alone
+        raise UserError(
+            f"{named}: its tokenizer.json makes no tokens of plain text; put the model's own tokenizer there"
+        )
     return tokenizer
+
+
+def weights_directory(source: DenseSource) -> Path:
+    """Where the weight files are; those of a hub model are fetched if they are not in the cache.
+
+    Raises:
+        UserError: they cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    try:
+        return Path(
+            snapshot_download(
+                source.path,
+                revision=source.revision,
+                allow_patterns=[WEIGHTS, "model-*.safetensors", INDEX],
+                local_files_only=source.offline,
+            )
+        )
+    except Exception as error:  # the network's errors are of many types
+        raise UserError(f"{source.where}={source.path}: the weights cannot be fetched ({one_line(error)})") from error
 
 
 def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch.device) -> "PreTrainedModel":
     """The dense model in evaluation mode, its weights frozen.
 
     Raises:
-        UserError: weights missing, truncated, or of other shapes than the configuration says.
+        UserError: weights missing, truncated, of other shapes than the configuration says, of an element type that is not
+            read, or without a place in the model.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    named = f"{source.where}={source.path}"
+    check_types(read_headers(weight_files(weights_directory(source), named), named), named)
     log.info("loading %s", source.path)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -218,30 +301,57 @@ def load_weights(source: DenseSource, *, dtype: torch.dtype | str, device: torch
             local_files_only=source.offline,
             trust_remote_code=False,
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{source.where}={source.path}: the weights cannot be read ({_first_line(error)})") from error
+    except Exception as error:
+        raise UserError(f"{named}: the weights cannot be read ({one_line(error)})") from error
     missing = sorted(report["missing_keys"])
     if missing or report["mismatched_keys"]:
         raise UserError(
-            f"{source.where}={source.path}: {len(missing)} tensors missing, {len(report['mismatched_keys'])} of another shape "
+            f"{named}: {len(missing)} tensors missing, {len(report['mismatched_keys'])} of another shape "
             f"(first: {(missing + sorted(map(str, report['mismatched_keys'])))[0]})"
         )
+    known = source.config.model_type in KNOWN
+    tied = known and source.config.tie_word_embeddings
+    refuse_unexpected(
+        report["unexpected_keys"], twin_of(source.config.model_type).spare(tied=tied) if known else (), named
+    )
+    if tied and not _is_tied(model):
+        raise UserError(different_head(named))
     return model.to(device).eval().requires_grad_(False)
 
 
-def resolve_device(name: str) -> torch.device:
+def _is_tied(model: "PreTrainedModel") -> bool:
+    """Whether head and embedding are one tensor; transformers leaves them two where the checkpoint has two that differ."""
+    return bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def different_head(named: str) -> str:
+    """What is said of a checkpoint whose head is not its embedding, and whose configuration says that it is."""
+    return (
+        f"{named}: the head differs from the embedding, but config.json has tie_word_embeddings=true; set it to false "
+        "there"
+    )
+
+
+def resolve_device(name: str, where: str = "model.device") -> torch.device:
     """``auto`` is this process's CUDA device (by its local rank) if there is one.
 
+    Args:
+        where: override to name in errors.
+
     Raises:
-        UserError: the device does not exist.
+        UserError: the device does not exist, or keeps no data, as ``meta``.
     """
     if name == "auto":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device={name} is not to be had here ({_first_line(error)})") from error
+        probe = torch.ones(1, device=name)
+        probe.item()  # there and back
+    except Exception as error:  # a backend that is not installed raises what it likes
+        raise UserError(
+            f"{where}={name} is not to be had here ({one_line(error)}); set {where}=cpu, cuda or auto"
+        ) from error
+    return probe.device
 
 
 def load_dense(

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dive.errors import UserError
-from dive.model.streamed import INDEX
+from dive.model.headers import INDEX
 
 
 class ShardWriter:

@@ -4,7 +4,6 @@ The rest of the code does not know: :func:`dive.model.families.decoder_layers` g
 """
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,22 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dive.errors import UserError
-from dive.model.families import decoder_layers
+from dive.errors import UserError, one_line
+from dive.model.families import decoder_layers, twin_of
+from dive.model.headers import check_tensors, read_headers, weight_files
+from dive.model.load import DenseSource, different_head, weights_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dive.model.load import DenseSource
-
 log = logging.getLogger(__name__)
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +36,10 @@ class Checkpoint:
     files: Mapping[str, Path]
     """{name of a tensor: file that holds it}"""
 
-    @classmethod
-    def open(cls, directory: Path) -> "Checkpoint":
-        """
-        Raises:
-            UserError: neither the one file nor an index is there, or a file cannot be read.
-        """
-        index, single = directory / INDEX, directory / WEIGHTS
-        try:
-            if index.is_file():
-                listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-                return cls({name: directory / file for name, file in listed.items()})
-            with safe_open(single, framework="pt") as stored:
-                return cls(dict.fromkeys(stored.keys(), single))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            what = INDEX if index.is_file() else WEIGHTS
-            raise UserError(f"{directory}: {what} cannot be read ({error})") from error
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor; reads the headers alone.
-
-        Raises:
-            UserError: a file is missing or truncated, or lacks a tensor that the index places there.
-        """
-        found = {}
-        for file, names in self._by_file(self.files):
-            try:
-                with safe_open(file, framework="pt") as stored:
-                    for name in names:
-                        found[name] = tuple(stored.get_slice(name).get_shape())
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: the weights cannot be read ({error})") from error
-        return found
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal."""
+        with safe_open(self.files[first], framework="pt") as one, safe_open(self.files[second], framework="pt") as two:
+            return torch.equal(one.get_tensor(first), two.get_tensor(second))
 
     def read(self, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Copies of some tensors."""
@@ -107,9 +75,11 @@ class StreamedLayers(nn.ModuleList):
     The others have no parameters at all, so that a model's ``device``, ``dtype`` and ``parameters`` speak of what is there.
     """
 
-    def __init__(self, layers: nn.ModuleList, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, name: str, layers: nn.ModuleList, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__(layers)
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._name, self._checkpoint, self._dtype, self._device = name, checkpoint, dtype, device
         self._names = [[name for name, _ in layer.named_parameters()] for layer in layers]
         self._filled: int | None = None
         for number in range(len(self)):
@@ -124,7 +94,7 @@ class StreamedLayers(nn.ModuleList):
         if number != self._filled:
             if self._filled is not None:
                 self._empty(self._filled)
-            prefix = f"model.layers.{number}."
+            prefix = f"{self._name}.{number}."
             names = [prefix + name for name in self._names[number]]
             read = self._checkpoint.read(names, dtype=self._dtype, device=self._device)
             for name, tensor in read.items():
@@ -172,35 +142,42 @@ class StreamedHead(nn.Module):
         return functional.linear(hidden, read[self._name])
 
 
-def load_streamed(source: "DenseSource", *, dtype: torch.dtype | str, device: torch.device) -> "PreTrainedModel":
+def load_streamed(source: DenseSource, *, dtype: torch.dtype | str, device: torch.device) -> "PreTrainedModel":
     """The dense model in evaluation mode, its weights on disk until a layer is asked for.
 
     Its forward pass is the model's own and reads every layer; running one layer over all tokens before the next
-    (:func:`dive.model.layers.walk_layers`) reads each once. ``model.checkpoint`` is the :class:`Checkpoint`.
+    (:class:`dive.model.layers.Track`) reads each once. ``model.checkpoint`` is the :class:`Checkpoint`.
 
     Raises:
-        UserError: weights missing, truncated, or of other shapes than the configuration says.
+        UserError: weights missing, truncated, of other shapes than the configuration says, of an element type that is not
+            read, or without a place in the model.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    checkpoint = Checkpoint.open(_directory(source))
+    named = f"{source.where}={source.path}"
+    stored = read_headers(weight_files(weights_directory(source), named), named)
+    checkpoint = Checkpoint({name: tensor.file for name, tensor in stored.items()})
     log.info("streaming %s", source.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(source.config)
         )  # the source keeps the checkpoint's dtype
-    _check(model, checkpoint, f"{source.where}={source.path}")
-    embeddings = "model.embed_tokens.weight"
-    head = embeddings if source.config.tie_word_embeddings else "lm_head.weight"
+    twin, tied = twin_of(source.config.model_type), source.config.tie_word_embeddings
+    embeddings, norm, own_head = (f"{place}.weight" for place in (twin.embeddings, twin.norm, twin.head))
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied heads stand once
+    check_tensors(stored, wanted, spare=twin.spare(tied=tied), named=named)
+    head = embeddings if tied else own_head
+    if tied and own_head in stored and not checkpoint.same(embeddings, own_head):
+        raise UserError(different_head(named))
     if isinstance(dtype, str):
         dtype = source.config.dtype or checkpoint.dtype(embeddings)
-    body = model.model
-    body.layers = StreamedLayers(decoder_layers(model), checkpoint, dtype=dtype, device=device)
-    body.embed_tokens = StreamedEmbedding(embeddings, checkpoint, dtype=dtype, device=device)
-    model.lm_head = StreamedHead(head, checkpoint)
-    norm = checkpoint.read(["model.norm.weight"], dtype=dtype, device=device)
-    body.norm.weight = nn.Parameter(norm["model.norm.weight"])
-    body.rotary_emb = type(body.rotary_emb)(config=model.config).to(device)
+    layers = StreamedLayers(twin.layers, decoder_layers(model), checkpoint, dtype=dtype, device=device)
+    model.set_submodule(twin.layers, layers)
+    model.set_submodule(twin.embeddings, StreamedEmbedding(embeddings, checkpoint, dtype=dtype, device=device))
+    model.set_submodule(twin.head, StreamedHead(head, checkpoint))
+    read = checkpoint.read([norm], dtype=dtype, device=device)
+    model.get_submodule(twin.norm).weight = nn.Parameter(read[norm])
+    model.set_submodule(twin.rotary, type(model.get_submodule(twin.rotary))(config=model.config).to(device))
     model.config.dtype = dtype
     model.checkpoint = checkpoint
     try:
@@ -209,33 +186,6 @@ def load_streamed(source: "DenseSource", *, dtype: torch.dtype | str, device: to
         )
     except OSError:
         log.debug("%s has no generation_config.json", source.path)
+    except Exception as error:
+        raise UserError(f"{named}: generation_config.json cannot be read ({one_line(error)})") from error
     return model.eval().requires_grad_(False)
-
-
-def _directory(source: "DenseSource") -> Path:
-    from huggingface_hub import snapshot_download
-
-    if Path(source.path).is_dir():
-        return Path(source.path)
-    try:
-        return Path(
-            snapshot_download(
-                source.path,
-                revision=source.revision,
-                allow_patterns=["model*.safetensors", INDEX],
-                local_files_only=source.offline,
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source.where}={source.path}: the weights cannot be fetched ({error})") from error
-
-
-def _check(model: "PreTrainedModel", checkpoint: Checkpoint, named: str) -> None:
-    stored = checkpoint.shapes()
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied heads stand once
-    missing = sorted(set(wanted) - set(stored))
-    other = sorted(name for name, shape in wanted.items() if name in stored and stored[name] != shape)
-    if missing or other:
-        raise UserError(
-            f"{named}: {len(missing)} tensors missing, {len(other)} of another shape (first: {(missing + other)[0]})"
-        )

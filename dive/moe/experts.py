@@ -102,7 +102,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """Experts of one layer on their selected tokens.
 
     Args:
-        self: the stock experts module, or :class:`dive.moe.shared.SharedExperts`; ``lora_gate``, ``lora_up``, ``lora_down``
+        self: the stock experts module, or :class:`dive.moe.indexed.IndexedExperts`; ``lora_gate``, ``lora_up``, ``lora_down``
             and ``down_bias`` are used where present.
         hidden_states: (T, D)
         top_k_index: (T, K) int64
@@ -140,7 +140,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 def _runs_on_cpu(self: Any, hidden_states: Tensor) -> bool:
     """Whether :func:`run_experts` does it: on a CPU, from weights of their own, and no adapter drops anything out."""
-    if hasattr(self, "index"):  # dive.moe.shared.SharedExperts
+    if hasattr(self, "index"):  # dive.moe.indexed.IndexedExperts
         return False
     dropping = hasattr(self, "lora_gate") and self.lora_gate.dropout.p > 0 and self.training
     return hidden_states.device.type == "cpu" and not dropping

@@ -1,6 +1,6 @@
 """One layer's experts and router, between building them and putting them into a model.
 
-Shapes: E experts, D hidden width, F FFN channels of the dense model, W kept channels.
+Shapes: T tokens, E experts, K experts a token, D hidden width, F FFN channels of the dense model, W kept channels.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dive.model.families import FFN
+from dive.moe.experts import grouped_linear, sort_by_expert
+
+CHUNK = 8192
+"""Tokens whose channels are alive at a time."""
 
 
 @dataclass(slots=True)
@@ -54,3 +58,37 @@ def convert(layer: ExpertLayer, dtype: torch.dtype, device: torch.device | None 
         router=layer.router.to(device, dtype),
         bias=None if layer.bias is None else layer.bias.to(device, dtype),
     )
+
+
+def float32(weights: FFN) -> FFN:
+    """The FFN in float32."""
+    return FFN(weights.gate.float(), weights.up.float(), weights.down.float(), weights.act)
+
+
+def dense_output(weights: FFN, rows: Tensor) -> Tensor:
+    """What the dense FFN makes of rows, (T, D) to (T, D)."""
+    return weights.channels(rows) @ weights.down.T
+
+
+def likeliest_experts(layer: ExpertLayer, inputs: Tensor) -> Tensor:
+    """The expert that the router likes best for each of the inputs (T, D); (T,) int64, on the host."""
+    router = layer.router.to(inputs.dtype)
+    return torch.cat([(part.to(router.device) @ router.T).argmax(dim=-1).cpu() for part in inputs.split(CHUNK)])
+
+
+def selected_outputs(layer: ExpertLayer, act: nn.Module, rows: Tensor, chosen: Tensor) -> Tensor:
+    """Outputs of each token's chosen experts, (T, K, D), for chosen (T, K) int64."""
+    top_k = chosen.shape[1]
+    _, order, offsets = sort_by_expert(chosen, len(layer.masks))
+    gate, up = grouped_linear(rows[order // top_k], layer.gate_up, offsets).chunk(2, dim=-1)
+    output = grouped_linear(act(gate) * up, layer.down, offsets)
+    return torch.empty_like(output).index_copy(0, order, output).view(len(rows), top_k, -1)
+
+
+def layer_output(layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int) -> Tensor:
+    """The sparse block as the stock class computes it: the K likeliest experts, gates renormalised; (T, D) to (T, D)."""
+    if len(layer.masks) == 1:
+        return expert_function(layer, 0, act)(rows)
+    logits, chosen = (rows @ layer.router.T).topk(top_k, dim=-1)
+    gates = torch.softmax(logits, dim=-1)
+    return (selected_outputs(layer, act, rows, chosen) * gates[..., None]).sum(dim=1)

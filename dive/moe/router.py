@@ -21,7 +21,7 @@ class Router(nn.Module):
     logits += randn · softplus(noise weight · x) · noise, as in the paper.
 
     Training in sparse mode may weight the selected experts otherwise, see :class:`dive.config.Gate`: the renormalised gate
-    of a single expert is 1 and teaches the router nothing. Evaluation always is what the stock router does.
+    of a single expert is 1 and its gradient exactly 0. Evaluation always is what the stock router does.
     """
 
     load: Tensor
@@ -42,8 +42,12 @@ class Router(nn.Module):
         """Of the probability in ``Gate.switch``."""
         self.balance, self.max_load, self.z_loss = 0.0, 1.0, 0.0
         self.penalty: Tensor | None = None
-        """Of the last forward pass in training."""
+        """Of the last recorded forward pass in training; holds the pass's graph until it is taken."""
+        self.recording = True
+        """Whether a forward pass in training keeps its penalty and counts its load. Whoever trains turns it off before the
+        backward pass, in which checkpointed layers run again."""
         self.stock_class = type(stock)
+        self.rounds_gates = _rounds_gates(stock)
         for name, shape in (("load", (experts,)), ("entropy", ()), ("tokens", ())):
             self.register_buffer(name, torch.zeros(shape, device=self.weight.device), persistent=False)
         self.train(stock.training)  # a new module is in training mode, whatever it is plugged into
@@ -65,15 +69,27 @@ class Router(nn.Module):
             chosen = torch.arange(self.experts, device=rows.device).expand(len(rows), -1)
         else:
             selected, chosen = torch.topk(probabilities, self.top_k, dim=-1)
-            gates = selected / selected.sum(dim=-1, keepdim=True)
+            if self.top_k == 1:
+                # Divided by itself its gradient would be rounding errors, and Adam makes whole steps of those.
+                gates = 1.0 + 0.0 * selected
+            else:
+                gates = selected / selected.sum(dim=-1, keepdim=True)
             if self.training and self.gate is Gate.straight_through:
                 gates = gates + selected - selected.detach()
             elif self.training and self.gate is Gate.switch:
                 gates = gates * selected.sum(dim=-1, keepdim=True) ** self.exponent
         if self.training:
-            self.penalty = self._penalty(logits, probabilities, chosen)
-            self._observe(probabilities.detach(), gates.detach(), chosen)
-        return logits, gates.to(logits.dtype), chosen
+            # Computed even if not kept: a checkpointed layer must save the same tensors when it runs again.
+            penalty = self._penalty(logits, probabilities, chosen)
+            if self.recording:
+                self.penalty = penalty
+                self._observe(probabilities.detach(), gates.detach(), chosen)
+        return logits, gates.to(logits.dtype) if self.rounds_gates else gates, chosen
+
+    def take_penalty(self) -> Tensor | None:
+        """The penalty of the last recorded pass, once."""
+        penalty, self.penalty = self.penalty, None
+        return penalty
 
     def _penalty(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor | None:
         penalty = None
@@ -106,3 +122,11 @@ class Router(nn.Module):
         stock: nn.Module = self.stock_class(config)
         stock.weight = self.weight
         return stock
+
+
+@torch.no_grad()
+def _rounds_gates(stock: Any) -> bool:
+    """Whether a stock router rounds its gates to the logits' element type (Qwen3-MoE) or leaves them in float32 (Mixtral)."""
+    weight = torch.empty_like(stock.weight, dtype=torch.bfloat16, device="meta")
+    _, gates, _ = torch.func.functional_call(stock, {"weight": weight}, (weight[:1],))
+    return bool(gates.dtype == torch.bfloat16)

@@ -12,7 +12,7 @@ def main(config: Config) -> None:
     from dive.plan.capacity import Capacity, here
     from dive.plan.stages import plan
     from dive.plan.table import full_text
-    from dive.report.text import show
+    from dive.progress import show
 
     planned = plan(config, locate_architecture(config.model))
     named = planned.job.device.memory

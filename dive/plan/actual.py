@@ -3,65 +3,60 @@
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
-from dive.artifacts import Artifact
 from dive.plan.stages import Plan
-from dive.plan.table import duration, size
+from dive.results import Spent, SpentStage
+from dive.store import Artifact
+from dive.units import duration, size
 
 
 class Meter:
-    """Time, peak memory and disk of every planned stage, as its artifact comes out of the store."""
+    """Time, peak memory and disk of every planned stage, as its artifacts come out of the store."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.stages: dict[str, dict[str, Any]] = {}
-        self._waiting = [(stage.kind, stage.name) for stage in plan.stages]
+        self._planned = {stage.name for stage in plan.stages}
+        self.stages: dict[str, SpentStage] = {}
 
-    def record(self, kind: str, artifact: Artifact) -> None:
-        """Take note of an artifact of this kind: artifacts of a kind come in the order of the plan's stages."""
-        name = next((name for waiting, name in self._waiting if waiting == kind), None)
-        if name is None:
-            return
-        if kind != "evaluation":  # one stage of the plan, many artifacts
-            self._waiting.remove((kind, name))
-        self._add(name, artifact.seconds, artifact.path, reused=artifact.reused)
+    def record(self, stage: str, artifact: Artifact) -> None:
+        """Add an artifact that a stage has made or found."""
+        if stage in self._planned:
+            self._add(stage, artifact.seconds, artifact.path, reused=artifact.reused)
 
     def exported(self, directory: Path, seconds: float) -> None:
         """Take note of the exported model."""
         self._add("export", seconds, directory, reused=False)
 
     def _add(self, name: str, seconds: float, directory: Path, *, reused: bool) -> None:
-        found = self.stages.setdefault(
-            name, {"name": name, "seconds": 0.0, "reused": True, "host_bytes": 0, "device_bytes": 0, "disk_bytes": 0}
-        )
-        found["seconds"] += seconds
-        found["reused"] = found["reused"] and reused
-        found["host_bytes"] = peak_host()
-        found["device_bytes"] = max(found["device_bytes"], _peak_device_since_last())
-        found["disk_bytes"] += sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        none = SpentStage(name=name, reused=True, seconds=0.0, host_bytes=0, device_bytes=0, disk_bytes=0)
+        found = self.stages.setdefault(name, none)
+        found.seconds += seconds
+        found.reused = found.reused and reused
+        found.host_bytes = peak_host()
+        found.device_bytes = max(found.device_bytes, _peak_device_since_last())
+        found.disk_bytes += sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
-    def summary(self) -> dict[str, Any]:
-        """For ``results.json``; ``host_bytes`` of a stage is this process's peak from its start to the end of the stage."""
+    def summary(self) -> Spent:
+        """For the results; ``host_bytes`` of a stage is this process's peak from its start to the end of the stage."""
         stages = list(self.stages.values())
-        return {
-            "host_bytes": max([peak_host(), *(stage["host_bytes"] for stage in stages)]),
-            "device_bytes": max((stage["device_bytes"] for stage in stages), default=0),
-            "disk_bytes": sum(stage["disk_bytes"] for stage in stages),
-            "seconds": sum(stage["seconds"] for stage in stages),
-            "stages": stages,
-        }
+        return Spent(
+            host_bytes=max([peak_host(), *(stage.host_bytes for stage in stages)]),
+            device_bytes=max((stage.device_bytes for stage in stages), default=0),
+            disk_bytes=sum(stage.disk_bytes for stage in stages),
+            seconds=sum(stage.seconds for stage in stages),
+            stages=stages,
+        )
 
     def line(self) -> str:
         """Planned and actual in one line."""
         actual = self.summary()
-        memory = f"{size(self.plan.host)} and {size(actual['host_bytes'])} of host memory"
+        memory = f"{size(self.plan.host)} and {size(actual.host_bytes)} of host memory"
         if self.plan.job.on_gpu:
-            memory += f", {size(self.plan.device)} and {size(actual['device_bytes'])} of the device's"
+            memory += f", {size(self.plan.device)} and {size(actual.device_bytes)} of the device's"
         disk = self.plan.store + self.plan.export
         return (
-            f"{memory}; {size(disk)} and {size(actual['disk_bytes'])} of disk; {duration(self.plan.seconds)} on "
-            f"{self.plan.job.device_name} and {duration(actual['seconds'])} here"
+            f"{memory}; {size(disk)} and {size(actual.disk_bytes)} of disk; {duration(self.plan.seconds)} on "
+            f"{self.plan.job.device_name} and {duration(actual.seconds)} here"
         )
 
 

@@ -10,6 +10,7 @@ import psutil
 from dive.config import Freezing
 from dive.errors import UserError
 from dive.plan.stages import Plan, Stage
+from dive.units import size
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,25 +101,25 @@ def shortages(plan: Plan, capacity: Capacity) -> list[str]:
             items = _items(worst, place)
             largest = max(items, key=lambda name: items[name])
             found.append(
-                f"{worst.name} needs {needed / 1e9:.1f} GB of {place} memory ({largest}: {items[largest] / 1e9:.1f} GB), "
-                f"there is {room / 1e9:.1f} GB; {_remedy(plan, worst, place, largest, needed - room)}"
+                f"{worst.name} needs {size(needed)} of {place} memory ({largest}: {size(items[largest])}), "
+                f"there is {size(room)}; {_remedy(plan, worst, place, largest, needed - room)}"
             )
     kept: dict[str, float] = {}
     for stage in plan.stages:
         kept[stage.kind] = kept.get(stage.kind, 0.0) + stage.written
     export = kept.pop("export")
-    missing = sum(max(size - capacity.stored.get(kind, 0.0), 0.0) for kind, size in kept.items())
+    missing = sum(max(taken - capacity.stored.get(kind, 0.0), 0.0) for kind, taken in kept.items())
     needed = missing + max(plan.checkpoints - capacity.stored.get("partial", 0.0), 0.0)
     if capacity.outputs is None:
         needed += export
     elif export > capacity.outputs:
         found.append(
-            f"the export takes {export / 1e9:.1f} GB of disk, {capacity.outputs / 1e9:.1f} GB are free; set hydra.run.dir=DIR on "
+            f"the export takes {size(export)} of disk, {size(capacity.outputs)} are free; set hydra.run.dir=DIR on "
             "a larger disk"
         )
     if capacity.store is not None and needed > capacity.store:
         found.append(
-            f"store={config.store}: the run writes {needed / 1e9:.1f} GB, {capacity.store / 1e9:.1f} GB are free; set store=DIR "
+            f"store={config.store}: the run writes {size(needed)}, {size(capacity.store)} are free; set store=DIR "
             "on a larger disk, raise pruning.ratio or lower moe.experts"
         )
     return found
@@ -134,7 +135,7 @@ def _items(stage: Stage, place: str) -> Mapping[str, float]:
 
 def _remedy(plan: Plan, stage: Stage, place: str, largest: str, short: float) -> str:
     config = plan.job.config
-    of_a_pass = sum(size for name, size in _items(stage, place).items() if name.startswith(("activations", "logits")))
+    of_a_pass = sum(taken for name, taken in _items(stage, place).items() if name.startswith(("activations", "logits")))
     too_long = largest.startswith(("activations", "logits"))
     if stage.kind == "retrained" and (too_long or of_a_pass > short):
         ways = []

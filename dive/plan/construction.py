@@ -23,9 +23,9 @@ class Refinement:
 
 
 def refinement(config: Config) -> Refinement | None:
-    """``moe.refinement`` of a configuration that uses it; several experts are derived once more than there are rounds."""
-    found = config.moe.refinement
-    if not found.needs_tokens:
+    """``moe.refined`` of a configuration that has it; several experts are derived once more than there are rounds."""
+    found = config.moe.refined
+    if found is None:
         return None
     several = config.moe.experts > 1
     rounds, active = (found.rounds, max(config.moe.top_k, 2)) if several else (0, 1)

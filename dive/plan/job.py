@@ -11,8 +11,8 @@ from dive.config import (
     DeviceConfig,
     Dtype,
     Load,
-    RouterInit,
     StageConfig,
+    require,
 )
 from dive.plan.parameters import Shapes, shapes
 
@@ -86,7 +86,7 @@ class Job:
     @property
     def distils(self) -> bool:
         """Whether routers are fitted to the experts' errors."""
-        return self.config.moe.router_init is RouterInit.distilled and self.config.moe.experts > 1
+        return self.config.moe.distils
 
     @property
     def sequences(self) -> int:
@@ -111,7 +111,7 @@ class Job:
     @property
     def groups(self) -> int:
         """Groups of domains that experts are built from; one of all domains where they begin otherwise."""
-        return self.config.moe.experts if self.config.moe.needs_groups else 1
+        return self.config.moe.experts if self.config.grouping is not None else 1
 
     # -------------------------------------------------------------------------------------------------------- evaluation
 
@@ -145,6 +145,7 @@ def describe_job(config: Config, architecture: ArchitectureConfig, name: str) ->
     """
     if name == "auto":
         name = "cpu" if config.trainer.accelerator == "cpu" else "h100"
+    require(name in config.plan.devices, f"plan.device={name}: plan.devices has none of this name")
     return Job(
         config=config,
         architecture=architecture,

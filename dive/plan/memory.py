@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Construction, Freezing, Mode, StageConfig, Storage
+from dive.config import SHARD_BYTES, Freezing, Mode, StageConfig, Storage
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -160,10 +160,10 @@ def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False)
     """The dense model and its Mixture-of-Experts, as the latter rests in a stage of training, in evaluation or in the export."""
     s, moe = job.shapes, job.config.moe
     found = {"dense model": float(job.weight * s.dense)}
-    if moe.storage is Storage.materialised or exported:
+    if job.config.retrain.storage is Storage.materialised or exported:
         return found | {"Mixture-of-Experts": float(job.weight * (s.total + s.biases))}
     own = s.shared + s.biases + s.layers * s.router
-    slices = moe.construction in (Construction.dive, Construction.upcycle) and not job.refits
+    slices = moe.construction in ("plain", "upcycle") and not job.refits
     own += 0 if slices else s.layers * s.experts * s.expert // 3
     if stage is not None:  # what it leaves frozen is the dense model's
         own -= s.layers * s.attention if stage.train.attention is Freezing.frozen else 0
@@ -246,6 +246,6 @@ def export(job: Job) -> Memory:
         }
         return _memory(job, {}, parts)
     copy = float(job.weight * (s.total + s.biases))
-    if job.config.moe.construction is Construction.dive and s.bias:
+    if s.bias:
         return _memory(job, _both(job, exported=True))
     return _memory(job, _both(job, exported=True), {"in the files' layout": copy, "read back": copy})

@@ -7,8 +7,18 @@ key heads, V vocabulary.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dive.config import PARTS, ArchitectureConfig, Compensation, Config, Freezing, FreezingConfig, MoEConfig
-from dive.model.architecture import head_norms
+from dive.config import (
+    PARTS,
+    ArchitectureConfig,
+    Compensation,
+    Config,
+    Freezing,
+    FreezingConfig,
+    MoEConfig,
+    StageConfig,
+)
+from dive.model.families import twin_of
+from dive.retrain.training import idle_routers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +38,7 @@ class Shapes:
     vocabulary: int
     tied: bool
     head_norms: int
-    """Weights of the norms on query and key heads, a layer (Qwen3)."""
+    """Weights of the norms on query and key heads, a layer."""
     noise: bool
     """Whether routers have noise weights in training."""
     bias: bool
@@ -83,7 +93,7 @@ class Shapes:
 
     @property
     def noise_weights(self) -> int:
-        """What the routers have beside in training (``moe.noise``)."""
+        """What the routers have beside in training (``retrain.noise``)."""
         return self.layers * self.router if self.noise else 0
 
     @property
@@ -118,8 +128,8 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         keys=architecture.num_key_value_heads * architecture.head_dim,
         vocabulary=architecture.vocab_size,
         tied=architecture.tie_word_embeddings,
-        head_norms=head_norms(architecture),
-        noise=moe.noise > 0,
+        head_norms=twin_of(architecture.model_type).head_norms(architecture),
+        noise=config.retrain.noise > 0,
         bias=config.pruning.compensation is Compensation.bias,
         rank=config.retrain.lora.rank,
     )
@@ -149,7 +159,10 @@ def adapter_sizes(s: Shapes) -> dict[str, int]:
 
 
 def trained(s: Shapes, policies: Iterable[FreezingConfig]) -> dict[str, int]:
-    """{tensors: how many of them} that any of these stages trains; ``part`` in full, ``part.lora`` its adapters."""
+    """{tensors: how many of them} that have gradients and Adam's states in any of these stages.
+
+    ``part`` is one trained in full, ``part.lora`` its adapters.
+    """
     full, adapters = full_sizes(s), adapter_sizes(s)
     found: dict[str, int] = {}
     for policy in policies:
@@ -160,3 +173,14 @@ def trained(s: Shapes, policies: Iterable[FreezingConfig]) -> dict[str, int]:
             elif choice is Freezing.lora:
                 found[f"{part}.lora"] = adapters[part]
     return found
+
+
+def reached(s: Shapes, stages: Iterable[StageConfig]) -> int:
+    """Parameters that any of these stages trains; routers that no gradient reaches do not count."""
+    found: dict[str, int] = {}
+    for stage in stages:
+        of_stage = trained(s, [stage.train])
+        if idle_routers(stage, experts=s.experts, top_k=s.top_k) is not None:
+            of_stage.pop("router", None)
+        found |= of_stage
+    return sum(found.values())

@@ -9,7 +9,8 @@ from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
-from dive.plan.parameters import trained
+from dive.plan.parameters import reached, trained
+from dive.results import PRUNED, RECONSTRUCTED
 
 
 @dataclass(slots=True)
@@ -129,9 +130,9 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     refined = construction.refinement(config)
     one_shot = s.experts == 1 and refined is None
     if one_shot or not job.streamed:  # one pruned expert is there to be measured
-        stages.append(_building(job, "pruning", experts=1, groups=1, refined=None))
+        stages.append(_building(job, PRUNED, experts=1, groups=1, refined=None))
     if not one_shot:
-        stages.append(_building(job, "building experts", experts=s.experts, groups=job.groups, refined=refined))
+        stages.append(_building(job, RECONSTRUCTED, experts=s.experts, groups=job.groups, refined=refined))
     before: list[StageConfig] = []
     for name, retrained in config.retrain.stages.items():
         stages.append(_retraining(job, name, retrained, before))
@@ -139,7 +140,6 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     stages += [_export(job)] if job.streamed else [_evaluation(job), _export(job)]
     for stage in stages:
         stage.seconds = seconds(stage, job.device, config.plan.disk)
-    every = trained(s, [retrained.train for retrained in before])
     return Plan(
         job,
         {
@@ -148,7 +148,7 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
             "active": s.active,
             "noise": s.noise_weights,
             "bias": s.biases,
-            "trained": sum(every.values()),
+            "trained": reached(s, before),
         },
         stages,
     )
@@ -254,7 +254,7 @@ def _retraining(job: Job, name: str, stage: StageConfig, before: list[StageConfi
         temporary=float((2 if steps > 2 * config.retrain.checkpoint_every else 1) * checkpoint)
         if steps >= config.retrain.checkpoint_every
         else 0.0,
-        trained=learned,
+        trained=reached(s, [stage]),
         processes=job.world,
     )
 

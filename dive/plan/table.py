@@ -8,39 +8,7 @@ from dive.config import PlanTable
 from dive.plan import construction, flops
 from dive.plan.capacity import Capacity, shortages
 from dive.plan.stages import Plan
-from dive.report.text import count
-
-
-def size(number: float) -> str:
-    """13500000000 bytes as 13.5 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f} B"
-
-
-def operations(number: float) -> str:
-    """1.2e15 as 1.2 PFLOP."""
-    for unit, scale in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number / 1e6:.3g} MFLOP" if number else "–"
-
-
-def duration(seconds: float) -> str:
-    """5400 seconds as 1.5 h."""
-    for unit, scale in (("years", 365.25 * 86400.0), ("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds:.2g} s"
-
-
-def precise(number: int) -> str:
-    """3384207360 as 3.384 B."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.4g} {unit}"
-    return str(number)
+from dive.units import count, duration, operations, precise, size
 
 
 def headline(plan: Plan) -> list[str]:

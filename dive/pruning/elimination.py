@@ -6,6 +6,11 @@ Shapes: D hidden width, F channels, W kept channels.
 import torch
 from torch import Tensor
 
+from dive.errors import UserError
+
+RIDGES = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""What stands in for a ridge that leaves the system singular: the smallest larger one that mends it."""
+
 
 def eliminate(
     down: Tensor,
@@ -31,17 +36,14 @@ def eliminate(
         block: channels removed between two updates; 1 is the exact greedy order.
         cross: Σ y xᵀ, (D, F), where the target y is another than W x.
         always: (F,) bool, channels that stay, ``width`` of them at most.
+
+    Raises:
+        UserError: the second moments are not finite, or no ridge of :data:`RIDGES` makes them positive definite.
     """
     gram = second_moment.to(down.device).double().clone()
-    mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    strength = torch.zeros_like(mean)
-    # Channels that never fire, or tokens fewer than channels, leave a singular system: then the smallest ridge that mends it.
-    for share in (ridge, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5):
-        gram.diagonal().add_(max(share, ridge) * mean - strength)
-        strength = max(share, ridge) * mean
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if int(failed) == 0:
-            break
+    mean = gram.diagonal().mean()
+    mean = torch.where(mean > 0, mean, 1.0)  # where no channel ever fires, the order is that of the weights
+    factor, strength = _factor(gram, mean, ridge)
     inverse = torch.cholesky_inverse(factor)
     weights = down.double()
     if cross is not None:
@@ -66,3 +68,26 @@ def eliminate(
         kept[gone] = False
         remaining -= count
     return kept.cpu()
+
+
+def _factor(gram: Tensor, mean: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """(Cholesky factor of G + λ I, λ), both float64; ``gram`` becomes that sum.
+
+    Channels that never fire, or tokens fewer than channels, leave a singular system, and second moments of float32 may have
+    negative eigenvalues: then λ is larger than asked for.
+    """
+    if not gram.isfinite().all():
+        raise UserError(
+            "pruning.metric=obs: the channels' second moments are not finite; set model.dtype=float32, or look at the weights"
+        )
+    strength = torch.zeros_like(mean)
+    for share in (ridge, *(larger for larger in RIDGES if larger > ridge)):
+        gram.diagonal().add_(share * mean - strength)
+        strength = share * mean
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if int(failed) == 0:
+            return factor, strength
+    raise UserError(
+        f"pruning.ridge ({ridge}): the channels' second moments cannot be inverted, with {max(ridge, RIDGES[-1])} no better; "
+        "raise pruning.ridge, or set pruning.metric=wifv"
+    )

@@ -76,7 +76,7 @@ def choose_channels(
     statistics: ChannelStatistics,
     *,
     width: int,
-    ridge: float,
+    ridge: float | None = None,
     cross: Tensor | None = None,
     always: Tensor | None = None,
     seed: int = 0,
@@ -86,7 +86,7 @@ def choose_channels(
     Args:
         statistics: of one layer (L = 1), with its second moment for ``metric=obs``.
         width: how many stay.
-        ridge: ``metric=obs`` only.
+        ridge: ``metric=obs`` only; ``pruning.ridge`` if none, :data:`OBS_RIDGE` where that is to be chosen.
         cross: ``metric=obs`` only: see :func:`dive.pruning.elimination.eliminate`.
         always: (F,) bool, channels that stay whatever their score.
         seed: ``metric=random`` only.
@@ -101,6 +101,8 @@ def choose_channels(
         return keep_highest(scores, width)
     if statistics.second_moment is None:
         raise UserError("pruning.metric=obs needs second moments: collect_statistics(..., second_moments=True)")
+    if ridge is None:
+        ridge = OBS_RIDGE if pruning.ridge is None else pruning.ridge
     return eliminate(
         weights.down,
         statistics.second_moment[0],

@@ -91,6 +91,11 @@ def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return None if one is None or other is None else one + other
 
 
+def sampled_rows(count: int, wanted: int, *, seed: int) -> Tensor:
+    """Indices of ``wanted`` of ``count`` tokens, in random order; all of them if there are fewer."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]
+
+
 def batch_statistics(
     channels: Tensor, *, second_moment: bool, inputs: Tensor | None, active_channels: int = 0
 ) -> ChannelStatistics:

@@ -25,7 +25,7 @@ def main() -> None:
         jobs = list(dict.fromkeys(job for directory in directories for job in find_jobs(directory)))
         for job in jobs:
             results = read_job(job).results
-            if (results is not None and results["stages"]) or len(jobs) == 1:
+            if (results is not None and results.stages) or len(jobs) == 1:
                 print(f"report   {write_report(job)}")
         alone = len(directories) == 1
         if not alone or not is_job(directories[0]):

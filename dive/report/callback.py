@@ -28,9 +28,9 @@ class SweepReport(Callback):
         """Record the failure of a job, and write the sweep's pages; outside a multirun do nothing."""
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
-        from dive.artifacts import write_json
         from dive.cli import describe
         from dive.report.sweep import FAILURE
+        from dive.store import write_json
 
         directory = Path(config.hydra.runtime.output_dir)
         failure = directory / FAILURE

@@ -16,8 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dive.plan.table import duration, operations, size
-from dive.report.text import count
+from dive.units import clock, count, duration, operations, size
 
 HTML = Path(__file__).parent / "html"
 LIBRARIES = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "charts.js")
@@ -25,6 +24,7 @@ LIBRARIES = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.umd.min.js", "charts.
 UNITS: Mapping[str, Callable[[float], str]] = {
     "count": count,
     "duration": duration,
+    "clock": clock,
     "size": size,
     "operations": operations,
 }
@@ -57,6 +57,11 @@ def write_page(file: Path, template: str, *, script: str, data: Mapping[str, Any
     temporary.write_text(page, encoding="utf-8", newline="\n")
     os.replace(temporary, file)
     return file
+
+
+def embedded(file: Path) -> str:
+    """A PNG file as the data URL that the page's content security policy lets through."""
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def compact(value: Any) -> Any:

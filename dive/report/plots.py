@@ -1,39 +1,44 @@
-"""Plots of a run, written as PNG.
+"""Figures of a run, written as PNG.
 
-Shapes: n domains, E experts.
+A figure is a function of what a run found, and a line in :data:`FIGURES`: then it is drawn at the end of every run, logged to
+W&B and, where the page has no interactive one in its place, shown in the report. Shapes: n domains, E experts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram
+
+from dive.affinity.grouping import affinity
+from dive.results import Results
 
 MAP = "viridis"
 
-
-def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150, bbox_inches="tight")
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+"""{retraining stage: what it logged, a dictionary a step with ``tokens`` and ``loss``}"""
 
 
-def affinity_heatmap(
-    values: NDArray[np.float64],
-    tree: NDArray[np.float64],
-    domains: Sequence[str],
-    groups: Sequence[Sequence[str]],
-    file: Path,
-) -> None:
-    """Affinity matrix with rows and columns in the order of the dendrogram beside it.
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure of a run."""
 
-    Args:
-        values: A, (n, n).
-        tree: linkage matrix (n - 1, 4).
-        groups: shown by the colour of the labels.
-    """
+    draw: Callable[[Results, Curves], Figure | None]
+    """None where a run has nothing that it could show."""
+    caption: str | None = None
+    """Below it in the report; none where the page draws this itself."""
+
+
+def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
+    """Affinity matrix (n, n) with rows and columns in the order of the dendrogram beside it; groups colour the labels."""
+    mined, groups = results.affinity, results.groups or []
+    if mined is None or mined.tree is None or len(mined.domains) < 2:
+        return None
+    values = np.array(mined.similarity) if mined.perplexity is None else affinity(mined.perplexity)
+    domains, tree = mined.domains, np.array(mined.tree)
     n = len(domains)
     size = max(4.5, 0.32 * n)
     figure = Figure(figsize=(size * 1.6, size), layout="constrained")
@@ -62,11 +67,14 @@ def affinity_heatmap(
     right.set_ylabel("pruned on [group]")
     right.set_title("Domain affinity: best perplexity for a domain / perplexity of this pruned model", fontsize=9)
     figure.colorbar(image, ax=right, label="affinity (1 = as good as the best)")
-    _save(figure, file)
+    return figure
 
 
-def routing_heatmap(share: Mapping[str, Sequence[float]], groups: Sequence[Sequence[str]], file: Path) -> None:
+def routing_heatmap(results: Results, curves: Curves) -> Figure | None:
     """Share of each domain's tokens that each expert gets, averaged over layers; a dot marks the expert's own domains."""
+    share, groups = results.share, results.groups or []
+    if not share:
+        return None
     domains = list(share)
     values = np.array([share[domain] for domain in domains])
     figure = Figure(figsize=(1.8 + 0.55 * values.shape[1], 1.2 + 0.28 * len(domains)))
@@ -81,11 +89,13 @@ def routing_heatmap(share: Mapping[str, Sequence[float]], groups: Sequence[Seque
     axes.set_xlabel("expert")
     axes.set_title("Routing share (mean over layers)", fontsize=9)
     figure.colorbar(image, ax=axes, label="share of the domain's tokens")
-    _save(figure, file)
+    return figure
 
 
-def loss_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> None:
+def loss_curves(results: Results, curves: Curves) -> Figure | None:
     """Training loss over tokens, the stages one after another."""
+    if not curves:
+        return None
     figure = Figure(figsize=(7, 3.6))
     axes = figure.subplots()
     before = 0.0
@@ -98,4 +108,25 @@ def loss_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], file: Path)
     axes.grid(alpha=0.3)
     axes.legend(title="stage")
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, file)
+    return figure
+
+
+FIGURES: Mapping[str, Plot] = {
+    "affinity": Plot(affinity_heatmap),
+    "routing": Plot(routing_heatmap),
+    "loss": Plot(loss_curves),
+}
+"""{name of the file: figure}"""
+
+
+def draw(results: Results, curves: Curves, folder: Path) -> list[Path]:
+    """Write every figure that the run has something for, to ``<folder>/<name>.png``."""
+    written = []
+    with mpl.rc_context({"text.parse_math": False}):  # a domain may have dollars in its name
+        for name, plot in FIGURES.items():
+            figure = plot.draw(results, curves)
+            if figure is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                written.append(folder / f"{name}.png")
+                figure.savefig(written[-1], dpi=150, bbox_inches="tight")
+    return written

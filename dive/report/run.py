@@ -4,11 +4,10 @@ Shapes: n domains, E experts, L layers.
 """
 
 import csv
-import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from scipy.cluster.hierarchy import dendrogram
 
 from dive.affinity.grouping import affinity
 from dive.errors import UserError
-from dive.report.page import write_page
+from dive.report.page import embedded, write_page
+from dive.report.plots import FIGURES
+from dive.results import Results, Spent, SpentStage, read_results, to_json
 
 POINTS = 300
 """Points of a curve that are drawn, at most."""
@@ -29,12 +30,14 @@ def write_report(directory: Path) -> Path:
     """Write ``report.html`` of a run.
 
     Raises:
-        UserError: the directory holds no results.
+        UserError: the directory holds no results, or those of a finished model that was only measured.
     """
     results = read_results(directory)
-    if not results["stages"]:
+    if "moe" not in results.run.config:
+        raise UserError(f"{directory}: a finished model was measured here; a report is written of what dive.train ran")
+    if not results.stages:
         raise UserError(f"{directory}: results.json has no stage yet; run the same command again to go on")
-    curves = read_curves(directory, [stage["name"] for stage in results["stages"]])
+    curves = read_curves(directory, [stage.name for stage in results.stages])
     config_file = directory / "config.yaml"
     return write_page(
         directory / "report.html",
@@ -42,103 +45,83 @@ def write_report(directory: Path) -> Path:
         script="report.js",
         data=figures(results, curves),
         results=results,
-        name=model_name(results["run"]["config"]),
-        config=results["run"]["config"],
+        name=model_name(results),
+        config=results.run.config,
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else None,
-        command=shlex.join(results["run"]["command"]),
+        command=shlex.join(results.run.command),
         stages=stage_rows(results),
+        built=results.stages[-1] not in (results.dense, results.pruned),
         experts=expert_rows(results),
         own_share=own_share(results),
-        highest_entropy=math.log(results["run"]["config"]["moe"]["experts"]),
+        highest_entropy=math.log(results.settings["moe.experts"]),
         recovered=recovered(results),
         domains=domain_rows(results),
         tasks=task_rows(results),
         plan=plan_rows(results),
         contaminated=contaminated_rows(results),
         own_groups=has_own_groups(results),
-        calibration_tokens=sum(n * length for n, length in results["run"]["samples"]["calibration"].values()),
+        calibration_tokens=sum(n * length for n, length in (results.run.samples.calibration or {}).values()),
         seconds=computing_seconds(results),
         has_curves=bool(curves),
+        images=images(directory),
     )
 
 
-def read_results(directory: Path) -> dict[str, Any]:
-    """``results.json`` of a run.
-
-    Raises:
-        UserError: it is missing or unreadable.
-    """
-    file = directory / "results.json"
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; name the directory of a run or of a sweep") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not the results of a run") from error
-    if not isinstance(results, dict) or not {"run", "stages"} <= results.keys():
-        raise UserError(f"{file}: not the results of a run")
-    return results
+def images(directory: Path) -> list[tuple[str, str, str]]:
+    """(name, picture as a data URL, caption) of the figures that the page does not draw itself."""
+    files = {name: directory / "plots" / f"{name}.png" for name in FIGURES}
+    return [
+        (name, embedded(files[name]), plot.caption)
+        for name, plot in FIGURES.items()
+        if plot.caption is not None and files[name].is_file()
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def stage_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stage_rows(results: Results) -> list[dict[str, Any]]:
     """What each stage reached and cost; parameters are null where an older run did not record them."""
-    sizes = results["parameters"]
-    moe = {"active": sizes.get("active"), "total": sizes.get("total")}
-    of_stage = {
-        "dense": {"active": sizes.get("dense"), "total": sizes.get("dense")},
-        "pruned": {"active": sizes.get("pruned"), "total": sizes.get("pruned")},
-    }
+    sizes = [results.size_of(stage) for stage in results.stages]
     return [
         {
-            **{key: stage[key] for key in ("name", "tokens", "seconds", "reused", "trained")},
-            "label": stage_label(stage["name"]),
-            "perplexity": stage["perplexity"]["mean"],
-            "sets": {name: stage["perplexity"].get(name) for name in results["evaluation"]["sets"]},
-            **of_stage.get(stage["name"], moe),
+            **{key: getattr(stage, key) for key in ("name", "label", "tokens", "seconds", "reused", "trained")},
+            "perplexity": stage.mean,
+            "sets": {name: stage.perplexity.get(name) for name in results.evaluation.sets},
+            "active": active,
+            "total": total,
         }
-        for stage in results["stages"]
+        for stage, (active, total) in zip(results.stages, sizes, strict=True)
     ]
 
 
-def computing_seconds(results: Mapping[str, Any]) -> float:
+def computing_seconds(results: Results) -> float:
     """What making every stage took, whenever that was, and mining."""
-    mining = float(results.get("affinity", {}).get("seconds", 0.0))
-    return mining + sum(float(stage["seconds"]) for stage in results["stages"][1:])
+    mining = (results.affinity.seconds if results.affinity is not None else None) or 0.0
+    return mining + sum(stage.seconds for stage in results.stages if stage is not results.dense)
 
 
-def model_name(config: Mapping[str, Any]) -> str:
+def model_name(results: Results) -> str:
     """Of the dense model: its short name, or its directory's."""
-    name, path = str(config["model"]["name"]), str(config["model"]["path"])
+    name, path = str(results.settings["model.name"]), str(results.settings["model.path"])
     return Path(path).name or name if name == "local" else name
 
 
-def stage_label(name: str) -> str:
-    """A stage's name as a reader who has not seen the code understands it."""
-    return {"dense": "dense model", "pruned": "pruned, one expert", "reconstructed": "experts, not retrained"}.get(
-        name, f"after stage {name}"
-    )
-
-
-def recovered(results: Mapping[str, Any]) -> float | None:
+def recovered(results: Results) -> float | None:
     """Share of the loss in nats per token, pruned against dense, that the last model wins back."""
-    mean = {stage["name"]: stage["perplexity"]["mean"] for stage in results["stages"]}
-    last = results["stages"][-1]["name"]
-    if last in ("dense", "pruned") or "pruned" not in mean or mean["pruned"] <= mean["dense"]:
+    dense, pruned, last = results.dense, results.pruned, results.stages[-1]
+    if dense is None or pruned is None or last in (dense, pruned) or pruned.mean <= dense.mean:
         return None
-    lost, left = np.log(mean["pruned"] / mean["dense"]), np.log(mean[last] / mean["dense"])
-    return float((lost - left) / lost)
+    lost, left = math.log(pruned.mean / dense.mean), math.log(last.mean / dense.mean)
+    return (lost - left) / lost
 
 
-def expert_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def expert_rows(results: Results) -> list[dict[str, Any]]:
     """For each expert the domains it was built from, and those whose tokens it gets."""
-    share: Mapping[str, Sequence[float]] = results["routing"].get("share", {})
+    share, groups = results.share, results.groups or []
     if not share:
         return []
     experts = len(next(iter(share.values())))
-    groups = results["groups"]
     rows = []
     for number in range(experts):
         served = sorted(share, key=lambda domain: -share[domain][number])
@@ -155,46 +138,43 @@ def expert_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def has_own_groups(results: Mapping[str, Any]) -> bool:
+def has_own_groups(results: Results) -> bool:
     """Whether each expert began with a group of domains of its own."""
-    share = results["routing"].get("share", {})
-    experts = len(next(iter(share.values()), []))
-    return experts > 1 and len(results["groups"]) == experts
+    experts = len(next(iter(results.share.values()), []))
+    return experts > 1 and len(results.groups or []) == experts
 
 
-def own_share(results: Mapping[str, Any]) -> float | None:
+def own_share(results: Results) -> float | None:
     """Share of a domain's assignments that its own expert gets, mean over domains; none where groups are not experts."""
-    share = results["routing"].get("share", {})
+    share, groups = results.share, results.groups or []
     if not has_own_groups(results):
         return None
-    own = [
-        share[domain][number] for number, group in enumerate(results["groups"]) for domain in group if domain in share
-    ]
+    own = [share[domain][number] for number, group in enumerate(groups) for domain in group if domain in share]
     return float(np.mean(own)) if own else None
 
 
-def domain_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def domain_rows(results: Results) -> list[dict[str, Any]]:
     """Perplexity of every domain at every stage, at the length of the headline."""
     length = headline_length(results)
-    expert = {domain: number for number, group in enumerate(results["groups"]) for domain in group}
+    expert = {domain: number for number, group in enumerate(results.groups or []) for domain in group}
     return [
         {
             "domain": domain,
             "expert": expert.get(domain),
-            "perplexity": [stage["perplexity"].get(f"{domain}@{length}") for stage in results["stages"]],
+            "perplexity": [stage.perplexity.get(f"{domain}@{length}") for stage in results.stages],
         }
-        for domain in results["evaluation"]["domains"]
+        for domain in results.evaluation.domains
     ]
 
 
-def headline_length(results: Mapping[str, Any]) -> int:
+def headline_length(results: Results) -> int:
     """Tokens of the windows that the headline mean is taken at."""
-    return int(results["run"]["config"]["eval"]["lengths"][0])
+    return int(results.settings["eval.lengths"][0])
 
 
-def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def task_rows(results: Results) -> list[dict[str, Any]]:
     """Scores of evaluation tasks, where they were measured: a row a task and metric, (value, standard error) a stage."""
-    scores = [stage.get("tasks", {}) for stage in results["stages"]]
+    scores = [stage.tasks or {} for stage in results.stages]
     names = {
         (task, metric): None
         for found in scores
@@ -211,79 +191,68 @@ def task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def contaminated_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def contaminated_rows(results: Results) -> list[dict[str, Any]]:
     """Texts that were measured and stand in part in the training text, the largest share of documents first."""
-    found = results.get("contamination", {})
+    found = results.contamination
     rows = [
-        {"kind": kind.removesuffix("s"), "name": name, **overlap}
-        for kind in ("domains", "sets", "tasks")
-        for name, overlap in found.get(kind, {}).items()
-        if overlap["found"]
+        {"kind": kind, "name": name, **to_json(overlap)}
+        for kind, texts in (("domain", found.domains), ("set", found.sets), ("task", found.tasks))
+        for name, overlap in (texts or {}).items()
+        if overlap.found
     ]
     return sorted(rows, key=lambda row: -row["share"])
 
 
-def plan_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def plan_rows(results: Results) -> list[dict[str, Any]]:
     """What was planned of each stage and of the whole run beside what it took: (planned, actual) seconds and bytes."""
-    if "plan" not in results:
+    if results.plan is None:
         return []
-    planned, actual = results["plan"]["planned"], results["plan"]["actual"]
-    disk = planned["disk_bytes"]
-    whole = {**planned, "name": "whole run", "disk_bytes": disk["store"] + disk["export"]}
-    took = {stage["name"]: stage for stage in actual["stages"]} | {"whole run": actual}
+    planned, actual = results.plan.planned, results.plan.actual
+    took = {stage.name: stage for stage in actual.stages}
     figures = ("seconds", "host_bytes", "device_bytes", "disk_bytes")
-    return [
-        {
-            "name": stage["name"],
-            "flops": stage.get("flops"),
-            "reused": took.get(stage["name"], {}).get("reused", False),
-            **{figure: (stage[figure], took.get(stage["name"], {}).get(figure)) for figure in figures},
+
+    def row(name: str, flops: float | None, plan: Any, spent: SpentStage | Spent | None) -> dict[str, Any]:
+        return {
+            "name": name,
+            "flops": flops,
+            "reused": isinstance(spent, SpentStage) and spent.reused,
+            **{figure: (getattr(plan, figure), getattr(spent, figure, None)) for figure in figures},
         }
-        for stage in [*planned["stages"], whole]
-    ]
 
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    whole = row("whole run", None, planned, actual)
+    whole["disk_bytes"] = (planned.disk_bytes.store + planned.disk_bytes.export, actual.disk_bytes)
+    return [*(row(stage.name, stage.flops, stage, took.get(stage.name)) for stage in planned.stages), whole]
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def figures(results: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def figures(results: Results, curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the page draws."""
     return {
-        "groups": results["groups"],
-        "stages": [{"name": s["name"], "label": s["label"]} for s in stage_rows(results)],
+        "groups": results.groups or [],
+        "stages": [{"name": stage.name, "label": stage.label} for stage in results.stages],
         "domains": domain_rows(results),
         "affinity": affinity_figure(results),
-        "overlap": results.get("overlap"),
-        "routing": results["routing"].get("share_by_layer"),
+        "overlap": results.overlap,
+        "routing": None if results.routing is None else results.routing.share_by_layer,
         "curves": curves,
     }
 
 
-def affinity_figure(results: Mapping[str, Any]) -> dict[str, Any] | None:
+def affinity_figure(results: Results) -> dict[str, Any] | None:
     """Affinities (n, n), the cross-domain perplexities they come from if they do, and the tree; none if nothing was mined."""
-    mined = results.get("affinity")
+    mined = results.affinity
     if mined is None:
         return None
-    domains = mined["domains"]
-    figure = {"domains": domains, "perplexity": mined.get("perplexity"), "tree": None}
-    by_perplexity = figure["perplexity"] is not None
-    figure["affinity"] = affinity(figure["perplexity"]).tolist() if by_perplexity else mined["similarity"]
-    group = {domain: number for number, members in enumerate(results["groups"]) for domain in members}
-    if "tree" not in mined:
+    domains = mined.domains
+    figure: dict[str, Any] = {"domains": domains, "perplexity": mined.perplexity, "tree": None}
+    figure["affinity"] = mined.similarity if mined.perplexity is None else affinity(mined.perplexity).tolist()
+    group = {domain: number for number, members in enumerate(results.groups or []) for domain in members}
+    if mined.tree is None:
         figure["order"] = sorted(range(len(domains)), key=lambda i: group.get(domains[i], len(domains)))
         return figure
-    tree = np.array(mined["tree"])
+    tree = np.array(mined.tree)
     below: list[set[int | None]] = [{group.get(domain)} for domain in domains]
     for left, right, *_ in tree:
         below.append(below[int(left)] | below[int(right)])

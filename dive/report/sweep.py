@@ -17,10 +17,13 @@ import yaml
 
 from dive.errors import UserError
 from dive.report.page import write_page
-from dive.report.run import computing_seconds, flatten, read_results
+from dive.report.run import computing_seconds
+from dive.results import FILE, LABELS, ParameterCounts, Results, flatten, read_results
 
 FAILURE = "failure.json"
 """What :class:`dive.report.callback.SweepReport` leaves in the directory of a job that failed."""
+PREFIXES = ("setting:", "stage:")
+"""Of the columns that settings and stages are, whatever their names; the table leaves them out."""
 CSV_NAMES = {"ratio": "pruning.ratio", "experts": "moe.experts", "top_k": "moe.top_k"}
 """What a column is called in the table, where that is the name of a setting."""
 FEW = 4
@@ -30,7 +33,7 @@ NOT_OF_THE_METHOD = ("store", "logger.", "trainer.devices", "trainer.num_nodes",
 
 
 @dataclass(slots=True)
-class Job:
+class SweptRun:
     """One run, finished or not."""
 
     directory: Path
@@ -40,12 +43,12 @@ class Job:
     """One line, of a failed job."""
     config: dict[str, Any]
     """The composed configuration, flat: {"moe.experts": 8}."""
-    results: dict[str, Any] | None
+    results: Results | None
 
 
 def is_job(directory: Path) -> bool:
     """Whether a run or Hydra has written to this directory."""
-    return any((directory / name).exists() for name in ("results.json", FAILURE, ".hydra/overrides.yaml"))
+    return any((directory / name).exists() for name in (FILE, FAILURE, ".hydra/overrides.yaml"))
 
 
 def find_jobs(directory: Path) -> list[Path]:
@@ -64,47 +67,55 @@ def find_jobs(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name) if path.name.isdigit() else 1 << 30, path.name))
 
 
-def read_job(directory: Path) -> Job:
+def read_job(directory: Path) -> SweptRun:
     """What a job's directory tells.
 
     Raises:
         UserError: its results are unreadable.
     """
-    results = read_results(directory) if (directory / "results.json").is_file() else None
+    results = read_results(directory) if (directory / FILE).is_file() else None
     reason = None
     if (directory / FAILURE).is_file():
         reason = str(json.loads((directory / FAILURE).read_text(encoding="utf-8"))["reason"])
-    status = "failed" if reason is not None else "finished" if results and "export" in results else "not finished"
+    status = "failed" if reason is not None else "finished" if results and results.export else "not finished"
     composed = directory / ".hydra/config.yaml"
     if results is not None:
-        config = results["run"]["config"]
+        config = results.run.config
     else:
         config = yaml.safe_load(composed.read_text(encoding="utf-8")) if composed.is_file() else {}
-    return Job(directory, status, reason, flatten(config or {}), results)
+    return SweptRun(directory, status, reason, flatten(config or {}), results)
 
 
-def differing(jobs: Sequence[Job]) -> list[str]:
+def differing(jobs: Sequence[SweptRun]) -> list[str]:
     """Settings of the method that not all jobs share, in the order of the configuration."""
     known = [job for job in jobs if job.config]
     keys = dict.fromkeys(key for job in known for key in job.config if not key.startswith(NOT_OF_THE_METHOD))
     return [key for key in keys if len({json.dumps(job.config.get(key)) for job in known}) > 1]
 
 
-def rows_of(jobs: Sequence[Job], root: Path) -> list[dict[str, Any]]:
+def rows_of(jobs: Sequence[SweptRun], root: Path) -> list[dict[str, Any]]:
     """A row a job: where it is, what it was, what it reached and cost. ``None`` for what there is not."""
     keys = differing(jobs)
     texts = {text: None for job in jobs if (text := measured_on(job)) is not None}
     letters = {text: chr(ord("A") + number % 26) for number, text in enumerate(texts)}
-    return [_row(job, root, keys, letters) for job in jobs]
+    stages = untrained(jobs)
+    return [_row(job, root, keys, stages, letters) for job in jobs]
 
 
-def _row(job: Job, root: Path, keys: Sequence[str], letters: Mapping[str, str]) -> dict[str, Any]:
-    results = job.results or {}
-    stages = results.get("stages", [])
-    reached = {stage["name"]: stage["perplexity"]["mean"] for stage in stages}
-    sizes = results.get("parameters", {})
-    finished = job.status == "finished"
-    text = measured_on(job)
+def untrained(jobs: Sequence[SweptRun]) -> list[str]:
+    """Names of the stages that nothing retrained, in the order of the runs: what a last stage is compared with."""
+    stages = [stage for job in jobs if job.results is not None for stage in job.results.stages]
+    return list(dict.fromkeys(stage.name for stage in stages if not stage.tokens))
+
+
+def _row(
+    job: SweptRun, root: Path, keys: Sequence[str], stages: Sequence[str], letters: Mapping[str, str]
+) -> dict[str, Any]:
+    results, text = job.results, measured_on(job)
+    finished = results if job.status == "finished" else None
+    reached = {stage.name: stage.mean for stage in results.stages} if results is not None else {}
+    dense = results.dense if results is not None else None
+    counts = results.parameters if results is not None else ParameterCounts()
     return {
         "run": os.path.relpath(job.directory, root),
         "status": job.status,
@@ -113,30 +124,30 @@ def _row(job: Job, root: Path, keys: Sequence[str], letters: Mapping[str, str]) 
         "ratio": job.config.get("pruning.ratio"),
         "experts": job.config.get("moe.experts"),
         "top_k": job.config.get("moe.top_k"),
-        "perplexity": stages[-1]["perplexity"]["mean"] if finished else None,
-        "dense": reached.get("dense"),
-        "pruned": reached.get("pruned"),
-        "reconstructed": reached.get("reconstructed"),
-        "active": sizes.get("active"),
-        "total": sizes.get("total"),
-        "dense_parameters": sizes.get("dense"),
-        "tokens": sum(stage["tokens"] for stage in stages) if finished else None,
-        "seconds": computing_seconds(results) if finished else None,
+        "perplexity": finished.stages[-1].mean if finished and finished.stages else None,
+        **{f"stage:{name}": reached.get(name) for name in stages},
+        "active": counts.active,
+        "total": counts.total,
+        "dense_perplexity": None if dense is None else dense.mean,
+        "dense_parameters": counts.dense,
+        "tokens": finished.tokens if finished else None,
+        "seconds": computing_seconds(finished) if finished else None,
         "texts": letters[text] if text is not None else None,
     }
 
 
-def measured_on(job: Job) -> str | None:
+def measured_on(job: SweptRun) -> str | None:
     """What the headline perplexity was measured on: perplexities of different texts do not compare."""
-    if job.results is None or not job.results["stages"]:
+    if job.results is None or not job.results.stages:
         return None
-    run = job.results["run"]
-    length = run["config"]["eval"]["lengths"][0]
-    prints = run["fingerprints"]["domains"]
-    windows = {name: shape for name, shape in run["samples"]["evaluation"].items() if name.endswith(f"@{length}")}
-    tests = {domain: prints[domain]["test"] for domain in job.results["evaluation"]["domains"] if domain in prints}
+    prints, length = job.results.run.fingerprints, job.config["eval.lengths"][0]
+    samples = job.results.run.samples.evaluation
+    windows = {name: shape for name, shape in samples.items() if name.endswith(f"@{length}")}
+    tests = {
+        domain: prints.domains[domain].test for domain in job.results.evaluation.domains if domain in prints.domains
+    }
     # Perplexity per token compares only where the tokens are the same: the model stands for its tokenizer.
-    return json.dumps([run["fingerprints"]["model"], tests, windows], sort_keys=True)
+    return json.dumps([prints.model, tests, windows], sort_keys=True)
 
 
 def comparable(rows: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -164,6 +175,7 @@ def write_sweep(directories: Sequence[Path], output: Path) -> Path:
     jobs = [read_job(directory) for directory in directories]
     rows = rows_of(jobs, output)
     settings = [key.removeprefix("setting:") for key in rows[0] if key.startswith("setting:")]
+    stages = [key.removeprefix("stage:") for key in rows[0] if key.startswith("stage:")]
     write_csv(rows, output / "sweep.csv")
     same = comparable(rows)
     front = pareto(rows, same)
@@ -174,7 +186,7 @@ def write_sweep(directories: Sequence[Path], output: Path) -> Path:
         "sweep.html",
         script="sweep.js",
         data={
-            "rows": [{key: row[key] for key in row if not key.startswith("setting:")} for row in rows],
+            "rows": [{key: row[key] for key in row if not key.startswith(PREFIXES)} for row in rows],
             "names": [describe(row, settings) for row in rows],
             "front": front,
             "best": best,
@@ -182,6 +194,7 @@ def write_sweep(directories: Sequence[Path], output: Path) -> Path:
         },
         rows=rows,
         settings=settings,
+        stages=[(f"stage:{name}", LABELS.get(name, name)) for name in reversed(stages)],
         few=len(settings) <= FEW,
         best=best,
         best_name=None if best is None else describe(rows[best], settings),
@@ -208,7 +221,8 @@ def setting(value: Any) -> str:
 
 def write_csv(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """One line a job; empty cells for what there is not."""
-    names = {key: CSV_NAMES.get(key, key.removeprefix("setting:")) for key in rows[0]}
+    names = {key: CSV_NAMES.get(key, key.removeprefix("setting:").removeprefix("stage:")) for key in rows[0]}
+    del names["dense_perplexity"]  # stands in the column of its stage
     names = {key: name for key, name in names.items() if key not in CSV_NAMES or f"setting:{name}" not in rows[0]}
     temporary = file.with_name(f".{file.name}-{os.getpid()}")
     with temporary.open("w", newline="", encoding="utf-8") as stream:

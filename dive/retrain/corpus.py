@@ -6,23 +6,42 @@ resumed run goes on exactly where it stopped.
 
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from dive.calibration_domains.local import SUFFIXES, read_documents
+from dive.calibration_domains.local import SUFFIXES, read_documents, text_files
 from dive.calibration_domains.sampling import Tokenize, token_blocks
 from dive.calibration_domains.texts import fingerprint
 from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, require
+from dive.store import identity
+
+log = logging.getLogger(__name__)
+
+log = logging.getLogger(__name__)
 
 Blocks = Callable[[], Iterator[Tensor]]
 """Starts the sequence of blocks (length,) int64 anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A retraining corpus."""
+
+    identity: str
+    """Of its text, order and tokens."""
+    blocks: Blocks
+
+
+@identity.register
+def _(value: Corpus) -> str:
+    return value.identity
 
 
 def domain_blocks(
@@ -78,15 +97,15 @@ class BlockRange(IterableDataset[dict[str, Tensor]]):
                 yield {"input_ids": block, "index": torch.tensor(index)}
 
 
-def corpus_blocks(
+def open_corpus(
     config: RetrainConfig,
     domains: Mapping[str, Sequence[str]],
     local: Sequence[str],
     tokenize: Tokenize,
     *,
     seed: int,
-) -> tuple[Blocks, str]:
-    """The configured corpus, and a string that identifies its text, order and tokens.
+) -> Corpus:
+    """The configured corpus.
 
     Args:
         domains: {domain: train documents}.
@@ -94,7 +113,9 @@ def corpus_blocks(
     """
     corpus = config.corpus
     length = config.length
-    if corpus.source is CorpusSource.hub:
+    if corpus.hub.path and corpus.chosen is not CorpusSource.hub:  # a preset's, with the source set to another
+        log.warning("retrain.corpus.hub.path=%s has no say: another retrain.corpus.chosen is set", corpus.hub.path)
+    if corpus.chosen is CorpusSource.hub:
         hub = partial(
             hub_blocks,
             corpus.hub,
@@ -104,16 +125,13 @@ def corpus_blocks(
             buffer=corpus.shuffle_buffer,
             where="retrain.corpus.hub",
         )
-        return hub, f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}"
-    if corpus.source is CorpusSource.local:
-        return partial(
-            token_blocks, local, tokenize, length=length, seed=seed
-        ), f"local:{fingerprint(local)}:{length}:{seed}"
+        return Corpus(f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}", hub)
+    if corpus.chosen is CorpusSource.local:
+        own = partial(token_blocks, local, tokenize, length=length, seed=seed)
+        return Corpus(f"local:{fingerprint(local)}:{length}:{seed}", own)
     prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
-    return (
-        partial(domain_blocks, domains, tokenize, length=length, seed=seed),
-        f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}",
-    )
+    evenly = partial(domain_blocks, domains, tokenize, length=length, seed=seed)
+    return Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", evenly)
 
 
 def local_documents(config: CorpusConfig) -> list[str]:
@@ -122,11 +140,10 @@ def local_documents(config: CorpusConfig) -> list[str]:
     Raises:
         UserError: nothing there, or a file cannot be read.
     """
-    if config.source is not CorpusSource.local:
+    if config.chosen is not CorpusSource.local:
         return []
     assert config.path is not None
     where = "retrain.corpus.path"
-    root = Path(config.path).expanduser()
-    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES)
+    files = text_files(config.path, where=where)
     require(bool(files), f"{where}={config.path}: no {', '.join(SUFFIXES)} file there")
     return [document for file in files for document in read_documents(file, field=config.text_field, where=where)]

@@ -1,11 +1,12 @@
 """The freezing policy: which parameters a stage trains."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+from rich.table import Table
 
 from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig, require
-from dive.model.families import decoder_layers, part_of
+from dive.model.families import attention_projections, decoder_layers, part_of
 from dive.moe.plug import plug_expert_lora, plug_linear_lora
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def apply_policy(
     """
     plug_adapters(model, policy, lora)
     for name, parameter in model.named_parameters():
-        choice: Freezing = getattr(policy, part_of(name))
+        choice: Freezing = getattr(policy, part_of(model, name))
         if name.endswith("down_bias"):
             parameter.requires_grad_(False)  # FLAP's bias is not trained, as in the paper
         else:
@@ -51,11 +52,9 @@ def plug_adapters(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRACo
     if policy.experts is Freezing.lora:
         plug_expert_lora(model, lora)
     if policy.attention is Freezing.lora:
-        for layer in decoder_layers(model):
-            attention: Any = layer.self_attn
-            for module in list(attention.modules()):
-                if isinstance(module, nn.Linear):
-                    plug_linear_lora(module, lora)
+        for layer in range(len(decoder_layers(model))):
+            for module in attention_projections(model, layer):
+                plug_linear_lora(module, lora)
     if policy.embeddings is Freezing.lora:
         plug_linear_lora(model.get_input_embeddings(), lora)
     if policy.head is Freezing.lora:
@@ -68,11 +67,30 @@ def is_adapter(name: str) -> bool:
     return parts[-1] in ("a", "b") and parts[-2].startswith("lora")
 
 
-def trained_table(model: "PreTrainedModel") -> list[tuple[str, int, int]]:
-    """(part, parameters, of which trained) for every part of the policy."""
+def trained_table(model: "PreTrainedModel", *, idle_routers: bool = False) -> list[tuple[str, int, int]]:
+    """(part, parameters, of which trained) for every part of the policy.
+
+    Args:
+        idle_routers: no gradient reaches the routers, so that they do not count as trained.
+    """
     totals = dict.fromkeys(PARTS, 0)
     trained = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        totals[part_of(name)] += parameter.numel()
-        trained[part_of(name)] += parameter.numel() if parameter.requires_grad else 0
+        part = part_of(model, name)
+        totals[part] += parameter.numel()
+        trained[part] += parameter.numel() if parameter.requires_grad else 0
+    if idle_routers:
+        trained["router"] = 0
     return [(part, totals[part], trained[part]) for part in PARTS]
+
+
+def trained_parameters_table(stage: str, rows: Sequence[tuple[str, int, int]]) -> Table:
+    """What a stage trains, part by part."""
+    table = Table(title=f"Stage {stage}: trained parameters")
+    for name in ("part", "parameters", "trained", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    total, trained = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    for part, all_of_it, of_which in (*rows, ("all", total, trained)):
+        share = of_which / all_of_it if all_of_it else 0.0
+        table.add_row(part, f"{all_of_it:,}", f"{of_which:,}", f"{share:.2%}")
+    return table

@@ -3,8 +3,6 @@
 Shapes: B sequences, T tokens each, E experts, L layers.
 """
 
-import logging
-import math
 import time
 from functools import partial
 from typing import Any
@@ -17,41 +15,16 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from dive.config import RetrainConfig, StageConfig
 from dive.errors import UserError
 from dive.model.families import decoder_layers
 from dive.moe.plug import routers
-from dive.progress import PLAIN_INTERVAL
 from dive.retrain.corpus import BlockRange, Blocks
+from dive.retrain.curve import Curve
 from dive.retrain.schedule import learning_rate_share
 from dive.retrain.teacher import hidden_distance, logit_distance
-
-log = logging.getLogger(__name__)
-
-
-class TokenPerplexity(Metric):
-    """exp of the mean negative log-likelihood a token, from sums of it: exact over batches and processes."""
-
-    full_state_update = False
-    nll: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nll", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, mean_nll: Tensor, tokens: int) -> None:
-        """Add ``tokens`` tokens with a mean negative log-likelihood of ``mean_nll`` nats."""
-        self.nll += mean_nll.double() * tokens
-        self.tokens += tokens
-
-    def compute(self) -> Tensor:
-        """Perplexity."""
-        return (self.nll / self.tokens).exp()
+from dive.retrain.training import Training
 
 
 class MoERetraining(lightning.LightningModule):
@@ -60,51 +33,48 @@ class MoERetraining(lightning.LightningModule):
     def __init__(
         self,
         model: PreTrainedModel,
-        stage: StageConfig,
-        retrain: RetrainConfig,
+        training: Training,
         blocks: Blocks,
         *,
-        name: str,
         key: str,
         first_block: int,
         accumulation: int,
-        seed: int,
+        log_every: int,
         shard: bool,
         teacher: PreTrainedModel | None = None,
     ) -> None:
         """
         Args:
             model: reconstructed, its routers plugged, its freezing policy applied.
+            training: what decides the stage's numbers.
             blocks: the corpus.
-            name: of the stage.
             key: identifies the stage's inputs; a checkpoint of another key is refused.
             first_block: where in the corpus the stage begins.
             accumulation: forward passes per optimiser step on each device.
-            seed: of dropout and router noise.
+            log_every: optimiser steps between logged values.
             shard: apply FSDP2 to the layers when the strategy is set up.
             teacher: the dense model, where the stage learns from it.
         """
         super().__init__()
         self.model = model
-        self.stage = stage
-        self.retrain = retrain
+        self.recipe = training
+        self.stage = training.stage
+        self.name = training.name
         self.blocks = blocks
-        self.name = name
         self.key = key
         self.first_block = first_block
         self.accumulation = accumulation
-        self.seed = seed
+        self.log_every = log_every
         self.shard = shard
         self.teacher = [teacher] if teacher is not None else []  # in a list: no submodule, not saved, not sharded
-        self.steps = optimiser_steps(stage, retrain.length)
+        self.steps = training.steps
         self.trained_names = {f"model.{n}" for n, p in model.named_parameters() if p.requires_grad}
-        self.perplexity = TokenPerplexity()
-        self.curve: list[dict[str, float]] = []
+        self.curve = Curve()
+        self._text: list[Tensor] = []  # the passes' losses of the step under way
+        self._learning_rate = 0.0
         self.strict_loading = False  # a checkpoint holds the trained parameters, not the frozen base
         self._before = 0.0  # seconds of training before an interruption
         self._started = self._since = time.monotonic()
-        self._since_step = 0
-        self._said = self._since
 
     def configure_model(self) -> None:
         """Shard every decoder layer, then the rest (FSDP2)."""
@@ -161,17 +131,19 @@ class MoERetraining(lightning.LightningModule):
         self._started = time.monotonic()
 
     def on_train_start(self) -> None:
-        self._since, self._since_step = time.monotonic(), self.trainer.global_step  # restored by now, if resumed
-        for values in self.curve:  # of before an interruption: the loggers of this process have not seen them
+        self._since = time.monotonic()
+        for values in self.points():  # of before an interruption: the loggers of this process have not seen them
             for logger in self.loggers:
                 log_values(logger, self.name, values)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids = batch["input_ids"]
         # Dropout and noise depend on the position in the data alone, so a resumed run repeats them.
-        torch.manual_seed((self.seed * 1_000_003 + int(batch["index"][0])) % 2**63)
-        for router in routers(self.model):
+        torch.manual_seed((self.recipe.seed * 1_000_003 + int(batch["index"][0])) % 2**63)
+        plugged = routers(self.model)
+        for router in plugged:
             router.exponent = 1.0 - self.trainer.global_step / self.steps
+            router.recording = True
         wants_hidden = self.stage.teacher.hidden > 0
         output = self.model(input_ids=ids, use_cache=False, output_hidden_states=wants_hidden)
         logits = output.logits[:, :-1].flatten(0, 1).float()
@@ -179,17 +151,18 @@ class MoERetraining(lightning.LightningModule):
         loss = text
         for teacher in self.teacher:
             loss = self._learn_from(teacher, ids, loss, logits, output.hidden_states)
-        for router in routers(self.model):
-            if router.penalty is not None:
-                loss = loss + router.penalty
-                router.penalty = None
+        for router in plugged:
+            router.recording = False
+            penalty = router.take_penalty()
+            if penalty is not None:
+                loss = loss + penalty
         finite = bool(torch.isfinite(loss))
         if not self.trainer.strategy.reduce_boolean_decision(finite):  # all stop, or the others would wait in vain
             raise UserError(
                 f"retrain.stages.{self.name}: the loss is {float(loss.detach())} at step {self.trainer.global_step}; lower "
                 f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"
             )
-        self.perplexity.update(text.detach(), ids[:, 1:].numel())
+        self._text.append(text.detach().double())
         return loss
 
     def _learn_from(
@@ -211,45 +184,51 @@ class MoERetraining(lightning.LightningModule):
             loss = loss + settings.hidden * hidden_distance(hidden[1:], wanted.hidden_states[1:])
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])  # after the step it is the next one's
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._record_if_due()
 
     def _record_if_due(self) -> None:
         step = self.trainer.global_step
-        if step == self._since_step or (step % self.retrain.log_every and step != self.steps):
-            return
-        self._record(step)
+        if step == len(self.curve):
+            return  # between the passes of one step, or recorded already
+        self._record()
+        if step % self.log_every == 0 or step == self.steps:
+            self._log(step)
 
-    def _record(self, step: int) -> None:
+    def _record(self) -> None:
+        """Add the step that was just taken to the curve; collective."""
+        observed = [router.take_observations() for router in routers(self.model)]
+        load, entropy = (torch.stack(column).double() for column in zip(*observed, strict=True))
+        loss = torch.stack(self._text).mean()
+        packed = self.trainer.strategy.reduce(torch.cat([loss[None], entropy, load.flatten()]), reduce_op="mean")
+        values = packed.cpu()
         now = time.monotonic()
-        perplexity = float(self.perplexity.compute())
-        self.perplexity.reset()
-        rate = (step - self._since_step) * self.stage.batch * self.retrain.length / (now - self._since)
-        values = {
-            "step": float(step),
-            "tokens": float(step * self.stage.batch * self.retrain.length),
-            "loss": math.log(perplexity),
-            "perplexity": perplexity,
-            "learning_rate": float(self.optimizers().param_groups[0]["lr"]),  # type: ignore[union-attr]
-            "tokens_per_second": rate,
-        }
-        for number, router in enumerate(routers(self.model)):
-            load, entropy = router.take_observations()
-            load = self.trainer.strategy.reduce(load, reduce_op="mean")
-            entropy = self.trainer.strategy.reduce(entropy, reduce_op="mean")
-            values[f"router_entropy/layer_{number:02d}"] = float(entropy)
-            values |= {f"expert_load/layer_{number:02d}/expert_{e}": float(share) for e, share in enumerate(load)}
-        self.curve.append(values)
+        self.curve.loss.append(float(values[0]))
+        self.curve.learning_rate.append(self._learning_rate)
+        self.curve.seconds.append(now - self._since)
+        self.curve.entropy.append(values[1 : 1 + len(load)].float())
+        self.curve.load.append(values[1 + len(load) :].reshape(load.shape).float())
+        self._text.clear()
+        self._since = now
+
+    def _log(self, step: int) -> None:
+        tokens = self.recipe.step_tokens
+        values = self.curve.point(self.log_every, tokens=tokens)
         for logger in self.loggers:
             log_values(logger, self.name, values)
-        self._since, self._since_step = now, step
-        if self.trainer.is_global_zero and (now - self._said > PLAIN_INTERVAL or step == self.steps):
-            left = (self.steps - step) * self.stage.batch * self.retrain.length / rate
-            log.info(
-                "%s: step %d/%d, loss %.3f, perplexity %.2f, %.0f tokens/s, %.0f s left",
-                *(self.name, step, self.steps, values["loss"], perplexity, rate, left),
-            )
-            self._said = now
+
+    def recent_loss(self) -> float | None:
+        """Mean over the latest ``retrain.log_every`` steps, nats a token; none before the first."""
+        latest = self.curve.loss[-self.log_every :]
+        return sum(latest) / len(latest) if latest else None
+
+    def points(self) -> list[dict[str, float]]:
+        """The curve so far, as it is logged."""
+        tokens = self.recipe.step_tokens
+        return self.curve.points(self.log_every, tokens=tokens, steps=self.steps)
 
     def configure_gradient_clipping(
         self,
@@ -267,10 +246,11 @@ class MoERetraining(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._record_if_due()  # callbacks save before on_train_batch_end is called here
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in self.trained_names}
-        checkpoint["dive"] = {"stage": self.name, "key": self.key, "curve": self.curve, "seconds": self.seconds}
+        curve = self.curve.tensors()
+        checkpoint["dive"] = {"stage": self.name, "key": self.key, "curve": curve, "seconds": self.seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curve = list(checkpoint["dive"]["curve"])
+        self.curve = Curve.of(checkpoint["dive"]["curve"])
         self._before = float(checkpoint["dive"]["seconds"])
 
     @property
@@ -284,8 +264,3 @@ def log_values(logger: Logger, stage: str, values: dict[str, float]) -> None:
     if isinstance(logger, WandbLogger) and values["step"] <= logger.experiment.summary.get(f"{stage}/step", -1):
         return
     logger.log_metrics({f"{stage}/{name}": value for name, value in values.items()}, step=int(values["step"]))
-
-
-def optimiser_steps(stage: StageConfig, length: int) -> int:
-    """Optimiser steps of a stage: its tokens, rounded up to whole steps."""
-    return math.ceil(stage.tokens / (stage.batch * length))

@@ -1,13 +1,9 @@
 """One stage of retraining, from the model before it to an artifact that holds what was trained."""
 
-import json
 import logging
-import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import lightning
 import torch
@@ -15,274 +11,212 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dive import preemption
-from dive.artifacts import Artifact, Store, write_json
-from dive.config import Config, Storage, Strategy
+from dive.config import Config, Freezing, Storage, Strategy
 from dive.errors import UserError
 from dive.logger.build import build_stage_loggers
-from dive.model.families import decoder_layers
+from dive.model.families import decoder_layers, part_of
+from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers
-from dive.report.text import show, trained_parameters_table
-from dive.retrain.corpus import Blocks
-from dive.retrain.freezing import apply_policy, plug_adapters, trained_table
-from dive.retrain.module import MoERetraining, log_values, optimiser_steps
+from dive.progress import show
+from dive.retrain.corpus import Corpus
+from dive.retrain.freezing import apply_policy, trained_parameters_table, trained_table
+from dive.retrain.module import MoERetraining, log_values
+from dive.retrain.retrained import CURVE, STAGE, WEIGHTS, Retrained
 from dive.retrain.teacher import share_frozen
+from dive.retrain.training import Execution, Training, idle_routers
+from dive.store import Artifact, HasStages, Place, step, write_json
 from dive.trainer.build import build_trainer
 from dive.trainer.processes import connect, connected, from_first
+from dive.trainer.progress import StageProgress
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
-    from transformers import PreTrainedModel
+    from lightning.pytorch.loggers import Logger, WandbLogger
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class RetrainedStage:
-    """A finished stage."""
+class HasLoggers(HasStages, Protocol):
+    """What retraining needs of a run."""
 
-    name: str
-    artifact: Artifact
-    """``trained.safetensors``: every parameter trained up to and with this stage; ``curve.json``."""
-    tokens: int
-    seconds: float
-    """Training time, interrupted runs included."""
-    trained: int
-    """Parameters this stage trained."""
-    sizes: dict[str, int]
-    """{parameter trained by this stage: its size}"""
-    curve: list[dict[str, float]]
-    """Logged values of the stage."""
+    main: bool
+    """Whether this process writes; the others train with it."""
+    directory: Path
+    wandb: "WandbLogger | None"
 
 
-def retrain_stage(
-    store: Store,
-    name: str,
-    config: Config,
-    reconstructed: Callable[[], "PreTrainedModel"],
-    dense: Callable[[], "PreTrainedModel"],
-    before: Sequence[RetrainedStage],
-    blocks: Blocks,
-    *,
-    depends: Mapping[str, Any],
-    directory: Path,
-    wandb: "WandbLogger | None",
-    main_process: bool,
-) -> RetrainedStage:
+def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retrained, corpus: Corpus) -> Retrained:
     """Train one stage, or find it in the store.
 
     With several processes all of them train, and the first one writes. An interrupted stage goes on from its last
     checkpoint, as ``retrain.resume`` says.
 
     Args:
-        reconstructed: makes the model as it was before any retraining.
-        dense: gives the dense model, where the stage learns from it.
-        before: the stages before this one, in order.
-        blocks: the corpus; a stage begins where the one before it ended.
-        depends: what identifies the reconstructed model and the corpus.
+        corpus: the stage begins in it where the one before it ended.
 
     Raises:
         UserError: the checkpoint to resume from is missing or of another stage, or the loss is not finite.
         Preempted: SIGTERM or SIGUSR1 came; while the stage trains, a checkpoint is saved first.
     """
-    retrain, stage = config.retrain, config.retrain.stages[name]
-    steps = optimiser_steps(stage, retrain.length)
-    inputs = {
-        **depends,
-        "before": before[-1].artifact.key if before else None,
-        "name": name,
-        "stage": stage,
-        "lora": retrain.lora,
-        "length": retrain.length,
-        "noise": config.moe.noise,
-        "precision": config.trainer.precision,
-        "gradient_clip": config.trainer.gradient_clip,
-        "log_every": retrain.log_every,
-        "seed": config.seed,
-    }
-    if config.moe.storage is not Storage.materialised:
-        inputs["storage"] = config.moe.storage  # the same to rounding
-    if retrain.lora.dropout or config.moe.noise:
-        # What is drawn at random depends on how a step is cut into passes.
-        world = config.trainer.devices * config.trainer.num_nodes
-        inputs["passes"] = (stage.accumulation or config.trainer.accumulation) * world
-
-    def train() -> tuple[MoERetraining, dict[str, Tensor]]:
-        master_weights = config.trainer.precision.endswith("-mixed")
-        model = retrained_model(reconstructed, config, before, master_weights=master_weights)
-        lightning.seed_everything(config.seed, verbose=False)
-        apply_policy(model, stage.train, retrain.lora, master_weights=master_weights)
-        if main_process:
-            show(trained_parameters_table(name, trained_table(model)))
-        teacher = dense() if stage.teacher.wanted else None
-        shared = config.moe.storage is Storage.shared  # the dense model is in memory, taught by or not
-        if shared or (teacher is not None and config.trainer.strategy in (Strategy.single, Strategy.ddp)):
-            share_frozen(dense(), model)
-        module = _fit(store, model, teacher, name, config, blocks, inputs, before, directory, wandb)
-        return module, _gather(module)
-
-    def write(folder: Path, module: MoERetraining, state: dict[str, Tensor]) -> None:
-        earlier = load_file(before[-1].artifact.path / "trained.safetensors") if before else {}
-        save_file(earlier | state, folder / "trained.safetensors")
-        write_json(
-            folder / "curve.json",
-            {"seconds": module.seconds, "curve": module.curve, "sizes": {k: v.numel() for k, v in state.items()}},
-        )
-
-    connect(config.trainer)
-    artifact = _lead(store, inputs, train, write) if main_process else _follow(store, inputs, train)
-    preemption.heed()
-    if main_process:
-        store.forget_partial("retrained", inputs)
-    logged = json.loads((artifact.path / "curve.json").read_text())
-    if artifact.reused and main_process:
-        _replay(logged["curve"], name, config, directory, wandb)
-    return RetrainedStage(
-        name=name,
-        artifact=artifact,
-        tokens=steps * stage.batch * retrain.length,
-        seconds=logged["seconds"],
-        trained=sum(logged["sizes"].values()),
-        sizes=logged["sizes"],
-        curve=logged["curve"],
+    training = Training.of(config, name)
+    execution = Execution(
+        trainer=config.trainer,
+        accumulation=config.retrain.stages[name].accumulation or config.trainer.accumulation,
+        resume=config.retrain.resume,
+        checkpoint_every=config.retrain.checkpoint_every,
+        log_every=config.retrain.log_every,
+        logger=config.logger,
+        directory=run.directory,
+        wandb=run.wandb,
     )
+    connect(config.trainer)
+    artifact = (_lead if run.main else _follow)(run, execution, model, corpus, training)
+    preemption.heed()
+    found = Retrained(model, artifact, training)
+    if artifact.reused and run.main:
+        _replay(execution, found)
+    return found
 
 
 FOUND, TRAIN, FAILED = range(3)
 """What the first process tells the others: the stage is in the store, train it with me, I could not write it."""
-Train = Callable[[], tuple[MoERetraining, dict[str, Tensor]]]
 
 
 def _lead(
-    store: Store,
-    inputs: Mapping[str, Any],
-    train: Train,
-    write: Callable[[Path, MoERetraining, dict[str, Tensor]], None],
+    run: HasLoggers, execution: Execution, model: Mixture | Retrained, corpus: Corpus, training: Training
 ) -> Artifact:
     """The artifact, in the first process: it alone looks into the store and writes, and tells the others."""
-    trained = False
-
-    def compute(folder: Path) -> None:
-        nonlocal trained
-        from_first(TRAIN)
-        module, state = train()
-        trained = True
-        write(folder, module, state)
-
     try:
-        artifact = store.get("retrained", inputs, compute)
+        artifact = fit_stage(run, execution, model=model, corpus=corpus, training=training)
     except Exception:
-        if trained:  # the others have taken part and wait
+        if execution.taken_part:
             from_first(FAILED)
         raise
     from_first(FOUND)
     return artifact
 
 
-def _follow(store: Store, inputs: Mapping[str, Any], train: Train) -> Artifact:
+def _follow(
+    run: HasLoggers, execution: Execution, model: Mixture | Retrained, corpus: Corpus, training: Training
+) -> Artifact:
     """The artifact, in another process.
 
     Whether to train is the first one's decision: another run may be computing the stage, and the first process waits for it.
     A process that Lightning has just started is not connected yet: the first one trains what is not in the store.
     """
+    inputs = {"model": model, "corpus": corpus, "training": training}
     decision = from_first(FOUND) if connected() else None
-    if decision is None and store.find("retrained", inputs) is None:
+    if decision is None and fit_stage.find(run, **inputs) is None:
         decision = TRAIN
     if decision == TRAIN:
-        train()
+        fit(execution, fit_stage.partial(run, **inputs), model, corpus, training, speak=False)
         decision = from_first(FOUND)
-    found = None if decision == FAILED else store.find("retrained", inputs)
+    found = None if decision == FAILED else fit_stage.find(run, **inputs)
     if found is None:
         raise UserError("the first process of this run could not write the stage; what it said tells why")
     return found
 
 
-def _replay(
-    curve: list[dict[str, float]], name: str, config: Config, directory: Path, wandb: "WandbLogger | None"
-) -> None:
-    """Give a run that found the stage in the store the values it would have logged."""
-    loggers = build_stage_loggers(config.logger, directory, name)
-    for values in curve:
-        for logger in loggers if wandb is None else [*loggers, wandb]:
-            log_values(logger, name, values)
-    for logger in loggers:
-        logger.finalize("success")
-
-
-def retrained_model(
-    reconstructed: Callable[[], "PreTrainedModel"],
-    config: Config,
-    stages: Sequence[RetrainedStage],
+@step("retrained")
+def fit_stage(
+    place: Place,
+    run: HasLoggers,
+    execution: Execution,
     *,
-    master_weights: bool = False,
-) -> "PreTrainedModel":
-    """The model after these stages: routers plugged, adapters in place but not merged, in evaluation mode.
+    model: Mixture | Retrained,
+    corpus: Corpus,
+    training: Training,
+) -> None:
+    """Train a stage; write every parameter trained up to and with it, its curve, and the sizes of what it trained.
+
+    In the first process alone; the others train with it by :func:`fit`.
+    """
+    from_first(TRAIN)
+    module, state = fit(execution, place.partial, model, corpus, training, speak=True)
+    execution.taken_part = True
+    earlier = load_file(model.artifact.path / WEIGHTS) if isinstance(model, Retrained) else {}
+    save_file(earlier | state, place.directory / WEIGHTS)
+    save_file(module.curve.tensors(), place.directory / CURVE)
+    idle = _idle(module.model.config, training) is not None
+    moved = {
+        name: tensor.numel() for name, tensor in state.items() if not (idle and part_of(module.model, name) == "router")
+    }
+    write_json(place.directory / STAGE, {"seconds": module.seconds, "sizes": moved})
+
+
+def fit(
+    execution: Execution,
+    partial: Path,
+    model: Mixture | Retrained,
+    corpus: Corpus,
+    training: Training,
+    *,
+    speak: bool,
+) -> tuple[MoERetraining, dict[str, Tensor]]:
+    """Train a stage in this process, with the others of the run if there are any.
 
     Args:
-        master_weights: keep what was trained in the element type it was trained in, to go on training.
+        partial: directory of the running stage's checkpoints.
+        speak: print what is trained.
+
+    Returns:
+        The module, and {parameter: what it was trained to}, whole, on the host.
     """
-    model = reconstructed()
-    plug_routers(model, noise=config.moe.noise)
-    for stage in stages:
-        plug_adapters(model, config.retrain.stages[stage.name].train, config.retrain.lora)
-    if stages:
-        state = load_file(stages[-1].artifact.path / "trained.safetensors")
-        if master_weights:
-            for name, parameter in model.named_parameters():
-                if name in state:
-                    parameter.data = parameter.data.to(state[name].dtype)
-        unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-        if unexpected:
-            raise UserError(
-                f"store: the artifact of stage {stages[-1].name} has parameters the model lacks: {unexpected[:3]}"
-            )
-    return model.eval()
-
-
-def _fit(
-    store: Store,
-    model: "PreTrainedModel",
-    teacher: "PreTrainedModel | None",
-    name: str,
-    config: Config,
-    blocks: Blocks,
-    inputs: Mapping[str, Any],
-    before: Sequence[RetrainedStage],
-    directory: Path,
-    wandb: "WandbLogger | None",
-) -> MoERetraining:
-    retrain, stage = config.retrain, config.retrain.stages[name]
-    partial = store.partial("retrained", inputs)
-    checkpoint = find_checkpoint(retrain.resume, partial, name)
-    accumulation = stage.accumulation or config.trainer.accumulation
-    if config.trainer.gradient_checkpointing:
+    strategy, dense = execution.trainer.strategy, model.dense
+    student = model.take(master_weights=training.master_weights)
+    plug_routers(student, noise=training.noise)
+    lightning.seed_everything(training.seed, verbose=False)
+    apply_policy(student, training.stage.train, training.lora, master_weights=training.master_weights)
+    if speak:
+        idle = _idle(student.config, training)
+        table = trained_parameters_table(training.name, trained_table(student, idle_routers=idle is not None))
+        show(table)
+        if idle is not None and training.stage.train.router is Freezing.full:
+            show(f"router: no gradient: {idle}")
+    teacher = dense.load() if training.stage.teacher.wanted else None
+    indexed = model.mixture.storage is Storage.indexed  # the dense model is in memory, taught by or not
+    if indexed or (teacher is not None and strategy in (Strategy.single, Strategy.ddp)):
+        share_frozen(dense.load(), student)
+    if execution.trainer.gradient_checkpointing:
         # transformers renamed it in 5.2x; both take torch.utils.checkpoint's arguments
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     module = MoERetraining(
-        model,
-        stage,
-        retrain,
-        blocks,
-        name=name,
+        student,
+        training,
+        corpus.blocks,
         key=partial.name,
-        first_block=sum(s.tokens // retrain.length for s in before),
-        accumulation=accumulation,
-        seed=config.seed,
-        shard=config.trainer.strategy is Strategy.fsdp2,
+        first_block=sum(stage.tokens for stage in model.chain()) // training.length,
+        accumulation=execution.accumulation,
+        log_every=execution.log_every,
+        shard=strategy is Strategy.fsdp2,
         teacher=teacher,
     )
-    loggers = build_stage_loggers(config.logger, directory, name)
-    trainer = build_trainer(
-        config.trainer,
-        layer_class=type(decoder_layers(model)[0]),
-        steps=module.steps,
-        accumulation=accumulation,
-        checkpoints=partial,
-        checkpoint_every=retrain.checkpoint_every,
-        loggers=loggers if wandb is None else [*loggers, wandb],
-    )
+    _run(module, execution, partial)
+    return module, _gather(module)
+
+
+def _idle(config: "PretrainedConfig", training: Training) -> str | None:
+    return idle_routers(training.stage, experts=config.num_experts, top_k=config.num_experts_per_tok)
+
+
+def _run(module: MoERetraining, execution: Execution, partial: Path) -> None:
+    """The module's training by Lightning."""
+    name = module.name
+    checkpoint = find_checkpoint(execution.resume, partial, name)
     if checkpoint is not None:
         log.info("%s: going on from %s", name, checkpoint)
+    files, wandb = build_stage_loggers(execution.logger, execution.directory, name), execution.wandb
+    trainer = build_trainer(
+        execution.trainer,
+        layer_class=type(decoder_layers(module.model)[0]),
+        steps=module.steps,
+        accumulation=execution.accumulation,
+        checkpoints=partial,
+        checkpoint_every=execution.checkpoint_every,
+        loggers=files if wandb is None else [*files, wandb],
+        callbacks=[StageProgress(name, steps=module.steps, tokens=module.recipe.step_tokens, loss=module.recent_loss)],
+    )
     try:
         trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as end:
@@ -291,7 +225,17 @@ def _fit(
         if isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
             raise UserError(f"stage {name}: another process of this run has ended; what it said tells why") from error
         raise
-    return module
+
+
+def _replay(execution: Execution, stage: Retrained) -> None:
+    """Give a run that found the stage in the store the values it would have logged."""
+    files: list[Logger] = build_stage_loggers(execution.logger, execution.directory, stage.training.name)
+    wandb = execution.wandb
+    for values in stage.curve(execution.log_every):
+        for logger in files if wandb is None else [*files, wandb]:
+            log_values(logger, stage.training.name, values)
+    for logger in files:
+        logger.finalize("success")
 
 
 def find_checkpoint(resume: str | None, partial: Path, name: str) -> Path | None:
@@ -316,7 +260,7 @@ def find_checkpoint(resume: str | None, partial: Path, name: str) -> Path | None
         )
     try:
         belongs = torch.load(path, map_location="cpu", weights_only=True)["dive"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler trips over other files in many ways
         raise UserError(f"retrain.resume={resume} is not a checkpoint of this project") from error
     if belongs["key"] == partial.name:
         return path

@@ -40,14 +40,16 @@ def _with_rest(log_probabilities: Tensor) -> Tensor:
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Σ‖h − h*‖² / Σ‖h*‖², averaged over layers.
+    """Σ‖h − h*‖² / Σ‖h*‖² of each sequence, averaged over sequences and layers.
+
+    A ratio of each sequence: one of sums over a batch would depend on how an optimiser step is cut into passes.
 
     Args:
         student: hidden states (B, T, D) after each layer.
         teacher: the same of the dense model.
     """
     shares = [
-        (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum()
+        ((ours.float() - theirs.float()).square().sum(dim=(1, 2)) / theirs.float().square().sum(dim=(1, 2))).mean()
         for ours, theirs in zip(student, teacher, strict=True)
     ]
     return torch.stack(shares).mean()

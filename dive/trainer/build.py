@@ -1,14 +1,12 @@
 """Lightning trainers from the configuration."""
 
-import os
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
@@ -18,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecision
 from dive.config import Strategy, TrainerConfig
 from dive.errors import UserError
 from dive.trainer.preemption import SaveWhenPreempted
+from dive.trainer.rank import process_rank as process_rank
 
 PATIENCE = timedelta(hours=6)
 """The first process evaluates and exports while the others wait."""
@@ -75,6 +74,7 @@ def build_trainer(
     checkpoints: Path,
     checkpoint_every: int,
     loggers: Sequence[Logger],
+    callbacks: Sequence[Callback] = (),
 ) -> lightning.Trainer:
     """A trainer for one stage.
 
@@ -84,20 +84,15 @@ def build_trainer(
         accumulation: forward passes per step.
         checkpoints: directory of the running stage's checkpoints; the newest one is kept.
         checkpoint_every: optimiser steps between them.
+        callbacks: beside those that save checkpoints.
     """
-    callbacks: list[Callback] = [
-        SaveWhenPreempted(checkpoints),
-        ModelCheckpoint(
-            dirpath=checkpoints,
-            filename="{step}",
-            every_n_train_steps=checkpoint_every,
-            save_top_k=1,
-            enable_version_counter=False,
-        ),
-    ]
-    show_bar = sys.stderr.isatty()
-    if show_bar:
-        callbacks.append(RichProgressBar(leave=True))
+    keep_newest = ModelCheckpoint(
+        dirpath=checkpoints,
+        filename="{step}",
+        every_n_train_steps=checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -109,16 +104,9 @@ def build_trainer(
         accumulate_grad_batches=accumulation,
         gradient_clip_val=config.gradient_clip,
         logger=list(loggers) or False,
-        callbacks=callbacks,
-        enable_progress_bar=show_bar,
+        callbacks=[*callbacks, SaveWhenPreempted(checkpoints), keep_newest],
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=checkpoints,
     )
-
-
-def process_rank() -> int:
-    """Global rank from the launcher's environment, 0 outside a distributed run; known before any process group."""
-    if "RANK" in os.environ:
-        return int(os.environ["RANK"])
-    return int(os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0")))

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from benchmarks.gguf_perplexity import TOLERANCE, main, pre_tokenizer
-from dive.model.load import EMBEDDED
+from dive.model.architecture import EMBEDDED
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Digits(individual_digits=True)

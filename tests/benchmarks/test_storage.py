@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "storage.py"
 
 
 def test_a_table_with_a_row_for_each_storage(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--shape", "tiny", "--length", "32", "--rows", "dense", "shared"]
+    command = [sys.executable, str(SCRIPT), "--shape", "tiny", "--length", "32", "--rows", "dense", "indexed"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][2:]

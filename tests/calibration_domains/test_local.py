@@ -1,14 +1,25 @@
 """Texts from files: what is read, and what is said when it cannot be."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dive.calibration_domains.local import domain_directories, read_documents, split_file
+from dive.calibration_domains.local import (
+    domain_directories,
+    passed_over,
+    printable,
+    read_documents,
+    split_file,
+    text_files,
+)
 from dive.errors import UserError
+from tests.workplace import environment
 
 WHERE = "calibration_domains"
 
@@ -113,3 +124,102 @@ def test_domain_directories(tmp_path: Path) -> None:
         domain_directories(str(tmp_path), ["law", "notes"], where=WHERE)
     with pytest.raises(UserError, match="no such directory"):
         domain_directories(str(tmp_path / "nowhere"), None, where=WHERE)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps({"text": "½"}) if name == "a.jsonl" else "½", encoding="utf-8-sig")
+    assert read(tmp_path / name) == ["½"]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.txt", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} is not a file"):
+            read(tmp_path / name)
+
+
+def domain(folder: Path, file: str = "train.txt") -> Path:
+    folder.mkdir()
+    (folder / file).write_text("x")
+    return folder
+
+
+def test_a_misnamed_file_is_named(tmp_path: Path) -> None:
+    domain(tmp_path / "code")
+    domain(tmp_path / "law", "Train.jsonl")
+    with pytest.raises(UserError, match=r"^calibration_domains\.path=.*law/Train\.jsonl must be named train\.jsonl$"):
+        domain_directories(str(tmp_path), None, where=WHERE)
+    assert list(domain_directories(str(tmp_path), ["code"], where=WHERE)) == ["code"]
+
+
+def test_folders_that_are_no_domains_are_listed(tmp_path: Path) -> None:
+    domain(tmp_path / "code")
+    domain(tmp_path / "law", "test.jsonl")
+    for name in ("notes", ".git"):
+        (tmp_path / name).mkdir()
+    assert passed_over(str(tmp_path)) == ["law", "notes"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    domain(tmp_path / "code")
+    (tmp_path / "law").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"^calibration_domains\.path=.*/law is a link to nothing"):
+        domain_directories(str(tmp_path), None, where=WHERE)
+
+
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    domain(tmp_path / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(UserError, match=r"the name of .*/caf\\xe9 is not UTF-8; rename") as caught:
+        domain_directories(str(tmp_path), None, where=WHERE)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()  # logs are UTF-8
+    assert printable(tmp_path / "café") == str(tmp_path / "café")
+
+
+UNREADABLE = """
+import os, sys
+from pathlib import Path
+from dive.calibration_domains.local import domain_directories, split_file, text_files
+from dive.errors import UserError
+os.setgroups([]); os.setgid(65534); os.setuid(65534)  # after the imports: Python itself may be root's
+root = sys.argv[1]
+for read in (
+    lambda: domain_directories(root, None, where="calibration_domains"),
+    lambda: domain_directories(root + "/law", None, where="calibration_domains"),
+    lambda: domain_directories(root + "/law/below", None, where="calibration_domains"),
+    lambda: split_file(Path(root, "law"), "train", where="calibration_domains"),
+    lambda: text_files(root, where="retrain.corpus.path"),
+):
+    try:
+        print("read", read())
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_cannot_be_read_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("takes the user's rights away, which root alone can")
+    root = tmp_path / "domains"
+    root.mkdir()
+    domain(root / "code")
+    domain(root / "law").chmod(0o700)
+    for folder in (root, *root.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    command = [sys.executable, "-c", UNREADABLE, str(root)]
+    found = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(found) == 5, found
+    for line, where in zip(found, [*["calibration_domains"] * 4, "retrain.corpus.path"], strict=True):
+        assert line.startswith(where), line
+        assert "/law" in line
+        assert "cannot be read (Permission denied)" in line, line
+
+
+def test_text_files_of_a_folder(tmp_path: Path) -> None:
+    below = domain(tmp_path / "a.txt", "b.txt")  # a folder's name does not matter
+    (tmp_path / "c.md").write_text("x")
+    assert text_files(str(tmp_path), where=WHERE) == [below / "b.txt"]
+    assert text_files(str(below / "b.txt"), where=WHERE) == [below / "b.txt"]
+    assert text_files(str(tmp_path / "nothing"), where=WHERE) == []

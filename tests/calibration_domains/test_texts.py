@@ -46,6 +46,40 @@ def test_local_domains(corpus: Path) -> None:
     assert domain_names(local(corpus, domains=["law", "code"])) == ["law", "code"]
 
 
+def test_folders_without_training_text_are_named(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (corpus / "drafts").mkdir()
+    (corpus / "drafts" / "test.jsonl").write_text(json.dumps({"body": "draft"}))
+    with caplog.at_level("WARNING", logger="dive"):
+        assert [found.name for found in load_domains(local(corpus), seed=0)] == ["code", "law"]
+    assert caplog.messages == [
+        f"calibration_domains.path={corpus}: no domains, as they have no train.jsonl, train.txt or train.parquet: drafts"
+    ]
+    caplog.clear()
+    load_domains(local(corpus, domains=["law"]), seed=0)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "texts"}, r"calibration_domains\.path has no say .*source=embedded; set calibration_domains=local"),
+        ({"text_field": "body"}, r"calibration_domains\.text_field has no say .*source=embedded"),
+        ({"hub": {"a": HubTextConfig(path="x/y")}}, r"calibration_domains\.hub has no say .*source=embedded"),
+        (
+            {"source": TextSource.local, "path": "texts", "hub": {"a": HubTextConfig(path="x/y")}},
+            r"hub has no say .*local",
+        ),
+        (
+            {"source": TextSource.hub, "path": "texts", "hub": {"a": HubTextConfig(path="x/y")}},
+            r"path has no say .*source=hub",
+        ),
+    ],
+)
+def test_what_another_source_is_given_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"^.*{message}"):
+        CalibrationDomainsConfig(**{"source": TextSource.embedded, **settings})  # type: ignore[arg-type]
+
+
 def test_a_domain_without_test_text(corpus: Path) -> None:
     (corpus / "law" / "test.jsonl").unlink()
     with pytest.raises(UserError, match=r"no test\.jsonl"):

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dive.artifacts import Store
 from dive.calibration_domains.texts import DomainTexts
 from dive.config import EvalConfig
 from dive.eval import contamination as module
 from dive.eval.contamination import contamination, find_overlap, ngrams
 from dive.eval.evaluate import EvaluationTexts
 from dive.eval.tasks import TaskSuite
+from tests.workplace import Bench
 
 
 def test_by_hand() -> None:
@@ -30,6 +30,7 @@ def test_by_hand() -> None:
         "ngrams_found": 1,
         "ngram_share": pytest.approx(1 / 3),
         "sources": {"first": 1},
+        "cut": 0,
     }
     assert found["empty"].summary()["share"] == 0.0
 
@@ -56,8 +57,10 @@ def test_ngrams_do_not_cross_passages_or_documents() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-def test_it_is_the_comparison_of_sets_of_tuples(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 9, 1 << 20])
+def test_it_is_the_comparison_of_sets_of_tuples(chunk: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "SLICE", size)
     draw = random.Random(0)
     texts = [[" ".join(draw.choices("abcd", k=draw.randrange(12))) for _ in range(3)] for _ in range(60)]
     training, evaluation = texts[:30], texts[30:]
@@ -86,9 +89,9 @@ def test_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = EvaluationTexts()
     texts.documents["domains"]["law"] = domain.test
     texts.documents["sets"]["news"] = ["rain fell in the town"]
-    store, corpus = Store(tmp_path), ["today rain fell in the town again"]
+    run, corpus = Bench(tmp_path), ["today rain fell in the town again"]
     with caplog.at_level("INFO", logger="dive"):
-        found = contamination(store, EvalConfig(ngram=4), [domain], texts, TaskSuite(), corpus=corpus)
+        found = contamination(run, EvalConfig(ngram=4), [domain], texts, TaskSuite(), corpus=corpus)
     assert found["ngram"] == 4
     assert found["domains"]["law"]["sources"] == {"law": 1}
     assert found["domains"]["law"]["ngrams_found"] == 1  # the court of appeal
@@ -97,5 +100,33 @@ def test_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert (
         "1 of 1 sets share 4 words in a row with the training text, most of all news: 1 of 1 documents" in caplog.text
     )
-    assert contamination(store, EvalConfig(ngram=0), [domain], texts, TaskSuite()) == {}
-    assert contamination(store, EvalConfig(), [], texts, TaskSuite()) == {}
+    assert contamination(run, EvalConfig(ngram=0), [domain], texts, TaskSuite()) == {}
+    assert contamination(run, EvalConfig(), [], texts, TaskSuite()) == {}
+
+
+def test_the_parts_of_a_long_passage_are_the_passage(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [["lead"], [" ".join(f"w{i}" for i in range(100)), "a b"], [" ".join(f"v{i}" for i in range(9))]]
+    whole = [*ngrams(documents, 4)]
+    for chunk, size in ((10, 1), (10, 25), (33, 40), (97, 7)):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "SLICE", size)
+        parts = [*ngrams(documents, 4)]
+        assert max(len(hashes) for hashes, _ in parts) <= chunk + size + 3
+        for position in range(2):
+            expected, found = (np.concatenate([chunk[position] for chunk in chunks]) for chunks in (whole, parts))
+            assert np.array_equal(expected, found)
+
+
+def test_a_line_of_32_megabytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw = np.random.default_rng(0)
+    letters = draw.integers(ord("a"), ord("z") + 1, 16_000_000, dtype=np.uint8)
+    text = np.stack([letters, np.full_like(letters, ord(" "))], axis=1).tobytes().decode()
+    texts = EvaluationTexts()
+    texts.documents["domains"]["law"] = [text, "a short one"]
+    domain = DomainTexts("law", train=["z " * 20 + text[:1000]], test=texts.documents["domains"]["law"])
+    with caplog.at_level("INFO", logger="dive"):
+        found = contamination(Bench(tmp_path), EvalConfig(), [domain], texts, TaskSuite())
+    row = found["domains"]["law"]
+    assert (row["cut"], row["documents"], row["found"]) == (1, 2, 1)
+    assert row["ngrams"] == module.CHARACTERS // 2 - 12
+    assert [m for m in caplog.messages if "1 evaluation documents (of law) are longer than 4000000 characters" in m]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dive.api import reconstruct
 from dive.eval.routing import Routing, mask_overlap, routing_share
 from dive.model.families import decoder_layers, moe_block
 from dive.moe.plug import plug_routers
-from dive.moe.reconstruct import reconstruct
 from dive.pruning.calibrate import collect_statistics
 
 

@@ -12,13 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import dive
-from dive.artifacts import Store
+from dive.api import reconstruct
 from dive.config import EvalConfig, TaskConfig
 from dive.errors import UserError
 from dive.eval.tasks import TaskSuite, headline, load_tasks
-from dive.moe.reconstruct import reconstruct
+from dive.store import identity
 from tests.conftest import Build
-from tests.workplace import write_task
+from tests.workplace import Bench, Ready, write_task
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional extra: pip install 'dive-moe[tasks]'")
 
@@ -81,7 +81,7 @@ def test_accuracy_is_that_counted_by_hand(
     if kind != "dense":
         model = pruned(model, tokens, {"pruned": 1, "moe": 3}[kind])
     suite = load_tasks(config(folder, "cats", add_bos_token=bos), tokenizer)
-    found = suite.measure(Store(tmp_path), {}, model)
+    found = suite.measure(Bench(tmp_path), Ready(model))
     by_hand = accuracy(model, tokenizer, rows(folder), prefix=[0] if bos else [])
     assert found["cats"]["acc"] == pytest.approx(by_hand)
     assert found["cats"]["acc_stderr"] == pytest.approx((by_hand * (1 - by_hand) / 23) ** 0.5)
@@ -106,7 +106,7 @@ def test_neither_tokenizer_nor_random_state_are_touched(
     np.random.seed(7)
     torch.manual_seed(7)
     load_tasks(config(folder, "cats", task_limit=2, add_bos_token=True), tokenizer).measure(
-        Store(tmp_path), {}, build()
+        Bench(tmp_path), Ready(build())
     )
     assert (random.random(), float(np.random.random()), float(torch.rand(1))) == expected
     assert tokenizer.pad_token is None
@@ -124,7 +124,7 @@ def test_examples_and_limits(build: Build, tokenizer: PreTrainedTokenizerFast, f
     prompt = member.fewshot_context(rows(folder)[0], num_fewshot=member.config.num_fewshot)
     assert prompt.endswith("\n\n" + rows(folder)[0]["start"])
     assert prompt.count("\n\n") == 3
-    found = suite.measure(Store(tmp_path), {}, build())
+    found = suite.measure(Bench(tmp_path), Ready(build()))
     assert (found["cats"]["acc"] * 5).is_integer()
     assert headline(found["cats"], "acc_norm") == ("acc_norm", found["cats"]["acc_norm"])
     assert headline(found["more"], None) == ("acc", found["more"]["acc"])
@@ -135,10 +135,10 @@ def test_groups_have_their_own_figure_and_tags_those_of_their_members(
 ) -> None:
     root = write_task(write_task(tmp_path / "tasks", "cats", yaml="tag: felines\n"), "more", seed=1)
     write_task(root, "third", seed=2, yaml="tag: felines\n")
-    store = Store(tmp_path / "store")
-    tag = load_tasks(config(root, "felines"), tokenizer).measure(store, {}, build())
+    run = Bench(tmp_path / "store")
+    tag = load_tasks(config(root, "felines"), tokenizer).measure(run, Ready(build()))
     assert list(tag) == ["cats", "third"]
-    alone = load_tasks(config(root, "third"), tokenizer).measure(store, {}, build())
+    alone = load_tasks(config(root, "third"), tokenizer).measure(run, Ready(build()))
     assert alone["third"] == tag["third"]
 
 
@@ -146,11 +146,11 @@ def test_groups_have_their_own_figure_and_tags_those_of_their_members(
 def test_a_groups_mean_is_its_members(
     build: Build, tokenizer: PreTrainedTokenizerFast, folder: Path, tmp_path: Path
 ) -> None:
-    store = Store(tmp_path)
+    run = Bench(tmp_path)
     both = load_tasks(config(folder, "both"), tokenizer)
     assert both.describe()["both"]["members"] == ["cats", "more"]
-    found = both.measure(store, {}, build())
-    apart = load_tasks(config(folder, "cats", "more"), tokenizer).measure(store, {}, build())
+    found = both.measure(run, Ready(build()))
+    apart = load_tasks(config(folder, "cats", "more"), tokenizer).measure(run, Ready(build()))
     assert list(found) == ["both"]
     assert found["both"]["acc"] == pytest.approx((apart["cats"]["acc"] + apart["more"]["acc"]) / 2)
 
@@ -158,35 +158,35 @@ def test_a_groups_mean_is_its_members(
 def test_a_task_is_measured_once_a_model(
     build: Build, tokenizer: PreTrainedTokenizerFast, folder: Path, tmp_path: Path
 ) -> None:
-    store = Store(tmp_path)
-    first = load_tasks(config(folder, "cats", task_limit=4), tokenizer).measure(store, {"model": "a"}, build())
-    unusable: Any = None
-    again = load_tasks(config(folder, "cats", task_limit=4), tokenizer).measure(store, {"model": "a"}, unusable)
+    run = Bench(tmp_path)
+    first = load_tasks(config(folder, "cats", task_limit=4), tokenizer).measure(run, Ready(build(), "a"))
+    again = load_tasks(config(folder, "cats", task_limit=4), tokenizer).measure(run, Ready(None, "a"))
     assert again == first
     for changed in (
         {"task_limit": 5},
         {"task_limit": 4, "task_settings": {"cats": TaskConfig(shots=1)}},
         {"task_limit": 4, "add_bos_token": True},
     ):
-        with pytest.raises(Exception, match="NoneType"):
-            load_tasks(config(folder, "cats", **changed), tokenizer).measure(store, {"model": "a"}, unusable)
-    with pytest.raises(Exception, match="NoneType"):
-        load_tasks(config(folder, "cats", task_limit=4), tokenizer).measure(store, {"model": "b"}, unusable)
+        with pytest.raises(Exception, match="nobody may load"):
+            load_tasks(config(folder, "cats", **changed), tokenizer).measure(run, Ready(None, "a"))
+    with pytest.raises(Exception, match="nobody may load"):
+        load_tasks(config(folder, "cats", task_limit=4), tokenizer).measure(run, Ready(None, "b"))
 
 
 def test_identity_follows_the_questions_and_not_their_place(
     tokenizer: PreTrainedTokenizerFast, folder: Path, tmp_path: Path
 ) -> None:
-    def identity(root: Path) -> list[str]:
-        return load_tasks(config(root, "cats"), tokenizer).identity()
+    def asked(root: Path) -> list[Any]:
+        found: list[Any] = identity(load_tasks(config(root, "cats"), tokenizer))
+        return found
 
-    assert identity(write_task(tmp_path / "moved", "cats", yaml="tag: felines\n")) == identity(folder)
+    assert asked(write_task(tmp_path / "moved", "cats", yaml="tag: felines\n")) == asked(folder)
     other = write_task(tmp_path / "other", "cats", yaml="tag: felines\n")
     file = other / "cats_test.jsonl"
     file.write_text(file.read_text().replace("cat", "dog"))
-    assert identity(other) != identity(folder)
+    assert asked(other) != asked(folder)
     worded = write_task(tmp_path / "worded", "cats", yaml='description: "Cats. "\n')
-    assert identity(worded) != identity(folder)
+    assert asked(worded) != asked(folder)
 
 
 def test_documents_are_all_texts_of_a_row(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dive.logger.wandb_run import run_id, run_id_file
-from dive.pipeline import plain
+from dive.store import plain
 from tests.workplace import Workplace
 
 

@@ -1,6 +1,8 @@
 """Figures of a model without its weights."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from dive.config import ArchitectureConfig, Config, ModelConfig
 from dive.errors import UserError
 from dive.model.architecture import EMBEDDED, check_architecture, locate_architecture, read_architecture
 from dive.plan.parameters import shapes
+from tests.workplace import environment
 
 
 def typed(*overrides: str) -> Config:
@@ -85,6 +88,16 @@ def vars_of(architecture: ArchitectureConfig) -> dict[str, object]:
         ("{", "config.json cannot be read"),
         ("[]", "config.json cannot be read"),
         ('{"model_type": "gpt2"}', "'gpt2' is not supported"),
+        ("null", "config.json cannot be read"),
+        ("[" * 1000 + "]" * 1000, "config.json cannot be read"),
+        (
+            '{"model_type": "llama", "num_attention_heads": 0, "hidden_size": 8}',
+            "num_attention_heads .* is 0, not a whole",
+        ),
+        (
+            '{"model_type": "llama", "num_attention_heads": 2, "hidden_size": null}',
+            "hidden_size .* is None, not a whole",
+        ),
         ('{"model_type": "llama", "num_attention_heads": 2, "hidden_size": 8}', "lacks 'intermediate_size'"),
     ],
 )
@@ -99,3 +112,40 @@ def test_a_model_that_is_nowhere() -> None:
         locate_architecture(ModelConfig(name="x", path="nobody/nothing"))
     with pytest.raises(UserError, match="no such directory"):
         locate_architecture(ModelConfig(name="x", path="/no/such/place"))
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "named"),
+    [
+        ("evaluate", ["checkpoint=/nope"], "checkpoint=/nope: no such directory"),
+        ("evaluate", ["checkpoint=HERE"], "checkpoint=HERE: no config.json in this directory"),
+        ("generate", ["checkpoint=/nope", "prompt=a"], "checkpoint=/nope: no such directory"),
+        ("generate", ["checkpoint=embedded", "compare=./nope", "prompt=a"], "compare=./nope: no such directory"),
+        ("train", ["model=local", "model.path=/nope"], "model.path=/nope: no such directory"),
+        ("plan", ["model=local", "model.path=./nope"], "model.path=./nope: no such directory"),
+        ("push", ["checkpoint=/nope", "repo=a/b"], "checkpoint=/nope: no such directory"),
+    ],
+)
+def test_a_wrong_path_is_said_before_the_heavy_imports(
+    command: str, overrides: list[str], named: str, tmp_path: Path
+) -> None:
+    code = (
+        "import runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_module('dive.{command}', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
+        "print(sorted({'torch', 'transformers', 'lightning', 'datasets'} & set(sys.modules)))\n"
+    )
+    arguments = [override.replace("HERE", str(tmp_path)) for override in overrides]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said, heavy = done.stdout.strip().splitlines()[-2:]
+    assert f"error: {named.replace('HERE', str(tmp_path))}" in said, done.stderr
+    assert heavy == "[]"

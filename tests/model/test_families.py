@@ -1,46 +1,40 @@
 """Configurations of the twins, parts of the freezing policy, parameter counts."""
 
-from collections.abc import Callable
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     GPT2Config,
     LlamaConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3MoeForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
+import dive
 from dive.config import PARTS
 from dive.errors import UserError
 from dive.model.families import (
+    KNOWN,
+    TWINS,
     check_supported,
-    count_parameters,
     decoder_layers,
     empty_moe,
     ffn,
     ffn_modules,
     moe_block,
-    moe_class,
     moe_config,
     part_of,
+    twin_of,
 )
-
-# TinyLlama-1.1B's shape.
-TINYLLAMA = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=22,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
+from tests.model.families.checks import check_twin
 
 
 @pytest.mark.parametrize(
@@ -56,16 +50,15 @@ def test_what_has_no_twin_is_refused(config: Any, message: str) -> None:
         check_supported(config, "here")
 
 
-def test_every_family_is_supported(dense: PreTrainedModel) -> None:
-    check_supported(dense.config, "here")
+def test_from_the_dense_model_to_the_export(
+    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    check_twin(dense, tokenizer, tmp_path)
 
 
 def test_the_twins_configuration(dense: PreTrainedModel) -> None:
     config = moe_config(dense.config, width=24, experts=4, top_k=2)
-    qwen = dense.config.model_type == "qwen3"
-    assert moe_class(config) is (Qwen3MoeForCausalLM if qwen else MixtralForCausalLM)
     assert (config.num_experts, config.num_experts_per_tok) == (4, 2)
-    assert (config.moe_intermediate_size if qwen else config.intermediate_size) == 24
     for name in (
         "vocab_size",
         "hidden_size",
@@ -90,28 +83,6 @@ def test_the_twins_configuration(dense: PreTrainedModel) -> None:
     assert {n: p.shape for n, p in attention.named_parameters()} == {n: p.shape for n, p in twin.named_parameters()}
 
 
-@pytest.mark.parametrize("layers_with_full_attention", [0, 1, 2])
-def test_sliding_windows_of_qwen3(
-    build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor], layers_with_full_attention: int
-) -> None:
-    # The twin's attention must see what the dense model's sees, or the model must be refused.
-    from dive.moe.reconstruct import reconstruct
-    from dive.pruning.calibrate import collect_statistics
-
-    dense = build("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=layers_with_full_attention)
-    try:
-        check_supported(dense.config, "here")
-    except UserError as error:
-        assert "sliding" in str(error)  # noqa: PT017
-        return
-    for layer in range(2):
-        ffn(dense, layer).up[::6] = 0.0
-    moe = reconstruct(dense, [collect_statistics(dense, {"a": tokens(2, 16)})["a"]], ratio=8 / 48)
-    ids = tokens(2, 16, seed=5)
-    with torch.no_grad():
-        torch.testing.assert_close(moe(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
-
-
 def test_the_ffn_by_its_weights(dense: PreTrainedModel) -> None:
     rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     weights = ffn(dense, 1)
@@ -126,7 +97,7 @@ def test_the_ffn_by_its_weights(dense: PreTrainedModel) -> None:
 
 def test_every_parameter_has_its_part(dense: PreTrainedModel) -> None:
     model = empty_moe(moe_config(dense.config, width=24, experts=4, top_k=2), torch.float32)
-    parts = {name: part_of(name) for name, _ in model.named_parameters()}
+    parts = {name: part_of(model, name) for name, _ in model.named_parameters()}
     tied = dense.config.tie_word_embeddings
     assert set(parts.values()) == set(PARTS) - ({"head"} if tied else set())
     for name, part in parts.items():
@@ -140,7 +111,7 @@ def test_every_parameter_has_its_part(dense: PreTrainedModel) -> None:
             else "embeddings"
         ), name  # fmt: skip
     with pytest.raises(ValueError, match="belongs to no part"):
-        part_of("model.something.weight")
+        part_of(model, "model.something.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,20 +127,40 @@ def test_an_empty_twin(dtype: torch.dtype) -> None:
     assert not model.training
 
 
-def test_the_papers_parameter_counts() -> None:
-    # Dense 1.100 B; 1/8: 3.385 B in all, 0.720 B active; 2/8: 1.862 B in all, 0.720 B active.
-    assert count_parameters(TINYLLAMA) == (1_100_048_384, 1_100_048_384)
-    for width, top_k, total, active in ((2816, 1, 3.385e9, 0.720e9), (1408, 2, 1.862e9, 0.720e9)):
-        found = count_parameters(moe_config(TINYLLAMA, width=width, experts=8, top_k=top_k))
-        assert found == pytest.approx((total, active), rel=2e-3)
+def test_a_model_type_leads_to_its_twin() -> None:
+    assert [twin_of(name).name for name in ("llama", "mistral", "qwen3")] == ["mixtral", "mixtral", "qwen3_moe"]
+    assert all(twin_of(twin.name) is twin for twin in TWINS)
+    assert len(set(KNOWN)) == len(KNOWN)  # or one twin would hide another
+    with pytest.raises(ValueError, match="'gpt2' belongs to no family"):
+        twin_of("gpt2")
 
 
-def test_parameters_of_a_qwen_twin_by_hand() -> None:
-    dense = Qwen3Config(
-        vocab_size=10, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    # Embeddings 40; attention 4·4 + 2·4·2 + 4·4 = 48, q and k norms 2 + 2; norms 4 + 4 + 4; together 104.
-    assert count_parameters(dense) == (104 + 3 * 4 * 8, 104 + 3 * 4 * 8)
-    # Router 3·4 = 12, an expert of width 6: 3·4·6 = 72.
-    assert count_parameters(moe_config(dense, width=6, experts=3, top_k=2)) == (116 + 3 * 72, 116 + 2 * 72)
+PACKAGE = Path(dive.__file__).parent
+KEPT = {"embed_tokens", "lm_head", "self_attn", "rotary_emb", "gate_proj", "up_proj", "num_local_experts"}
+KEPT |= {name for twin in TWINS for name in (twin.block, twin.block_on_disk, *twin.dense, twin.name)}
+"""Names that only the families may use. ``down_proj`` and ``act_fn`` stand in every stock class's fused experts as well."""
+
+
+@pytest.mark.parametrize(
+    "file",
+    [p.relative_to(PACKAGE).as_posix() for p in sorted(PACKAGE.rglob("*.py")) if p.parent.name != "families"],
+)
+def test_nothing_else_knows_how_a_family_is_built(file: str) -> None:
+    used = {word for text in attributes_and_strings(PACKAGE / file) for word in re.findall(r"\w+", text)}
+    assert not used & KEPT
+
+
+def attributes_and_strings(file: Path) -> Iterator[str]:
+    """Of the code, without its docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield node.value
+
+
+def test_they_are_asked_without_torch() -> None:
+    code = "import sys, dive.model.families; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dive.model.families import ffn, ffn_modules
-from dive.model.layers import Track, walk_layers
+from dive.model.layers import Track
 
 Tokens = Callable[..., Tensor]
 
@@ -31,24 +31,20 @@ def recorded(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]
 def test_it_is_the_models_forward_pass(dense: PreTrainedModel, tokens: Tokens) -> None:
     batches = [tokens(2, 12, seed=1), tokens(3, 7, seed=2), tokens(1, 12, seed=3)]  # lengths differ
     expected = [recorded(dense, batch) for batch in batches]
-    numbers = []
-    for number, run in walk_layers(dense, batches):
-        numbers.append(number)
-        for seen in run():
+    track = Track(dense, batches)
+    for number in range(2):
+        for seen in track.run(number):
             inputs, channels = expected[seen.index][number]
             torch.testing.assert_close(seen.inputs, inputs, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(seen.channels, channels, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ffn(dense, number).channels(inputs), channels, rtol=1e-4, atol=1e-4)
-    assert numbers == [0, 1]
 
 
 def test_no_hooks_are_left_behind(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:
     model = build()
-    for _, run in walk_layers(model, [tokens(1, 6)]):
-        list(run())
-    broken = walk_layers(model, [tokens(1, 6), torch.full((1, 6), 10**6)])  # beyond the vocabulary
+    list(Track(model, [tokens(1, 6)]).run(0))
     with pytest.raises(IndexError):
-        next(broken)
+        Track(model, [tokens(1, 6), torch.full((1, 6), 10**6)])  # beyond the vocabulary
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     model(input_ids=tokens(1, 6))
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dive.config import MoEConfig, PruningConfig
+from dive.config import MoEConfig, PruningConfig, RefinedConfig
 from dive.errors import UserError
 from dive.model.families import decoder_layers, ffn
 from dive.model.load import load_weights, locate_dense
 from dive.model.streamed import Checkpoint, load_streamed
-from dive.moe.reconstruct import build_refined_layers
+from dive.moe.build import build_layers
 from dive.pruning.calibrate import collect_statistics
 
 Build = Callable[..., PreTrainedModel]
@@ -60,10 +60,8 @@ def test_experts_and_logits_are_those_of_the_loaded_model(saved: Path, tokens: T
     full = load_weights(source, dtype=torch.float32, device=CPU)
     streamed = load_streamed(source, dtype=torch.float32, device=CPU)
     groups = [tokens(4, 16, seed=1), tokens(4, 16, seed=2)]
-    layers = [
-        list(build_refined_layers(m, groups, PruningConfig(), MoEConfig(experts=2), batch=2, seed=0))
-        for m in (full, streamed)
-    ]
+    moe = MoEConfig(experts=2, refined=RefinedConfig(steps=5))
+    layers = [list(build_layers(m, groups, PruningConfig(), moe, batch=2, seed=0)) for m in (full, streamed)]
     for expected, found in zip(*layers, strict=True):
         for name, tensor in expected.tensors().items():
             torch.testing.assert_close(found.tensors()[name], tensor)
@@ -121,6 +119,9 @@ def test_every_layer_is_read_once(
         ("shard gone", "are missing .*model-0000.-of-0000"),
         ("index is no JSON", r"model\.safetensors\.index\.json cannot be read"),
         ("tensor missing", r"1 tensors missing, 0 of another shape \(first: model\.layers\.1\.mlp\.up_proj"),
+        ("tensor more", r"1 tensors that the model .* has no place for \(first: extra\.weight\)"),
+        ("not in the index", r"1 tensors that the model .* has no place for \(first: extra\.weight\)"),
+        ("int8", r"1 tensors have an element type .*up_proj\.weight, I8\)"),
         ("other shapes", r"0 tensors missing, 6 of another shape"),
     ],
 )
@@ -144,6 +145,15 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
             save_file(stored, shard)
             del listed["weight_map"]["model.layers.1.mlp.up_proj.weight"]
             index.write_text(json.dumps(listed))
+        case "tensor more" | "not in the index":
+            save_file(load_file(shard) | {"extra.weight": torch.zeros(2)}, shard)
+            if what == "tensor more":
+                listed["weight_map"]["extra.weight"] = shard.name
+                index.write_text(json.dumps(listed))
+        case "int8":
+            name = "model.layers.1.mlp.up_proj.weight"
+            stored = load_file(shard)
+            save_file(stored | {name: stored[name].to(torch.int8)}, shard)
         case "other shapes":
             config = tmp_path / "config.json"
             config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40'))

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import dive
-from dive.config import Compensation, Construction, MoEConfig, PruningConfig, RouterInit
+from dive.config import CoactivationConfig, Compensation, MoEConfig, PlainConfig, PruningConfig, RouterInit
 from dive.errors import UserError
 from dive.model.families import ffn, moe_block
-from dive.moe.coactivation import balanced_clusters, coactivation_masks
-from dive.moe.reconstruct import ExpertLayer, assemble, build_layer
+from dive.moe.assemble import assemble
+from dive.moe.build import build_layers
+from dive.moe.constructions.coactivation import balanced_clusters, coactivation_masks
+from dive.moe.layer import ExpertLayer
 from dive.pruning.metrics import importance, keep_highest
 from dive.pruning.statistics import ChannelStatistics, batch_statistics
 
@@ -78,36 +80,36 @@ def test_cluster_sizes_differ_by_at_most_one(n: int, experts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "shared", "uses"),
+    ("width", "common", "uses"),
     [
         (12, 0, {1}),  # 4 · 12 = 48: each channel once
-        (18, 8, {1, 4}),  # 4 · 10 = 48 - 8: the rest once, the shared ones in all
+        (18, 8, {1, 4}),  # 4 · 10 = 48 - 8: the rest once, the common ones in all
         (8, 2, {0, 1, 4}),  # 4 · 6 < 46: some are left out
         (24, 6, {1, 2, 3, 4}),  # 4 · 18 > 42: some stand in several experts
     ],
 )
-def test_every_expert_has_its_width_and_the_shared_channels(width: int, shared: int, uses: set[int]) -> None:
+def test_every_expert_has_its_width_and_the_common_channels(width: int, common: int, uses: set[int]) -> None:
     marks = (torch.rand(300, 48, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, 48)).float()
     weight = torch.rand(48, generator=torch.Generator().manual_seed(1))
-    masks = coactivation_masks(marks.T @ marks, weight, experts=4, width=width, shared=shared)
+    masks = coactivation_masks(marks.T @ marks, weight, experts=4, width=width, common=common)
     assert masks.sum(dim=1).tolist() == [width] * 4
     count = masks.sum(dim=0)
     assert set(count.tolist()) <= uses
-    often = marks.sum(dim=0).topk(shared).indices
+    often = marks.sum(dim=0).topk(common).indices
     assert masks[:, often].all()
     if 0 in uses:
         rest = [c for c in range(48) if c not in often.tolist()]
         assert weight[rest][count[rest] == 0].max() < weight[rest][count[rest] == 1].min()
     else:
         assert int(count.min()) >= 1
-    assert torch.equal(masks, coactivation_masks(marks.T @ marks, weight, experts=4, width=width, shared=shared))
+    assert torch.equal(masks, coactivation_masks(marks.T @ marks, weight, experts=4, width=width, common=common))
 
 
 def test_spare_places_go_to_the_channels_that_fire_most_often_with_the_experts_own() -> None:
     # Channel 2 fires with 0 on three tokens, 3 with 1 on two; width 3 leaves each expert one place beyond its own two.
     extra = torch.tensor([[1.0, 1, 0, 0]])  # 0 and 1 meet once; 2 and 3 never
     marks = torch.cat([PATTERNS, extra])
-    masks = coactivation_masks(marks.T @ marks, torch.ones(4), experts=2, width=3, shared=0)
+    masks = coactivation_masks(marks.T @ marks, torch.ones(4), experts=2, width=3, common=0)
     assert {tuple(mask.nonzero().squeeze(1).tolist()) for mask in masks} == {(0, 1, 2), (0, 1, 3)}
 
 
@@ -121,22 +123,21 @@ def statistics_of(model: PreTrainedModel, tokens: Tokens, count: int = 3) -> lis
 
 def constructed(model: PreTrainedModel, groups: list[ChannelStatistics], moe: MoEConfig, **pruning: Any) -> ExpertLayer:
     settings = PruningConfig(**{"ratio": 0.5, "width_multiple": 1, **pruning})
-    return build_layer(ffn(model, 0), [g.layer(0) for g in groups], settings, moe, seed=0)
+    return next(build_layers(model, groups, settings, moe, seed=0))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_shared_channels_are_always_on_in_the_stock_model(build: Build, tokens: Tokens, top_k: int) -> None:
-    # 20 shared channels and 4 · 7 others divide 48: with all experts chosen at equal gates, the experts times E would add
+def test_common_channels_are_always_on_in_the_stock_model(build: Build, tokens: Tokens, top_k: int) -> None:
+    # 20 common channels and 4 · 7 others divide 48: with all experts chosen at equal gates, the experts times E would add
     # up to the dense FFN. Here the router decides, so the reference sums what the chosen experts hold.
     model = build()
     groups = statistics_of(model, tokens)
-    moe = MoEConfig(
-        experts=4, top_k=top_k, construction=Construction.coactivation, shared=20 / 27, router_init=RouterInit.random
-    )
+    settings = CoactivationConfig(shared=20 / 27, router_init=RouterInit.random)
+    moe = MoEConfig(experts=4, top_k=top_k, coactivation=settings)
     layer = constructed(model, groups, moe, ratio=21 / 48, compensation=Compensation.none)
     always = layer.masks.all(dim=0)
     assert int(always.sum()) == 20
-    assert layer.masks.sum(dim=0).tolist() == [4 if shared else 1 for shared in always.tolist()]
+    assert layer.masks.sum(dim=0).tolist() == [4 if common else 1 for common in always.tolist()]
     block = moe_block(assemble(model, [layer, layer], top_k=top_k), 0)
     rows = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     block.gate.weight.zero_()  # every gate is 1 / E before, 1 / K after the choice
@@ -151,12 +152,12 @@ def test_shared_channels_are_always_on_in_the_stock_model(build: Build, tokens: 
     torch.testing.assert_close(block(rows[None])[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shared_channels_of_domain_experts_are_those_of_the_union(build: Build, tokens: Tokens) -> None:
+def test_common_channels_of_domain_experts_are_those_of_the_union(build: Build, tokens: Tokens) -> None:
     model = build()
     groups = statistics_of(model, tokens)
     weights = ffn(model, 0)
-    plain = constructed(model, groups, MoEConfig(experts=3))
-    layer = constructed(model, groups, MoEConfig(experts=3, shared=0.5))
+    plain = constructed(model, groups, MoEConfig(experts=3, plain=PlainConfig()))
+    layer = constructed(model, groups, MoEConfig(experts=3, plain=PlainConfig(shared=0.5)))
     union = groups[0] + groups[1] + groups[2]
     always = keep_highest(importance(PruningConfig().metric, weights, union.layer(0)), 12)
     assert layer.masks[:, always].all()
@@ -174,8 +175,15 @@ def test_what_lacks_or_contradicts_is_refused(build: Build, tokens: Tokens) -> N
     model = build()
     bare = list(dive.collect_statistics(model, {"a": tokens(2, 8)}).values())
     with pytest.raises(UserError, match="needs co-activations"):
-        constructed(model, bare, MoEConfig(experts=4, construction=Construction.coactivation))
-    with pytest.raises(UserError, match=r"moe\.shared \(1\.0\)"):
-        MoEConfig(shared=1.0)
-    with pytest.raises(UserError, match=r"moe\.shared .* moe\.construction=dive or coactivation"):
-        MoEConfig(shared=0.5, construction=Construction.random_split)
+        constructed(model, bare, MoEConfig(experts=4, coactivation=CoactivationConfig()))
+    with pytest.raises(UserError, match=r"moe\.plain\.shared \(1\.0\)"):
+        MoEConfig(plain=PlainConfig(shared=1.0))
+
+
+def test_one_expert_is_what_is_most_important(build: Build, tokens: Tokens) -> None:
+    model = build()
+    moe = MoEConfig(experts=1, coactivation=CoactivationConfig(shared=0.0))
+    [layer, _] = build_layers(model, [tokens(3, 16)], PruningConfig(ratio=0.5), moe, seed=0)
+    statistics = dive.collect_statistics(model, {"a": tokens(3, 16)})["a"]
+    scores = importance(PruningConfig().metric, ffn(model, 0), statistics.layer(0))
+    assert torch.equal(layer.masks[0], keep_highest(scores, 24))

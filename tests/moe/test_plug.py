@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
+from dive.api import reconstruct
 from dive.config import Freezing, FreezingConfig, LoRAConfig
 from dive.model.families import moe_block
 from dive.moe.plug import LinearLoRA, plug_expert_lora, plug_linear_lora, plug_routers, routers, unplug
-from dive.moe.reconstruct import reconstruct
 from dive.pruning.calibrate import collect_statistics
 from dive.retrain.freezing import apply_policy
 

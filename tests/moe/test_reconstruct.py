@@ -9,19 +9,27 @@ from torch import Tensor
 from transformers import MixtralForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
 from dive.affinity.matrix import pruned_in_place
+from dive.api import reconstruct
 from dive.config import (
+    CoactivationConfig,
     Compensation,
-    Construction,
+    ConstructionConfig,
     DistillationConfig,
     MoEConfig,
+    PlainConfig,
     PruningConfig,
+    RandomSplitConfig,
+    RefinedConfig,
     RouterInit,
+    UpcycleConfig,
 )
 from dive.errors import UserError
 from dive.model.families import copy_shared_weights, decoder_layers, ffn, moe_block
+from dive.moe.assemble import assemble
+from dive.moe.build import build_layers
+from dive.moe.constructions.random_split import split_masks
 from dive.moe.distill import expert_errors, fit_router
-from dive.moe.layer import expert_function
-from dive.moe.reconstruct import assemble, build_layer, build_layers, reconstruct, split_masks
+from dive.moe.layer import ExpertLayer, expert_function
 from dive.pruning.calibrate import collect_statistics
 from dive.pruning.metrics import keep_masks
 from dive.pruning.statistics import ChannelStatistics
@@ -129,15 +137,8 @@ def test_each_expert_is_pruned_on_its_own_group(build: Callable[..., PreTrainedM
     model = build()
     groups = groups_of(model, tokens)
     pruning = PruningConfig(ratio=0.5, compensation=Compensation.none)
-    layers = list(
-        build_layers(
-            model,
-            ([g.layer(i) for g in groups] for i in range(2)),
-            pruning,
-            MoEConfig(experts=3, router_init=RouterInit.random),
-            seed=0,
-        )
-    )
+    moe = MoEConfig(experts=3, plain=PlainConfig(router_init=RouterInit.random))
+    layers = list(build_layers(model, groups, pruning, moe, seed=0))
     for number, layer in enumerate(layers):
         for expert, group in enumerate(groups):
             mask = keep_masks(model, group, ratio=0.5)[number]
@@ -147,8 +148,7 @@ def test_each_expert_is_pruned_on_its_own_group(build: Callable[..., PreTrainedM
             assert torch.equal(layer.down[expert], weights.down[:, mask])
     assert not torch.equal(layers[0].masks[0], layers[0].masks[1])
     assert not torch.equal(layers[0].router, layers[1].router)
-    moe = assemble(model, layers, top_k=1)
-    assert torch.equal(moe_block(moe, 1).experts.down_proj, layers[1].down)
+    assert torch.equal(moe_block(assemble(model, layers, top_k=1), 1).experts.down_proj, layers[1].down)
 
 
 def test_least_squares_comes_closer_than_bias_and_nothing(
@@ -160,9 +160,8 @@ def test_least_squares_comes_closer_than_bias_and_nothing(
     weights = ffn(model, 0)
     errors = {}
     for compensation in Compensation:
-        layer = build_layer(
-            weights, [group.layer(0)], PruningConfig(ratio=0.5, compensation=compensation), MoEConfig(experts=1), seed=0
-        )
+        pruning = PruningConfig(ratio=0.5, compensation=compensation)
+        layer = next(build_layers(model, [group], pruning, MoEConfig(experts=1, plain=PlainConfig()), seed=0))
         errors[compensation] = float(
             expert_errors(
                 group.inputs[0],
@@ -191,21 +190,16 @@ def test_random_split_uses_channels_evenly(width: int, experts: int, uses: set[i
 
 
 def constructed(
-    model: PreTrainedModel, groups: list[ChannelStatistics], construction: Construction, **pruning: Any
-) -> Any:
-    return build_layer(
-        ffn(model, 0),
-        [g.layer(0) for g in groups],
-        PruningConfig(ratio=0.75, width_multiple=1, **pruning),
-        MoEConfig(experts=4, construction=construction, router_init=RouterInit.random),
-        seed=3,
-    )
+    model: PreTrainedModel, groups: list[ChannelStatistics], settings: ConstructionConfig, name: str, **pruning: Any
+) -> ExpertLayer:
+    moe = MoEConfig(experts=4, **{name: settings})  # type: ignore[arg-type]
+    return next(build_layers(model, groups, PruningConfig(ratio=0.75, width_multiple=1, **pruning), moe, seed=3))
 
 
 def test_upcycled_experts_are_identical(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:
     model = build()
     groups = groups_of(model, tokens)
-    layer = constructed(model, groups, Construction.upcycle)
+    layer = constructed(model, groups, UpcycleConfig(), "upcycle")
     union = sum(groups)
     assert isinstance(union, ChannelStatistics)
     assert torch.equal(layer.masks[0], keep_masks(model, union, ratio=0.75, width_multiple=1)[0])
@@ -216,7 +210,8 @@ def test_upcycled_experts_are_identical(build: Callable[..., PreTrainedModel], t
 
 def test_random_split_is_disjoint_and_scaled_back(build: Callable[..., PreTrainedModel], tokens: Tokens) -> None:
     model = build()
-    layer = constructed(model, groups_of(model, tokens), Construction.random_split, compensation=Compensation.none)
+    groups = groups_of(model, tokens)
+    layer = constructed(model, groups, RandomSplitConfig(), "random_split", compensation=Compensation.none)
     assert layer.masks.sum(dim=0).tolist() == [1] * 48
     down = ffn(model, 0).down
     for mask, found in zip(layer.masks, layer.down, strict=True):
@@ -226,6 +221,50 @@ def test_random_split_is_disjoint_and_scaled_back(build: Callable[..., PreTraine
     act = ffn(model, 0).act
     total = sum(expert_function(layer, e, act)(rows) for e in range(4)) / 4
     torch.testing.assert_close(total, ffn(model, 0).channels(rows) @ down.T, rtol=1e-4, atol=1e-4)
+
+
+ONE_SHOT = {
+    "refined": RefinedConfig(steps=4),
+    "plain": PlainConfig(shared=0.25),
+    "random_split": RandomSplitConfig(router_init=RouterInit.distilled),
+    "coactivation": CoactivationConfig(),
+    "upcycle": UpcycleConfig(),
+}
+
+
+@pytest.mark.parametrize("ridge", [0.01, None])
+@pytest.mark.parametrize("name", ONE_SHOT)
+def test_a_construction_goes_on_after_finished_layers(
+    build: Callable[..., PreTrainedModel], tokens: Tokens, name: str, ridge: float | None
+) -> None:
+    model = build(num_hidden_layers=3)
+    groups = [tokens(6, 16, seed=1), tokens(5, 16, seed=2)] if name == "plain" else [tokens(11, 16, seed=1)]
+    moe = MoEConfig(experts=2, distillation=DistillationConfig(steps=10), **{name: ONE_SHOT[name]})  # type: ignore[arg-type]
+
+    def build_after(finished: list[ExpertLayer]) -> list[ExpertLayer]:
+        pruning = PruningConfig(ratio=0.5, ridge=ridge)
+        return list(build_layers(model, groups, pruning, moe, batch=4, seed=0, finished=finished))
+
+    whole = build_after([])
+    rest = build_after(whole[:2])
+    assert (len(whole), len(rest)) == (3, 1)
+    for tensor, other in zip(whole[2].tensors().values(), rest[0].tensors().values(), strict=True):
+        assert torch.equal(tensor, other)
+
+
+def test_statistics_given_and_taken_on_the_way_are_the_same(
+    build: Callable[..., PreTrainedModel], tokens: Tokens
+) -> None:
+    model = build()
+    matrices = [tokens(3, 16, seed=i) for i in range(3)]
+    moe = MoEConfig(experts=3, plain=PlainConfig())
+    ways = [
+        list(build_layers(model, groups, PruningConfig(ratio=0.5), moe, seed=0))
+        for groups in (matrices, groups_of(model, tokens))
+    ]
+    for one, other in zip(*ways, strict=True):
+        assert torch.equal(one.masks, other.masks)
+        assert torch.equal(one.down, other.down)
 
 
 def test_a_single_expert_has_nothing_to_route(dense: PreTrainedModel, tokens: Tokens) -> None:
@@ -270,15 +309,9 @@ def test_a_distilled_router_beats_a_random_one(build: Callable[..., PreTrainedMo
     error = {}
     for start in RouterInit:
         total = torch.zeros(())
-        for number in range(2):
+        moe = MoEConfig(experts=3, plain=PlainConfig(router_init=start))
+        for number, layer in enumerate(build_layers(model, groups, PruningConfig(ratio=0.75), moe, seed=0)):
             weights = ffn(model, number)
-            layer = build_layer(
-                weights,
-                [g.layer(number) for g in groups],
-                PruningConfig(ratio=0.75),
-                MoEConfig(experts=3, router_init=start),
-                seed=number,
-            )
             inputs = torch.cat([g.inputs[number] for g in groups if g.inputs is not None])
             errors = expert_errors(
                 inputs,
@@ -312,6 +345,12 @@ def test_the_same_seed_builds_the_same_model(build: Callable[..., PreTrainedMode
         ({"ratio": 0.5, "metric": "l1"}, r"metric='l1': choose one of"),
         ({"ratio": 0.5, "compensation": "obs"}, r"compensation='obs'"),
         ({"ratio": 0.5, "router_init": "zero"}, r"router_init='zero'"),
+        (
+            {"ratio": 0.5, "experts": 3},
+            r"moe\.plain builds an expert of each group: moe\.experts \(3\) .* the 2 groups",
+        ),
+        ({"overrides": ["moe=default", "pruning.metric=obs"]}, r"moe\.refined needs the tokens themselves"),
+        ({"overrides": ["moe=upcycle"], "router_init": "random"}, r"router_init goes with moe=plain"),
     ],
 )
 def test_settings_that_contradict_are_refused(
@@ -330,5 +369,5 @@ def test_statistics_that_lack_something_are_refused(build: Callable[..., PreTrai
         reconstruct(model, bare, ratio=0.5)
     with pytest.raises(UserError, match="inputs=2048"):
         reconstruct(model, bare, ratio=0.5, compensation="none")
-    with pytest.raises(UserError, match="group_statistics is empty"):
+    with pytest.raises(UserError, match="groups is empty"):
         reconstruct(model, [], ratio=0.5)

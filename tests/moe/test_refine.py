@@ -10,30 +10,23 @@ from transformers import PreTrainedModel
 
 from dive.config import (
     Compensation,
-    Construction,
     DistillationConfig,
     Metric,
     MoEConfig,
+    PlainConfig,
     PruningConfig,
-    RefinementConfig,
-    RouterInit,
+    RefinedConfig,
     Start,
 )
 from dive.errors import UserError
 from dive.model.families import FFN, ffn, ffn_modules, moe_block
+from dive.moe.assemble import assemble
+from dive.moe.build import build_layers
+from dive.moe.constructions import refined
+from dive.moe.constructions.refined import derive_experts, first_assignment, renumbered, train_layer
 from dive.moe.distill import expert_errors
-from dive.moe.layer import ExpertLayer, expert_function
-from dive.moe.reconstruct import assemble, build_layer, build_refined_layers
-from dive.moe.refine import (
-    derive_experts,
-    first_assignment,
-    layer_output,
-    likeliest_experts,
-    refine_layer,
-    renumbered,
-    selected_outputs,
-    train_layer,
-)
+from dive.moe.layer import ExpertLayer, expert_function, layer_output, likeliest_experts, selected_outputs
+from dive.moe.walk import LayerTokens
 from dive.pruning.calibrate import collect_statistics
 
 Build = Callable[..., PreTrainedModel]
@@ -64,13 +57,20 @@ def outputs(weights: FFN, rows: Tensor) -> Tensor:
     return weights.channels(rows) @ weights.down.T
 
 
-def settings(experts: int = 3, top_k: int = 1, **refinement: object) -> MoEConfig:
+def settings(experts: int = 3, top_k: int = 1, **changed: object) -> MoEConfig:
+    """Nothing refined but what is named."""
     return MoEConfig(
         experts=experts,
         top_k=top_k,
         distillation=DistillationConfig(steps=60),
-        refinement=RefinementConfig(**refinement),  # type: ignore[arg-type]
+        refined=RefinedConfig(**{"rounds": 0, "sequential": False, "steps": 0, **changed}),  # type: ignore[arg-type]
     )
+
+
+def refine(
+    weights: FFN, inputs: Tensor, targets: Tensor, groups: Tensor, pruning: PruningConfig, moe: MoEConfig, *, seed: int
+) -> ExpertLayer:
+    return refined.layer(weights, LayerTokens(inputs, targets, groups), pruning, moe, seed=seed)
 
 
 def relative_error(layer: ExpertLayer, weights: FFN, rows: Tensor, top_k: int = 1) -> float:
@@ -96,7 +96,7 @@ def test_the_layers_output_is_the_stock_blocks(build: Build, tokens: Tokens, top
     model = build()
     groups = [tokens(4, 16, seed=1), tokens(4, 16, seed=2), tokens(4, 16, seed=3)]
     moe = settings(top_k=top_k, rounds=1)
-    layers = list(build_refined_layers(model, groups, PruningConfig(ratio=0.5), moe, batch=4, seed=0))
+    layers = list(build_layers(model, groups, PruningConfig(ratio=0.5), moe, batch=4, seed=0))
     stock = assemble(model, layers, top_k=top_k)
     rows = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
     for number in range(2):
@@ -110,13 +110,12 @@ def test_without_refinement_it_is_the_construction_from_statistics(
 ) -> None:
     model = build()
     domains = {"a": tokens(6, 16, seed=1), "b": tokens(6, 16, seed=2)}
-    found = collect_statistics(model, domains)
+    found = list(collect_statistics(model, domains).values())
     pruning = PruningConfig(ratio=0.5, metric=metric, ridge=0.01)
     moe = settings(experts=2)
-    layers = list(build_refined_layers(model, list(domains.values()), pruning, moe, batch=4, seed=0))
-    for number, layer in enumerate(layers):
-        groups = [s.layer(number) for s in found.values()]
-        expected = build_layer(ffn(model, number), groups, pruning, moe, seed=1000 * number)
+    layers = list(build_layers(model, list(domains.values()), pruning, moe, batch=4, seed=0))
+    plain = MoEConfig(experts=2, distillation=moe.distillation, plain=PlainConfig())
+    for layer, expected in zip(layers, build_layers(model, found, pruning, plain, seed=0), strict=True):
         assert torch.equal(layer.masks, expected.masks)
         torch.testing.assert_close(layer.gate_up, expected.gate_up)
         torch.testing.assert_close(layer.down, expected.down, rtol=1e-3, atol=1e-3)
@@ -126,8 +125,8 @@ def test_rounds_and_steps_each_bring_the_layer_closer(weights: FFN, inputs: Tens
     targets, groups = outputs(weights, inputs), torch.arange(TOKENS) // 200  # groups that say nothing about the token
     pruning = PruningConfig(ratio=0.75, width_multiple=1)
 
-    def error(**refinement: object) -> float:
-        layer = refine_layer(weights, inputs, targets, groups, pruning, settings(**refinement), seed=0)
+    def error(**changed: object) -> float:
+        layer = refine(weights, inputs, targets, groups, pruning, settings(**changed), seed=0)
         return relative_error(layer, weights, inputs)
 
     plain, rounds, both = error(), error(rounds=3), error(rounds=3, steps=100, batch=200)
@@ -142,9 +141,8 @@ def test_steps_help_tokens_they_have_not_seen(weights: FFN, inputs: Tensor, top_
     seen, unseen = slice(0, 450), slice(450, TOKENS)
     errors = []
     for steps in (0, 150):
-        moe = settings(top_k=top_k, rounds=1, batch=150)
-        moe.refinement.steps = steps
-        layer = refine_layer(weights, inputs[seen], targets[seen], groups[seen], pruning, moe, seed=0)
+        moe = settings(top_k=top_k, rounds=1, batch=150, steps=steps)
+        layer = refine(weights, inputs[seen], targets[seen], groups[seen], pruning, moe, seed=0)
         errors.append(relative_error(layer, weights, inputs[unseen], top_k))
     assert errors[1] < 0.8 * errors[0]
 
@@ -155,7 +153,7 @@ def test_balance_keeps_the_load_below_its_limit(weights: FFN, inputs: Tensor) ->
     loads = []
     for balance in (0.0, 1.0):
         moe = settings(rounds=1, steps=150, batch=500, balance=balance, max_load=1.2)
-        layer = refine_layer(weights, rows, outputs(weights, rows), groups, PRUNING, moe, seed=0)
+        layer = refine(weights, rows, outputs(weights, rows), groups, PRUNING, moe, seed=0)
         chosen = (rows @ layer.router.T).argmax(dim=1)
         loads.append(float(torch.bincount(chosen, minlength=3).max() * 3 / len(rows)))
     assert loads[0] > 1.4
@@ -165,9 +163,8 @@ def test_balance_keeps_the_load_below_its_limit(weights: FFN, inputs: Tensor) ->
 def test_one_expert_needs_no_router(weights: FFN, inputs: Tensor) -> None:
     moe = settings(experts=1, rounds=2, steps=50, batch=200)
     targets, groups = outputs(weights, inputs), torch.zeros(TOKENS, dtype=torch.int64)
-    trained = refine_layer(weights, inputs, targets, groups, PRUNING, moe, seed=0)
-    moe.refinement.steps = 0
-    refitted = refine_layer(weights, inputs, targets, groups, PRUNING, moe, seed=0)
+    trained = refine(weights, inputs, targets, groups, PRUNING, moe, seed=0)
+    refitted = refine(weights, inputs, targets, groups, PRUNING, settings(experts=1, rounds=2), seed=0)
     assert not trained.router.any()
     assert relative_error(trained, weights, inputs) < relative_error(refitted, weights, inputs)
 
@@ -191,16 +188,16 @@ def test_the_ridge_is_chosen_where_none_is_given(weights: FFN, inputs: Tensor) -
 
 def test_first_assignments(inputs: Tensor) -> None:
     groups = torch.arange(TOKENS) // 200
-    assert torch.equal(first_assignment(inputs, groups, Start.groups, experts=3, seed=0), groups)
-    assert not first_assignment(inputs, groups, Start.groups, experts=1, seed=0).any()
-    dealt = first_assignment(inputs, groups, Start.random, experts=3, seed=0)
+    assert torch.equal(first_assignment(inputs, groups, None, experts=3, seed=0), groups)
+    assert not first_assignment(inputs, groups, None, experts=1, seed=0).any()
+    dealt = first_assignment(inputs, None, Start.random, experts=3, seed=0)
     assert torch.bincount(dealt).min() > 150
-    assert torch.equal(dealt, first_assignment(inputs, groups, Start.random, experts=3, seed=0))
+    assert torch.equal(dealt, first_assignment(inputs, None, Start.random, experts=3, seed=0))
     clouds = torch.arange(TOKENS) % 3
-    found = first_assignment(inputs, groups, Start.kmeans, experts=3, seed=0)
+    found = first_assignment(inputs, None, Start.kmeans, experts=3, seed=0)
     pairs = {(int(cloud), int(cluster)) for cloud, cluster in zip(clouds, found, strict=True)}
     assert len(pairs) == 3  # each cloud is one cluster
-    assert torch.equal(found, first_assignment(inputs, groups, Start.kmeans, experts=3, seed=0))
+    assert torch.equal(found, first_assignment(inputs, None, None, experts=3, seed=0))
 
 
 def test_clusters_are_numbered_like_the_experts_of_the_layer_before() -> None:
@@ -220,7 +217,7 @@ def test_an_experts_number_stands_for_the_same_tokens_in_every_layer(build: Buil
         ffn_modules(model, number)[0].register_forward_pre_hook(
             lambda _, rows: model_inputs.append(rows[0].flatten(0, 1))
         )
-    layers = list(build_refined_layers(model, groups, PruningConfig(ratio=0.5), moe, batch=32, seed=0))
+    layers = list(build_layers(model, groups, PruningConfig(ratio=0.5), moe, batch=32, seed=0))
     model_inputs.clear()
     model(input_ids=groups[0])
     routed = [likeliest_experts(layer, rows) for layer, rows in zip(layers, model_inputs, strict=True)]
@@ -240,7 +237,7 @@ def test_the_sequential_target_makes_up_for_the_layers_before(build: Build, toke
         "one shot": settings(experts=2),
         "sequential": settings(experts=2, sequential=True, correction=1.0),
     }.items():
-        layers = list(build_refined_layers(model, groups, PruningConfig(ratio=0.5, ridge=1e-3), moe, batch=8, seed=0))
+        layers = list(build_layers(model, groups, PruningConfig(ratio=0.5, ridge=1e-3), moe, batch=8, seed=0))
         rebuilt = assemble(model, layers, top_k=1)
         distance[name] = float((rebuilt.model(input_ids=ids).last_hidden_state - wanted).square().mean())
     assert distance["sequential"] < 0.95 * distance["one shot"]
@@ -251,7 +248,7 @@ def test_the_same_seed_refines_to_the_same_layer(weights: FFN, inputs: Tensor) -
     targets, groups = outputs(weights, inputs), torch.arange(TOKENS) % 3
 
     def layer(seed: int) -> ExpertLayer:
-        return refine_layer(weights, inputs, targets, groups, PRUNING, moe, seed=seed)
+        return refine(weights, inputs, targets, groups, PRUNING, moe, seed=seed)
 
     one, again, other = layer(1), layer(1), layer(2)
     for name, tensor in one.tensors().items():
@@ -265,23 +262,16 @@ def test_training_leaves_what_it_was_given_alone(weights: FFN, inputs: Tensor) -
     )
     before = {name: tensor.clone() for name, tensor in layer.tensors().items()}
     trained = train_layer(
-        layer, weights.act, inputs, outputs(weights, inputs), RefinementConfig(steps=3, batch=64), top_k=1, seed=0
+        layer, weights.act, inputs, outputs(weights, inputs), RefinedConfig(steps=3, batch=64), top_k=1, seed=0
     )
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.tensors().items())
     assert not torch.equal(trained.down, layer.down)
     assert not trained.down.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("moe", "message"),
-    [
-        ({"construction": Construction.random_split}, "moe.refinement goes with moe.construction=dive"),
-        ({"router_init": RouterInit.random}, "moe.router_init=distilled"),
-    ],
-)
-def test_contradictions_are_refused(moe: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        MoEConfig(refinement=RefinementConfig(rounds=1), **moe)  # type: ignore[arg-type]
+def test_groups_of_another_number_than_the_experts_are_refused(build: Build, tokens: Tokens) -> None:
+    with pytest.raises(UserError, match=r"moe\.experts \(3\) differs from the 2 groups"):
+        next(build_layers(build(), [tokens(4, 16), tokens(4, 16, seed=1)], PRUNING, settings(), seed=0))
 
 
 def test_refined_experts_need_least_squares() -> None:

@@ -10,11 +10,11 @@ from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from dive.api import reconstruct
 from dive.config import Gate, Mode
 from dive.model.families import moe_block
 from dive.moe.balance import overload, z_loss
-from dive.moe.plug import plug_routers
-from dive.moe.reconstruct import reconstruct
+from dive.moe.plug import plug_routers, unplug
 from dive.moe.router import Router
 from dive.pruning.calibrate import collect_statistics
 
@@ -47,6 +47,30 @@ def test_sparse_mode_is_the_stock_router(family: str, top_k: int) -> None:
         ours.train(training)
         for found, expected in zip(ours(rows()), stock(rows()), strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_gates_in_bfloat16_have_the_stock_element_type_and_value(family: str, top_k: int) -> None:
+    stock = stock_router(family, top_k).bfloat16()
+    ours = Router(stock, experts=EXPERTS, top_k=top_k)
+    for found, expected in zip(ours.eval()(rows().bfloat16()), stock(rows().bfloat16()), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_in_bfloat16_a_plugged_model_has_the_logits_of_its_export(
+    build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor], variant: str
+) -> None:
+    model = build(variant)
+    statistics = collect_statistics(model, {name: tokens(2, 16, seed=seed) for seed, name in enumerate("abcd")})
+    moe = reconstruct(model, list(statistics.values()), ratio=0.5, router_init="random", top_k=2).bfloat16()
+    ids = tokens(2, 16, seed=9)
+    plug_routers(moe)
+    plugged = moe(input_ids=ids).logits
+    unplug(moe)
+    assert torch.equal(moe(input_ids=ids).logits, plugged)
 
 
 def test_sparse_gates_by_hand() -> None:
@@ -166,7 +190,7 @@ def test_a_straight_through_gate_has_stock_values_and_a_gradient(top_k: int) -> 
     _, gates, _, gradient = trained_gate(Gate.straight_through, top_k)
     torch.testing.assert_close(gates, stock)
     if top_k == 1:
-        assert float(without.abs().max()) < 1e-6  # the trap that it is for
+        assert float(without.abs().max()) == 0.0  # the trap that it is for
     assert float((gradient - without).abs().max()) > 1e-2
 
 
@@ -200,3 +224,20 @@ def test_penalties_are_those_of_the_last_pass_in_training() -> None:
     router.balance = router.z_loss = 0.0
     router(rows())
     assert router.penalty is None
+    assert router.take_penalty() is None
+
+
+def test_a_penalty_is_taken_once() -> None:
+    router = Router(stock_router("mixtral", 1), experts=EXPERTS, top_k=1).train()
+    router.z_loss = 1.0
+    router(rows())
+    assert router.take_penalty() is not None
+    assert router.take_penalty() is None
+
+
+def test_what_is_not_recorded_leaves_no_penalty_and_no_load() -> None:
+    router = Router(stock_router("mixtral", 1), experts=EXPERTS, top_k=1).train()
+    router.z_loss, router.recording = 1.0, False
+    router(rows())
+    assert router.penalty is None
+    assert float(router.tokens) == float(router.load.sum()) == 0.0

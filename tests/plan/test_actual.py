@@ -3,10 +3,10 @@
 import resource
 from pathlib import Path
 
-from dive.artifacts import Artifact
 from dive.model.architecture import locate_architecture
 from dive.plan.actual import Meter, peak_host
 from dive.plan.stages import plan
+from dive.store import Artifact
 from tests.model.test_architecture import typed
 
 
@@ -14,34 +14,35 @@ def test_artifacts_find_their_stage(tmp_path: Path) -> None:
     config = typed("affinity=mined", "retrain=two_stages")
     meter = Meter(plan(config, locate_architecture(config.model)))
     (tmp_path / "file").write_bytes(bytes(10))
-    kinds = [
+    stages = [
         "evaluation",
-        "statistics",
-        "matrix",
-        "groups",
-        "experts",
-        "experts",
+        "calibration",
+        "mining",
+        "mining",
+        "pruned",
+        "reconstructed",
         "evaluation",
-        "retrained",
-        "retrained",
+        "router",
+        "experts",
+        "nowhere planned",
     ]
-    for number, kind in enumerate(kinds):
-        meter.record(kind, Artifact("key", tmp_path, float(number), reused=kind == "matrix"))
+    for number, stage in enumerate(stages):
+        meter.record(stage, Artifact("key", tmp_path, float(number), reused=stage == "mining"))
     meter.exported(tmp_path, 100.0)
     found = meter.summary()
-    assert {stage["name"]: stage["seconds"] for stage in found["stages"]} == {
+    assert {stage.name: stage.seconds for stage in found.stages} == {
         "evaluation": 0.0 + 6.0,
         "calibration": 1.0,
-        "mining": 2.0,
-        "pruning": 4.0,
-        "building experts": 5.0,
+        "mining": 2.0 + 3.0,
+        "pruned": 4.0,
+        "reconstructed": 5.0,
         "router": 7.0,
         "experts": 8.0,
         "export": 100.0,
     }
-    assert [stage["name"] for stage in found["stages"] if stage["reused"]] == ["mining"]
-    assert found["disk_bytes"] == 90
-    assert found["seconds"] == 133.0
+    assert [stage.name for stage in found.stages if stage.reused] == ["mining"]
+    assert found.disk_bytes == 100
+    assert found.seconds == 136.0
     assert "of host memory" in meter.line()
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dive.config import Config, DistillationConfig, MoEConfig, RefinementConfig
+from dive.config import Config, DistillationConfig, MoEConfig, PlainConfig, RefinedConfig
 from dive.plan import construction
 from dive.plan.construction import Refinement
 from dive.plan.parameters import Shapes, shapes
@@ -51,8 +51,8 @@ def test_refinement(llama: Shapes) -> None:
 
 
 def test_refinement_of_a_configuration() -> None:
-    used = Config(moe=MoEConfig(refinement=RefinementConfig(rounds=4, steps=6, batch=7), top_k=3))
+    used = Config(moe=MoEConfig(refined=RefinedConfig(rounds=4, steps=6, batch=7), top_k=3))
     assert construction.refinement(used) == Refinement(derivations=5, steps=6, batch=7, active=3)  # derived once more
-    single = Config(moe=MoEConfig(experts=1, refinement=RefinementConfig(rounds=4, sequential=True)))
+    single = Config(moe=MoEConfig(experts=1, refined=RefinedConfig(rounds=4, steps=0)))
     assert construction.refinement(single) == Refinement(derivations=1, steps=0, batch=4096, active=1)
-    assert construction.refinement(Config(moe=MoEConfig())) is None
+    assert construction.refinement(Config(moe=MoEConfig(plain=PlainConfig()))) is None

@@ -69,7 +69,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_training_step(plain: PreTrainedModel, stage: StageConfig, noise: float) -> None:
-    s = sizes(plain, f"moe.noise={noise}")
+    s = sizes(plain, f"retrain.noise={noise}")
     moe = empty_moe(moe_config(plain.config, width=24, experts=3, top_k=2), torch.float32)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

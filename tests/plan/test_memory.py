@@ -130,7 +130,7 @@ def test_saved_activations_are_what_autograd_keeps(
         assert 0.3 * planned < measured < planned
 
 
-def test_shared_experts_need_little_beside_the_dense_model() -> None:
+def test_indexed_experts_need_little_beside_the_dense_model() -> None:
     settings = [
         "model=llama2-7b",
         "plan.device=h100",
@@ -140,21 +140,21 @@ def test_shared_experts_need_little_beside_the_dense_model() -> None:
         "pruning.metric=wifv",
     ]
     found = {}
-    for storage in ("materialised", "shared"):
+    for storage in ("materialised", "indexed"):
         for compensation in ("least_squares", "none"):
-            job = job_of(*settings, f"moe.storage={storage}", f"pruning.compensation={compensation}")
+            job = job_of(*settings, f"retrain.storage={storage}", f"pruning.compensation={compensation}")
             stage = job.config.retrain.stages["experts"]
             found[storage, compensation] = memory.retraining(job, stage, []).device["Mixture-of-Experts"]
     assert found["materialised", "none"] == found["materialised", "least_squares"] > 2 * 19e9
     norms, router, down = 65 * 4096, 32 * 8 * 4096, 32 * 8 * 4096 * 5504
-    assert found["shared", "none"] == 2 * (norms + router)
-    assert found["shared", "least_squares"] == 2 * (norms + router + down)
+    assert found["indexed", "none"] == 2 * (norms + router)
+    assert found["indexed", "least_squares"] == 2 * (norms + router + down)
 
 
 def test_streamed_runs_hold_one_layer_and_write_the_type_that_is_asked_for() -> None:
     settings = ["model=tinyllama", "trainer=cpu", "model.dtype=float32", "affinity=random", "retrain=none", "moe=plain"]
     streamed = plan(*settings, "model.load=streamed", "model.export_dtype=bfloat16")
-    assert [stage.name for stage in streamed.stages] == ["building experts", "export"]
+    assert [stage.name for stage in streamed.stages] == ["reconstructed", "export"]
     building, export = streamed.stages
     layer = 3 * 2048 * 5632 + 2 * 2048 * (2048 + 256) + 2 * 2048
     assert building.memory.host["dense model"] == 4 * (layer + 2048 * 5633)  # and the tensor that is being read

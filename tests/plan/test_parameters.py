@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dive.config import ArchitectureConfig, Config, Freezing, FreezingConfig, LoRAConfig, MoEConfig
+from dive.config import ArchitectureConfig, Config, Freezing, FreezingConfig, LoRAConfig, Mode, MoEConfig, StageConfig
 from dive.model.architecture import read_architecture
 from dive.model.families import count_parameters, empty_moe, moe_config
 from dive.moe.plug import plug_routers
-from dive.plan.parameters import Shapes, shapes, trained
+from dive.plan.parameters import Shapes, reached, shapes, trained
 from dive.retrain.freezing import apply_policy, trained_table
 from tests.model.test_architecture import typed
 
@@ -89,7 +89,7 @@ POLICIES = {
 def test_trained_parameters_are_those_that_a_stage_gives_gradients(
     dense: PreTrainedModel, policy: FreezingConfig, noise: float
 ) -> None:
-    s, _, _ = tiny(dense, f"moe.noise={noise}", "retrain.lora.rank=4")
+    s, _, _ = tiny(dense, f"retrain.noise={noise}", "retrain.lora.rank=4")
     moe = empty_moe(moe_config(dense.config, width=24, experts=3, top_k=1), torch.float32)
     plug_routers(moe, noise=noise)
     apply_policy(moe, policy, LoRAConfig(rank=4))
@@ -104,3 +104,14 @@ def test_trained_parameters_are_those_that_a_stage_gives_gradients(
 def test_several_stages_count_a_parameter_once() -> None:
     s = of_preset("model=tinyllama")
     assert trained(s, [POLICIES["router"], SPARSE]) == trained(s, [SPARSE])
+
+
+def test_routers_that_no_gradient_reaches_do_not_count() -> None:
+    s = of_preset("model=tinyllama", "moe.top_k=1")
+    sparse = StageConfig(train=SPARSE, tokens=1)
+    dense = StageConfig(train=FreezingConfig(router=Freezing.full), mode=Mode.dense, tokens=1)
+    every = sum(trained(s, [SPARSE]).values())
+    assert reached(s, [sparse]) == every - s.layers * s.router
+    assert reached(s, [dense]) == s.layers * s.router
+    assert reached(s, [dense, sparse]) == reached(s, [sparse, dense]) == every
+    assert reached(of_preset("model=tinyllama", "moe.top_k=2"), [sparse]) == every

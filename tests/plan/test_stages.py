@@ -20,7 +20,7 @@ def by_name(it: Plan) -> dict[str, Stage]:
 
 
 def test_tokens_that_choose_their_experts_are_not_mined() -> None:
-    assert list(by_name(planned())) == ["pruning", "building experts", "router", "experts", "evaluation", "export"]
+    assert list(by_name(planned())) == ["pruned", "reconstructed", "router", "experts", "evaluation", "export"]
 
 
 def test_tokens_of_a_run_that_mines() -> None:
@@ -28,8 +28,8 @@ def test_tokens_of_a_run_that_mines() -> None:
     assert list(stages) == [
         "calibration",
         "mining",
-        "pruning",
-        "building experts",
+        "pruned",
+        "reconstructed",
         "router",
         "experts",
         "evaluation",
@@ -37,7 +37,7 @@ def test_tokens_of_a_run_that_mines() -> None:
     ]
     assert stages["calibration"].tokens == 16 * 32 * 256
     assert stages["mining"].tokens == 16 * 16 * 8 * 256
-    assert stages["building experts"].tokens == 16 * 32 * 256
+    assert stages["reconstructed"].tokens == 16 * 32 * 256
     assert (stages["router"].tokens, stages["experts"].tokens) == (16384, 114688)
     # dense, pruned, reconstructed and two stages; and the routing of the last three
     assert stages["evaluation"].tokens == (5 + 3) * 16 * 12 * 256
@@ -48,25 +48,25 @@ def test_given_groups_are_not_mined() -> None:
     assert "mining" not in stages
     assert "calibration" not in stages
     # 1024 sequences a group, split evenly: 8 domains × 128, 1 × 1024, 3 × 341 + 1, ...
-    assert stages["building experts"].tokens == 8 * 1024 * 256
+    assert stages["reconstructed"].tokens == 8 * 1024 * 256
 
 
 def test_text_that_experts_are_built_from() -> None:
     stages = by_name(planned("calibration_domains=paper"))  # 1024 sequences for each expert, of all 24 domains together
-    assert stages["pruning"].tokens == 1024 * 256
-    assert stages["building experts"].tokens == 8 * 1024 * 256
+    assert stages["pruned"].tokens == 1024 * 256
+    assert stages["reconstructed"].tokens == 8 * 1024 * 256
     few = by_name(planned("calibration_domains=paper", "calibration_domains.domains=[c4,race]", "moe.experts=4"))
-    assert few["building experts"].tokens == 2 * 1024 * 256  # there is no more
-    assert few["pruning"].tokens == 1024 * 256
-    assert by_name(planned("moe.experts=4"))["pruning"].tokens == 16 * 32 * 256  # without a limit all there is
+    assert few["reconstructed"].tokens == 2 * 1024 * 256  # there is no more
+    assert few["pruned"].tokens == 1024 * 256
+    assert by_name(planned("moe.experts=4"))["pruned"].tokens == 16 * 32 * 256  # without a limit all there is
 
 
 def test_one_expert_is_pruning_alone_unless_it_is_refined() -> None:
-    assert "building experts" not in by_name(planned("moe=plain", "moe.experts=1"))
+    assert "reconstructed" not in by_name(planned("moe=plain", "moe.experts=1"))
     stages = by_name(planned("moe.experts=1"))
-    assert stages["building experts"].seconds > stages["pruning"].seconds > 0
+    assert stages["reconstructed"].seconds > stages["pruned"].seconds > 0
     assert list(by_name(planned("moe.experts=1", "model.load=streamed", "retrain=none"))) == [
-        "building experts",
+        "reconstructed",
         "export",
     ]
 
@@ -81,7 +81,7 @@ def test_disk() -> None:
     stages = by_name(it)
     assert stages["calibration"].written == 16 * 22 * 5632 * 16  # 16 embedded domains, mean and deviations in float64
     layer = 8 * 3 * 2048 * 2816 * 2 + 2 * 8 * 2048 * 2 + 8 * 5632  # experts, router and bias, masks
-    assert stages["building experts"].written == 22 * layer
+    assert stages["reconstructed"].written == 22 * layer
     assert stages["experts"].written == 21_358_592 * 2  # 32-true keeps them in bfloat16
     assert stages["experts"].temporary == 2 * 3 * 21_358_592 * 2  # with Adam's states; the old beside the new
     assert it.export == 2 * (3_384_207_360 + 360_448)

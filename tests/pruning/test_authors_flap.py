@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dive
 from dive.config import Metric
 from dive.model.families import ffn
-from dive.model.layers import walk_layers
+from dive.model.layers import Track
 from dive.pruning.compensation import bias
 from dive.pruning.metrics import importance
 from dive.pruning.statistics import ChannelStatistics
@@ -57,10 +57,9 @@ def statistics(model: LlamaForCausalLM, matrix: Tensor) -> ChannelStatistics:
 @pytest.fixture(scope="module")
 def activations(model: LlamaForCausalLM, matrix: Tensor) -> list[np.ndarray]:
     """(samples, tokens, F) float64 of each layer."""
-    return [
-        np.stack([seen.channels.double().numpy() for seen in run()])
-        for _, run in walk_layers(model, list(matrix.split(1)))
-    ]
+    track = Track(model, list(matrix.split(1)))
+    layers = range(model.config.num_hidden_layers)
+    return [np.stack([seen.channels.double().numpy() for seen in track.run(number)]) for number in layers]
 
 
 def test_the_model_is_theirs(model: LlamaForCausalLM, matrix: Tensor) -> None:

@@ -98,3 +98,37 @@ def test_it_is_a_metric_that_needs_second_moments(problem: tuple[Tensor, Tensor]
         choose_channels(
             pruning, weights, batch_statistics(activations, second_moment=False, inputs=None), width=4, ridge=1e-3
         )
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_moments_that_rounding_made_indefinite_take_a_larger_ridge(
+    problem: tuple[Tensor, Tensor], ridge: float
+) -> None:
+    down, activations = problem
+    moment = activations.T @ activations
+    values, vectors = torch.linalg.eigh(moment)
+    values[:2] = -0.02 * moment.diagonal().mean()  # neither the ridge nor a hundred-thousandth mends it
+    damaged = vectors @ values.diag() @ vectors.T
+    kept = eliminate(down, damaged, 5, ridge=ridge, block=1)
+    assert torch.equal(kept, eliminate(down, damaged, 5, ridge=0.1, block=1))
+    target = activations @ down.T
+    best = error(activations, target, greedy(activations, target, 5))
+    assert error(activations, target, kept.nonzero().squeeze(1).tolist()) < 3.0 * best
+
+
+def test_moments_that_no_ridge_mends_are_refused(problem: tuple[Tensor, Tensor]) -> None:
+    down, activations = problem
+    moment = activations.T @ activations
+    with pytest.raises(
+        UserError, match=r"^pruning\.ridge \(0\.01\): .*raise pruning\.ridge, or set pruning\.metric=wifv"
+    ):
+        eliminate(down, moment - 5.0 * moment.diagonal().max() * torch.eye(CHANNELS), 5, ridge=0.01)
+    moment[2, 3] = torch.nan
+    with pytest.raises(UserError, match=r"second moments are not finite; set model\.dtype=float32"):
+        eliminate(down, moment, 5, ridge=0.01)
+
+
+def test_where_no_channel_fires_the_largest_weights_stay(problem: tuple[Tensor, Tensor]) -> None:
+    down, _ = problem
+    kept = eliminate(down, torch.zeros(CHANNELS, CHANNELS), 4, ridge=0.01)
+    assert torch.equal(kept, eliminate(down, torch.eye(CHANNELS), 4, ridge=0.0))

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 import dive
 from dive.errors import UserError
 from dive.model.families import ffn_modules
-from dive.pruning.calibrate import stream_statistics
-from dive.pruning.statistics import ChannelStatistics, batch_statistics, stack_layers
+from dive.pruning.calibrate import Calibration
+from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled_rows, stack_layers
 
 Tokens = Callable[..., Tensor]
 
@@ -71,11 +71,36 @@ def test_every_family_against_numpy(dense: PreTrainedModel, tokens: Tokens) -> N
 def test_any_batch_size_gives_the_same(build: Callable[..., PreTrainedModel], tokens: Tokens, batch: int) -> None:
     matrix = tokens(7, 10)
     model = build()
-    found = dive.collect_statistics(model, {"a": matrix}, batch=batch, inputs=10)["a"]
+    found = dive.collect_statistics(model, {"a": matrix}, batch=batch, inputs=10, seed=5)["a"]
     inputs, channels = recorded(model, matrix)
     assert_same(found, channels)
     assert found.inputs is not None
-    np.testing.assert_allclose(found.inputs, inputs[:, ::7], rtol=1e-4, atol=1e-5)  # 70 tokens / 10
+    rows = sampled_rows(70, 10, seed=5).sort().values
+    np.testing.assert_allclose(found.inputs, inputs[:, rows], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_for_routers_are_from_all_positions(build: Callable[..., PreTrainedModel]) -> None:
+    # As many tokens as there are sequences: one a sequence at an even distance would be the first of each.
+    samples, length = 64, 16
+    matrix = torch.arange(length).repeat(samples, 1)
+    model = build()
+    for layer in model.model.layers:  # an FFN input then tells its token, and so its position
+        layer.self_attn.o_proj.weight.zero_()
+    positions = model.model.layers[0].post_attention_layernorm(model.get_input_embeddings().weight[:length])
+    counts = []
+    for seed in (0, 0, 1):
+        statistics = dive.collect_statistics(model, {"a": matrix, "b": matrix}, batch=8, inputs=samples, seed=seed)
+        for found in statistics.values():
+            assert found.inputs is not None
+            assert found.inputs.shape[1] == samples
+            distances = torch.cdist(found.inputs[0], positions)
+            assert distances.min(dim=1).values.max() < 1e-2  # others are 5 apart and more
+            counts.append(torch.bincount(distances.argmin(dim=1), minlength=length).tolist())
+    assert all(sum(count > 0 for count in found) >= 12 and max(found) <= 16 for found in counts)
+    first, first_b, again, again_b, other, _ = counts
+    assert (first, first_b) == (again, again_b)
+    assert first != other
+    assert first != first_b
 
 
 def test_merged_domains_are_one_pass_over_all_their_tokens(
@@ -106,7 +131,8 @@ def test_layers_are_taken_apart_and_stacked_again(build: Callable[..., PreTraine
     matrix = {"a": tokens(3, 8)}
     whole = dive.collect_statistics(model, matrix)["a"]
     again = stack_layers([whole.layer(0), whole.layer(1)])
-    streamed = [by_name[0] for by_name in stream_statistics(model, matrix, second_moments=True, inputs=2048)]
+    calibration = Calibration(model, matrix, second_moments=True, inputs=2048)
+    streamed = [calibration.layer(number)[0] for number in range(2)]
     for layers in (again, stack_layers(streamed)):
         assert layers.count == whole.count
         for name in ("mean", "squared_deviations", "second_moment", "inputs"):

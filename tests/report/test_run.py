@@ -24,6 +24,8 @@ from dive.report.run import (
     write_report,
 )
 from tests.browser import browse, shapes
+from tests.report.made import results as made
+from tests.report.made import stage
 from tests.workplace import WORDS, Workplace
 
 FIGURES = {"routing", "domains", "affinity", "matrix", "overlap", "curves", "load", "entropy"}
@@ -164,41 +166,38 @@ def test_what_is_no_run_is_refused(name: str, text: str | None, tmp_path: Path) 
 # ---------------------------------------------------------------------------------------------------- figures by hand
 
 
-def stage(name: str, mean: float, **more: Any) -> dict[str, Any]:
-    return {"name": name, "perplexity": {"mean": mean}, **more}
-
-
 def test_half_of_the_loss_is_won_back() -> None:
     stages = [stage("dense", 10.0), stage("pruned", 40.0), stage("reconstructed", 20.0)]
-    assert recovered({"stages": stages}) == pytest.approx(0.5)  # log 4 lost, log 2 left
-    assert recovered({"stages": stages[:2]}) is None
-    assert recovered({"stages": [stage("dense", 10.0), stage("pruned", 9.0), stage("x", 8.0)]}) is None
+    assert recovered(made(stages=stages)) == pytest.approx(0.5)  # log 4 lost, log 2 left
+    assert recovered(made(stages=[stages[1], stages[0], stages[2]])) == pytest.approx(0.5)  # whatever their order
+    assert recovered(made(stages=stages[:2])) is None
+    assert recovered(made(stages=[stage("dense", 10.0), stage("pruned", 9.0), stage("x", 8.0)])) is None
 
 
 def test_experts_and_the_domains_they_serve() -> None:
     share = {"a": [0.7, 0.3], "b": [0.6, 0.4], "c": [0.1, 0.9]}
-    results = {"routing": {"share": share}, "groups": [["a"], ["b", "c"]]}
+    results = made(routing={"share": share}, groups=[["a"], ["b", "c"]])
     first, second = expert_rows(results)
     assert first["first_choice_of"] == ["a", "b"]
     assert second["first_choice_of"] == ["c"]
     assert second["served"] == [("c", 0.9), ("b", 0.4), ("a", 0.3)]
     assert second["load"] == pytest.approx((0.3 + 0.4 + 0.9) / 3)
     assert own_share(results) == pytest.approx((0.7 + 0.4 + 0.9) / 3)
-    assert own_share(results | {"groups": [["a", "b", "c"]]}) is None
-    assert expert_rows({"routing": {}, "groups": []}) == []
+    assert own_share(made(routing={"share": share}, groups=[["a", "b", "c"]])) is None
+    assert expert_rows(made(routing={}, groups=[])) == expert_rows(made()) == []
 
 
 def test_the_tree_has_the_colours_of_the_groups() -> None:
     # a and b join first, then c joins them; {a, b} and {c} are the groups
-    mined = {"domains": ["a", "c", "b"], "perplexity": [[1.0, 4, 1], [4, 1, 4], [1, 4, 1]]}
+    mined: dict[str, Any] = {"domains": ["a", "c", "b"], "perplexity": [[1.0, 4, 1], [4, 1, 4], [1, 4, 1]]}
     mined["tree"] = [[0, 2, 0.1, 2], [1, 3, 1.5, 3]]
-    figure = affinity_figure({"affinity": mined, "groups": [["a", "b"], ["c"]]})
+    figure = affinity_figure(made(affinity=mined, groups=[["a", "b"], ["c"]]))
     assert figure is not None
     assert sorted(figure["order"][1:]) == [0, 2] or sorted(figure["order"][:2]) == [0, 2]
     assert {link["group"]: max(link["distance"]) for link in figure["tree"]} == {"0": 0.1, "": 1.5}
     assert figure["affinity"] == [[1.0, 0.25, 1.0], [0.25, 1.0, 0.25], [1.0, 0.25, 1.0]]
     del mined["tree"]
-    older = affinity_figure({"affinity": mined, "groups": [["a", "b"], ["c"]]})
+    older = affinity_figure(made(affinity=mined, groups=[["a", "b"], ["c"]]))
     assert older is not None
     assert older["order"] == [0, 2, 1]
     assert older["tree"] is None
@@ -224,7 +223,7 @@ def test_curves_of_any_name_are_read_and_follow_one_another(tmp_path: Path) -> N
 def test_tasks_are_shown_where_they_are() -> None:
     measured = {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "piqa"}}
     stages = [stage("dense", 1.0), stage("experts", 2.0, tasks=measured)]
-    assert task_rows({"stages": stages}) == [
+    assert task_rows(made(stages=stages)) == [
         {"task": "piqa", "metric": "acc,none", "scores": [(None, None), (0.5, 0.1)]}
     ]
 
@@ -247,9 +246,9 @@ def test_texts_that_training_has_seen_in_part_are_named(finished: Path, tmp_path
         "sets": {},
         "tasks": {"t": overlap(2, 1)},
     }
-    rows = contaminated_rows({"contamination": found})
+    rows = contaminated_rows(made(contamination=found))
     assert [(row["kind"], row["name"], row["share"]) for row in rows] == [("task", "t", 0.5), ("domain", "a", 0.25)]
-    assert contaminated_rows({}) == contaminated_rows({"contamination": {}}) == []
+    assert contaminated_rows(made()) == contaminated_rows(made(contamination={})) == []
     results = json.loads((finished / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(results | {"contamination": found}))
     text = " ".join(Elements(write_report(tmp_path).read_text()).text.split())
@@ -257,16 +256,16 @@ def test_texts_that_training_has_seen_in_part_are_named(finished: Path, tmp_path
 
 
 def test_the_plan_stands_beside_what_it_took() -> None:
-    figures = {"seconds": 1.0, "host_bytes": 2, "device_bytes": 0, "disk_bytes": 3}
-    planned = {"stages": [figures | {"name": "mining", "flops": 4.0}], **figures}
+    figures: dict[str, Any] = {"seconds": 1.0, "host_bytes": 2, "device_bytes": 0, "disk_bytes": 3}
+    planned: dict[str, Any] = {"device": "h100", "stages": [figures | {"name": "mining", "flops": 4.0}], **figures}
     planned["disk_bytes"] = {"store": 5, "export": 6, "checkpoints": 7}
     took = {"seconds": 8.0, "host_bytes": 9, "device_bytes": 0, "disk_bytes": 10}
     actual = {"stages": [took | {"name": "mining", "reused": True}], **took}
-    mining, whole = plan_rows({"plan": {"planned": planned, "actual": actual}})
+    mining, whole = plan_rows(made(plan={"planned": planned, "actual": actual}))
     assert (mining["seconds"], mining["disk_bytes"], mining["flops"]) == ((1.0, 8.0), (3, 10), 4.0)
     assert mining["reused"]
     assert whole["disk_bytes"] == (5 + 6, 10)
-    assert plan_rows({}) == []
+    assert plan_rows(made()) == []
 
 
 def test_numbers_for_people() -> None:

@@ -23,7 +23,10 @@ from dive.config import Config
 from dive.errors import UserError
 from dive.report.callback import SweepReport
 from dive.report.sweep import comparable, differing, find_jobs, pareto, read_job, write_sweep
+from dive.results import write_results
 from tests.browser import browse, shapes
+from tests.report.made import results as made
+from tests.report.made import stage
 from tests.workplace import Workplace, environment
 
 DOMAIN = "<script>alert(1)</script>"
@@ -124,6 +127,28 @@ def test_the_front_is_what_none_beats() -> None:
     assert comparable(rows) == [0, 1, 2, 3, 4, 5]
     assert pareto(rows, comparable(rows)) == [1, 3, 5]
     assert comparable([row(1, None)]) == []
+
+
+def test_columns_are_the_stages_that_the_runs_had(tmp_path: Path) -> None:
+    config = {"eval": {"lengths": [32]}, "moe": {"experts": 2}}
+    sizes = {"dense": 9, "active": 5, "total": 20}
+    for number, names in enumerate((["dense", "merged"], ["dense", "pruned", "merged", "healed"])):
+        stages = [stage(name, 2.0 + i) for i, name in enumerate(names)] + [stage("experts", 1.5, tokens=512)]
+        (tmp_path / str(number)).mkdir()
+        write_results(made(config, stages=stages, parameters=sizes, export="checkpoint"), tmp_path / str(number))
+    text = write_sweep(find_jobs(tmp_path), tmp_path).read_text(encoding="utf-8")
+    assert "<th>healed</th><th>pruned, one expert</th><th>merged</th><th>dense model</th>" in text
+    first, second = table(tmp_path)
+    assert [(first[name], second[name]) for name in ("dense", "merged", "pruned", "healed")] == [
+        *(("2.0", "2.0"), ("3.0", "4.0"), ("", "3.0"), ("", "5.0"))
+    ]
+    assert "experts" not in first  # the last one's perplexity has a column of its own
+
+
+def test_a_finished_run_that_measured_nothing_is_a_row(tmp_path: Path) -> None:
+    write_results(made({"eval": {"lengths": [32]}}, export="checkpoint"), tmp_path)
+    write_sweep([tmp_path], tmp_path)
+    assert [(r["status"], r["perplexity"]) for r in table(tmp_path)] == [("finished", "")]
 
 
 def test_only_settings_of_the_method_tell_runs_apart(tmp_path: Path) -> None:

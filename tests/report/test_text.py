@@ -1,9 +1,19 @@
-"""What is printed at the end of a run, where there is no terminal."""
+"""What is printed at the end of a run, where there is no terminal, and the card of its model."""
+
+import json
+import re
+from typing import Any
 
 import pytest
 from rich.table import Table
 
-from dive.report.text import model_card, show
+from dive.progress import show
+from dive.report.text import fenced_json, markdown, model_card, results_table, task_tables
+from tests.report.made import results, stage
+
+CONFIG = {"model": {"name": "m", "path": "a/m"}, "moe": {"experts": 2, "top_k": 1}, "pruning": {"ratio": 0.5}}
+SIZES = dict.fromkeys(("dense", "total", "active", "trained"), 1)
+SHARE = {"law": [0.7, 0.3], "code": [0.1, 0.9], "news": [0.5, 0.5], "maths": [0.2, 0.8]}
 
 
 def test_names_are_printed_as_they_are_and_lines_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,15 +28,72 @@ def test_names_are_printed_as_they_are_and_lines_stay_whole(capsys: pytest.Captu
 
 
 def test_the_card_names_the_domains_of_experts_whatever_they_began_with() -> None:
-    results = {
-        "groups": [],
-        "parameters": dict.fromkeys(("dense", "total", "active", "trained"), 1),
-        "stages": [],
-        "routing": {"share": {"law": [0.7, 0.3], "code": [0.1, 0.9], "news": [0.5, 0.5], "maths": [0.2, 0.8]}},
-    }
-    config = {"model": {"name": "m"}, "moe": {"experts": 2, "top_k": 1}, "pruning": {"ratio": 0.5}}
-    card = model_card(results, config, "m")
+    card = model_card(results(CONFIG, groups=[], parameters=SIZES, routing={"share": SHARE}))
     assert "- expert 0: law 70%, news 50%, maths 20%\n- expert 1: code 90%, maths 80%, news 50%\n" in card
-    grouped = model_card(results | {"groups": [["law", "news"], ["code", "maths"]]}, config, "m")
+    groups = [["law", "news"], ["code", "maths"]]
+    grouped = model_card(results(CONFIG, groups=groups, parameters=SIZES, routing={"share": SHARE}))
     assert "## Domains of each expert\n\n- expert 0: law, news\n- expert 1: code, maths\n" in grouped
-    assert "expert 0" not in model_card(results | {"routing": {}}, config, "m")
+    assert "expert 0" not in model_card(results(CONFIG, groups=[], parameters=SIZES, routing={}))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_card_has_no_markup_of_its_data(grouped: bool) -> None:
+    evil = "<script>alert(1)</script> [x](http://y) **b** `c` | d\n\n# e\n```\n<img src=x onerror=f()>"
+    config = json.loads(json.dumps(CONFIG)) | {"eval": {"sets": {evil: {"path": evil}}}}
+    config["model"] = {"name": evil, "path": evil}
+    groups = [[evil], ["law"]] if grouped else []
+    card = model_card(
+        results(config, groups=groups, parameters=SIZES, routing={"share": {evil: [1, 0], "law": [0, 1]}})
+    )
+    assert not re.search(r"<\s*[a-z/!]", card, flags=re.IGNORECASE)
+    for line in card.split("## Configuration")[0].splitlines()[5:]:
+        assert not re.search(r"(?<!\\)[`*\[]", line)
+        assert not line.startswith("# e")
+    (fence, block) = re.findall(r"^(`{3,})json\n(.*?)^\1$", card, flags=re.MULTILINE | re.DOTALL)[0]
+    assert json.loads(block) == config
+    assert card.rstrip().endswith(fence)
+
+
+def test_plain_names_stay_as_they_are() -> None:
+    assert markdown("model_code, C++ & (law-2)") == "model_code, C++ &amp; (law-2)"
+    assert markdown("_a_ a|b") == r"\_a\_ a\|b"
+
+
+def test_nothing_inside_closes_the_fence() -> None:
+    value = {"a": "```` ```", "b": ["<b>", "&amp;"]}
+    first, text, last = fenced_json(value)
+    assert (first, last) == ("`````json", "`````")
+    assert json.loads(text) == value
+
+
+def columns(table: Table) -> dict[str, list[Any]]:
+    return {str(column.header): list(column.cells) for column in table.columns}
+
+
+def test_tasks_say_how_many_questions_were_asked() -> None:
+    asked = {"limit": 40, "metric": None, "members": []}
+    tasks = {
+        "piqa": asked | {"shots": 0, "questions": 40},
+        "mmlu": asked | {"shots": 5, "questions": 1240, "members": ["law", "art"]},
+        "own": asked | {"shots": None, "questions": 7},
+    }
+    scores = {name: {"acc,none": 0.5, "acc_stderr,none": 0.1} for name in ("piqa", "law", "own")}
+    (table,) = task_tables(
+        results(
+            evaluation={"domains": [], "sets": [], "tasks": tasks},
+            stages=[stage("dense", 1.0), stage("experts", 2.0, tasks=scores, tasks_mean=0.5)],
+        )
+    )
+    found = columns(table)
+    assert list(found) == ["task", "shots", "questions", "metric", "experts"]
+    assert found["task"] == ["piqa", "law", "own", "mean"]
+    assert found["shots"] == ["0", "5", "–", ""]
+    assert found["questions"] == ["40", "–", "7", ""]
+    assert found["experts"] == ["50.00% ± 10.00%"] * 3 + ["50.00%"]
+
+
+def test_long_stages_are_timed_as_on_a_clock() -> None:
+    table = results_table(
+        results(stages=[stage("dense", 2.0, seconds=8.21), stage("x", 1.5, seconds=3847.0, reused=True)])
+    )
+    assert columns(table)["time"] == ["8.2 s", "1:04:07 (reused)"]

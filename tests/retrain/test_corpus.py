@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dive.calibration_domains.sampling import token_blocks
-from dive.config import CorpusConfig, CorpusSource, RetrainConfig
+from dive.cli import composed
+from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig
 from dive.errors import UserError
-from dive.retrain.corpus import BlockRange, corpus_blocks, domain_blocks, local_documents
+from dive.retrain.corpus import BlockRange, domain_blocks, local_documents, open_corpus
 
 
 def tokenize(text: str) -> list[int]:
@@ -89,14 +90,14 @@ def test_blocks_follow_the_seed() -> None:
 
 
 def configured(corpus: CorpusConfig, domains: dict[str, list[str]], **settings: int) -> tuple[list[list[int]], str]:
-    start, name = corpus_blocks(
+    opened = open_corpus(
         RetrainConfig(length=settings.get("length", 10), corpus=corpus),
         domains,
         local_documents(corpus),
         tokenize,
         seed=settings.get("seed", 3),
     )
-    return [block.tolist() for block in islice(start(), 12)], name
+    return [block.tolist() for block in islice(opened.blocks(), 12)], opened.identity
 
 
 def test_the_domains_as_a_corpus() -> None:
@@ -137,3 +138,35 @@ def test_a_corpus_that_is_not_there(tmp_path: Path, content: str | None) -> None
         (path / content).write_text("x")
     with pytest.raises(UserError, match=r"^retrain\.corpus\.path=.*: no \.jsonl, \.txt, \.parquet file there"):
         local_documents(CorpusConfig(source=CorpusSource.local, path=str(path)))
+
+
+def test_naming_a_corpus_chooses_its_source(tmp_path: Path) -> None:
+    assert CorpusConfig().chosen is CorpusSource.domains
+    assert composed([f"retrain.corpus.path={tmp_path}"]).retrain.corpus.chosen is CorpusSource.local
+    assert CorpusConfig(path=str(tmp_path)).chosen is CorpusSource.local
+    assert CorpusConfig(hub=HubTextConfig(path="x/y")).chosen is CorpusSource.hub
+    (tmp_path / "a.txt").write_text("named" * 5)
+    assert configured(CorpusConfig(path=str(tmp_path)), DOMAINS)[1].startswith("local:")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "x", "hub": HubTextConfig(path="x/y")}, r"name two corpora; .*retrain\.corpus\.source"),
+        ({"source": CorpusSource.domains, "path": "x"}, r"path has no say with .*source=domains; set .*source=local"),
+        ({"source": CorpusSource.hub, "path": "x", "hub": HubTextConfig(path="x/y")}, r"path has no say .*=hub"),
+        ({"text_field": "body"}, r"text_field has no say"),
+        ({"hub": HubTextConfig(path="", streaming=True)}, r"hub\.path is needed"),
+        ({"shuffle_buffer": 5}, r"hub\.path is needed"),
+    ],
+)
+def test_a_corpus_that_would_be_ignored_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^retrain\.corpus\..*{message}"):
+        CorpusConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_presets_data_set_that_has_no_say_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    config = CorpusConfig(source=CorpusSource.domains, hub=HubTextConfig(path="x/y"))
+    with caplog.at_level("WARNING", logger="dive"):
+        assert configured(config, DOMAINS) == configured(CorpusConfig(), DOMAINS)
+    assert "retrain.corpus.hub.path=x/y has no say" in caplog.messages[0]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from dive.api import reconstruct
 from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig
 from dive.errors import UserError
 from dive.model.families import part_of
 from dive.moe.plug import plug_routers
-from dive.moe.reconstruct import reconstruct
 from dive.pruning.calibrate import collect_statistics
 from dive.retrain.freezing import apply_policy, check_policy, is_adapter, trained_table
 
@@ -42,7 +42,7 @@ def test_one_part_in_full(make_moe: Callable[..., Any], variant: str, part: str)
     moe = make_moe(variant, noise=0.1)
     apply_policy(moe, FreezingConfig(**{part: Freezing.full}), LORA)
     trained = {name for name, parameter in moe.named_parameters() if parameter.requires_grad}
-    assert trained == {name for name, _ in moe.named_parameters() if part_of(name) == part}
+    assert trained == {name for name, _ in moe.named_parameters() if part_of(moe, name) == part}
     assert trained
     assert set(trained_names(moe)) == trained
 
@@ -56,14 +56,14 @@ def test_one_part_by_adapters(make_moe: Callable[..., Any], part: str) -> None:
     trained = {name for name, parameter in moe.named_parameters() if parameter.requires_grad}
     assert trained == added
     assert trained
-    assert all(is_adapter(name) and part_of(name) == part for name in trained)
+    assert all(is_adapter(name) and part_of(moe, name) == part for name in trained)
 
 
 def test_adapters_of_an_earlier_stage_are_frozen(make_moe: Callable[..., Any]) -> None:
     moe = make_moe()
     apply_policy(moe, FreezingConfig(experts=Freezing.lora), LORA)
     apply_policy(moe, FreezingConfig(router=Freezing.full), LORA)
-    assert {part_of(name) for name, p in moe.named_parameters() if p.requires_grad} == {"router"}
+    assert {part_of(moe, name) for name, p in moe.named_parameters() if p.requires_grad} == {"router"}
     apply_policy(moe, FreezingConfig(experts=Freezing.full), LORA)
     assert not any(is_adapter(name) for name in trained_names(moe))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.workplace import Workplace
 
-STOCHASTIC = ("retrain.lora.dropout=0.1", "moe.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
+STOCHASTIC = ("retrain.lora.dropout=0.1", "retrain.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
 """Everything that draws random numbers in training."""
 TEACHER = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=0.1")
 ROUTERS = (
@@ -142,12 +142,25 @@ def test_mixed_precision_trains_in_float32_and_exports_in_bfloat16(
     assert {tensor.dtype for tensor in exported(workplace, f"mixed-{strategy}").values()} == {torch.bfloat16}
 
 
+def keep_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a stage went on from stay once it is stored."""
+    import shutil
+
+    from dive import store
+
+    class Keeping:
+        @staticmethod
+        def rmtree(path: Path, **settings: bool) -> None:
+            if path.parent.name != "partial":
+                shutil.rmtree(path, **settings)
+
+    monkeypatch.setattr(store, "shutil", Keeping)
+
+
 def test_checkpoints_hold_what_is_trained_alone(
     workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dive.artifacts import Store
-
-    monkeypatch.setattr(Store, "forget_partial", lambda *_: None)
+    keep_partial(monkeypatch)
     workplace.run("kept", f"store={tmp_path}")
     for file in tmp_path.glob("partial/*/*.ckpt"):
         names = torch.load(file, weights_only=True)["state_dict"]
@@ -156,10 +169,9 @@ def test_checkpoints_hold_what_is_trained_alone(
 
 
 def test_resuming_from_a_path(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dive.artifacts import Store
     from dive.errors import UserError
 
-    monkeypatch.setattr(Store, "forget_partial", lambda *_: None)
+    keep_partial(monkeypatch)
     workplace.run("origin", f"store={tmp_path / 'a'}", "~retrain.stages.router")
     (checkpoint,) = (tmp_path / "a").glob("partial/*/*.ckpt")
     with pytest.raises(UserError, match="no such checkpoint"):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dive.api import reconstruct
 from dive.config import Freezing, FreezingConfig, LoRAConfig
-from dive.moe.reconstruct import reconstruct
 from dive.pruning.calibrate import collect_statistics
 from dive.retrain.freezing import apply_policy
 from dive.retrain.teacher import hidden_distance, logit_distance, share_frozen
@@ -59,6 +59,17 @@ def test_hidden_distance_by_hand() -> None:
     ours = [torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[0.0, 3.0]]])]
     theirs = [torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 1.0]]])]
     assert float(hidden_distance(ours, theirs)) == pytest.approx((1 / 5 + 4 / 1) / 2)
+
+
+def test_hidden_distance_is_a_mean_over_sequences() -> None:
+    ours = [torch.tensor([[[1.0, 1.0]], [[0.0, 3.0]]])]
+    theirs = [torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]])]
+    assert float(hidden_distance(ours, theirs)) == pytest.approx((1 / 5 + 4 / 1) / 2)  # and not (1 + 4) / (5 + 1)
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(4, 6, 8, generator=generator) for _ in range(3)]
+    theirs = [scale * torch.randn(4, 6, 8, generator=generator) for scale in (1.0, 5.0, 0.1)]
+    halves = [hidden_distance([h[part] for h in ours], [h[part] for h in theirs]) for part in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(torch.stack(halves).mean(), hidden_distance(ours, theirs))
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen3"])

@@ -7,7 +7,7 @@ const same = runs.filter((row) => comparable.has(row.i));
 if (runs.length) {
   const counts = d3.sort(new Set(runs.map((row) => row.experts)));
   const ink = (row) => colour(counts.indexOf(row.experts), Math.max(10, counts.length));
-  const dense = [...new Map(same.filter((row) => row.dense && row.dense_parameters).map((row) => [`${row.dense_parameters} ${row.dense}`, { active: row.dense_parameters, perplexity: row.dense }])).values()];
+  const dense = [...new Map(same.filter((row) => row.dense_perplexity && row.dense_parameters).map((row) => [`${row.dense_parameters} ${row.dense_perplexity}`, { active: row.dense_parameters, perplexity: row.dense_perplexity }])).values()];
   const tell = (row) =>
     row.name
       ? `${row.name}\nrun ${row.run}\nperplexity ${show(row.perplexity)}\n${show(row.active)} active, ${show(row.total)} total parameters\nratio ${row.ratio}, ${row.experts} experts, top ${row.top_k}${comparable.has(row.i) ? "" : `\nmeasured on other texts (${row.texts})`}`

@@ -3,7 +3,6 @@
 Shapes: T tokens, D hidden width, F channels of the dense FFN, W channels of an expert, E experts, K experts a token.
 """
 
-import logging
 import math
 
 import torch
@@ -11,75 +10,68 @@ from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dive.config import MoEConfig, PruningConfig, RefinementConfig, Start
+from dive.config import MoEConfig, PruningConfig, RefinedConfig, Start
 from dive.model.families import FFN
 from dive.moe.balance import overload
 from dive.moe.distill import expert_errors, fit_router
-from dive.moe.experts import grouped_linear, sort_by_expert
-from dive.moe.layer import ExpertLayer, expert_function
-from dive.pruning.compensation import choose_ridge, least_squares
-from dive.pruning.metrics import OBS_RIDGE, choose_channels
-from dive.pruning.statistics import ChannelStatistics, batch_statistics
+from dive.moe.layer import (
+    CHUNK,
+    ExpertLayer,
+    convert,
+    expert_function,
+    float32,
+    likeliest_experts,
+    selected_outputs,
+)
+from dive.moe.walk import LayerTokens, TokenWalk
+from dive.pruning.compensation import choose_ridge, held_out, least_squares
+from dive.pruning.metrics import choose_channels
+from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled_rows
 
-log = logging.getLogger(__name__)
-
-CHUNK = 8192
-"""Tokens whose channels are alive at a time."""
+WALK = TokenWalk
 KMEANS_TOKENS = 32768
-HELD_OUT = 4
-"""One token in this many is held out where the ridge is chosen."""
 
 
-def refine_layer(
-    weights: FFN,
-    inputs: Tensor,
-    targets: Tensor,
-    groups: Tensor,
-    pruning: PruningConfig,
-    moe: MoEConfig,
-    *,
-    seed: int,
-    before: Tensor | None = None,
-) -> ExpertLayer:
+def layer(weights: FFN, tokens: LayerTokens, pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
     """The experts of one layer, from the tokens themselves.
 
     Each expert's channels and refit are derived from its tokens; a router is fitted to the experts' errors; tokens go to
-    the expert their router picks; and so on, ``rounds`` times. Then ``steps`` gradient steps on all of it.
+    the expert their router picks; and so on, ``rounds`` times. Then ``steps`` gradient steps on all of it. Computed in
+    float32, returned in the weights' element type.
 
     Args:
-        weights: of the dense FFN, float32.
-        inputs: what the FFN is given, (T, D) float32, on any device.
-        targets: what it should return, (T, D).
-        groups: (T,) int64, the group of domains a token is from.
+        weights: of the dense FFN.
+        tokens: what it is given and should return.
         seed: of this layer.
-        before: (T,) int64, the expert that each token goes to in the layer before, where experts begin with clusters: their
-            numbers mean nothing, and are made to stand for the same tokens in all layers as far as can be.
     """
-    settings = moe.refinement
-    assignment = first_assignment(inputs, groups, settings.start, experts=moe.experts, seed=seed)
-    if before is not None:
-        assignment = renumbered(assignment, before, experts=moe.experts)
+    settings = moe.refined
+    assert settings is not None
+    inputs, targets, element = tokens.inputs, tokens.targets, weights.gate.dtype
+    weights = float32(weights)
+    assignment = first_assignment(inputs, tokens.groups, settings.start, experts=moe.experts, seed=seed)
+    if tokens.before is not None:
+        assignment = renumbered(assignment, tokens.before, experts=moe.experts)
     sample = sampled_rows(len(inputs), moe.distillation.tokens, seed=seed)
     device = weights.down.device
     for last in [False] * (settings.rounds if moe.experts > 1 else 0) + [True]:
-        layer = derive_experts(weights, inputs, targets, assignment, pruning, experts=moe.experts, seed=seed)
+        found = derive_experts(weights, inputs, targets, assignment, pruning, experts=moe.experts, seed=seed)
         if moe.experts == 1:
             break
         rows, wanted = inputs[sample].to(device), targets[sample].to(device)
-        errors = expert_errors(rows, wanted, [expert_function(layer, e, weights.act) for e in range(moe.experts)])
-        layer.router = fit_router(rows, errors, moe.distillation, seed=seed)
+        errors = expert_errors(rows, wanted, [expert_function(found, e, weights.act) for e in range(moe.experts)])
+        found.router = fit_router(rows, errors, moe.distillation, seed=seed)
         if not last:
-            assignment = likeliest_experts(layer, inputs)
+            assignment = likeliest_experts(found, inputs)
     if settings.steps:
-        layer = train_layer(layer, weights.act, inputs, targets, settings, top_k=moe.top_k, seed=seed)
-    return layer
+        found = train_layer(found, weights.act, inputs, targets, settings, top_k=moe.top_k, seed=seed)
+    return convert(found, element)
 
 
-def first_assignment(inputs: Tensor, groups: Tensor, start: Start, *, experts: int, seed: int) -> Tensor:
-    """Expert of each token before the first round, (T,) int64."""
+def first_assignment(inputs: Tensor, groups: Tensor | None, start: Start | None, *, experts: int, seed: int) -> Tensor:
+    """Expert of each token before the first round, (T,) int64: its group's, where there are any."""
     if experts == 1:
         return torch.zeros(len(inputs), dtype=torch.int64)
-    if start is Start.groups:
+    if groups is not None:
         return groups
     if start is Start.random:
         return torch.randint(experts, (len(inputs),), generator=torch.Generator().manual_seed(seed))
@@ -94,17 +86,6 @@ def renumbered(assignment: Tensor, other: Tensor, *, experts: int) -> Tensor:
     together = torch.bincount(assignment * experts + other, minlength=experts**2).view(experts, experts)
     _, number = linear_sum_assignment(together.numpy(), maximize=True)
     return torch.from_numpy(number)[assignment]
-
-
-def likeliest_experts(layer: ExpertLayer, inputs: Tensor) -> Tensor:
-    """The expert that the router likes best for each of the inputs (T, D); (T,) int64, on the host."""
-    router = layer.router.to(inputs.dtype)
-    return torch.cat([(part.to(router.device) @ router.T).argmax(dim=-1).cpu() for part in inputs.split(CHUNK)])
-
-
-def sampled_rows(count: int, wanted: int, *, seed: int) -> Tensor:
-    """Indices of ``wanted`` of ``count`` tokens, in random order; all of them if there are fewer."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted]
 
 
 def token_statistics(weights: FFN, inputs: Tensor, targets: Tensor, rows: Tensor) -> tuple[ChannelStatistics, Tensor]:
@@ -139,9 +120,8 @@ def derive_experts(
         rows = (assignment == expert).nonzero().squeeze(1)
         if len(rows) < width:
             rows = sampled_rows(len(inputs), max(len(inputs) // experts, 1), seed=seed + expert)
-        held = rows[HELD_OUT - 1 :: HELD_OUT] if pruning.ridge is None else rows[:0]
-        fitted = rows if pruning.ridge is not None else rows[torch.arange(len(rows)) % HELD_OUT != HELD_OUT - 1]
-        statistics, cross = token_statistics(weights, inputs, targets, fitted)
+        held = held_out(len(rows)) if pruning.ridge is None else torch.zeros(len(rows), dtype=torch.bool)
+        statistics, cross = token_statistics(weights, inputs, targets, rows[~held])
         moment = _moment(statistics)
         ridge = pruning.ridge
         chosen = choose_channels(
@@ -149,12 +129,11 @@ def derive_experts(
             weights,
             statistics,
             width=width,
-            ridge=OBS_RIDGE if ridge is None else ridge,
             cross=cross,
             seed=seed + expert,
         )
         if ridge is None:
-            other, other_cross = token_statistics(weights, inputs, targets, held)
+            other, other_cross = token_statistics(weights, inputs, targets, rows[held])
             ridge = choose_ridge(weights.down, moment, _moment(other), chosen, cross=(cross, other_cross))
             moment, cross = moment + _moment(other), cross + other_cross
         masks.append(chosen)
@@ -173,30 +152,12 @@ def _moment(statistics: ChannelStatistics) -> Tensor:
     return statistics.second_moment[0]
 
 
-def selected_outputs(layer: ExpertLayer, act: nn.Module, rows: Tensor, chosen: Tensor) -> Tensor:
-    """Outputs of each token's chosen experts, (T, K, D), for chosen (T, K) int64."""
-    top_k = chosen.shape[1]
-    _, order, offsets = sort_by_expert(chosen, len(layer.masks))
-    gate, up = grouped_linear(rows[order // top_k], layer.gate_up, offsets).chunk(2, dim=-1)
-    output = grouped_linear(act(gate) * up, layer.down, offsets)
-    return torch.empty_like(output).index_copy(0, order, output).view(len(rows), top_k, -1)
-
-
-def layer_output(layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int) -> Tensor:
-    """The sparse block as the stock class computes it: the K likeliest experts, gates renormalised; (T, D) to (T, D)."""
-    if len(layer.masks) == 1:
-        return expert_function(layer, 0, act)(rows)
-    logits, chosen = (rows @ layer.router.T).topk(top_k, dim=-1)
-    gates = torch.softmax(logits, dim=-1)
-    return (selected_outputs(layer, act, rows, chosen) * gates[..., None]).sum(dim=1)
-
-
 def train_layer(
-    layer: ExpertLayer,
+    start: ExpertLayer,
     act: nn.Module,
     inputs: Tensor,
     targets: Tensor,
-    settings: RefinementConfig,
+    settings: RefinedConfig,
     *,
     top_k: int,
     seed: int,
@@ -212,12 +173,12 @@ def train_layer(
         top_k: experts a token.
         seed: of the order of the tokens.
     """
-    device = layer.down.device
-    experts = len(layer.masks)
+    device = start.down.device
+    experts = len(start.masks)
     scale = inputs.square().mean().sqrt().clamp_min(1e-12).to(device)
-    gate_up = layer.gate_up.clone().requires_grad_()
-    down = layer.down.clone().requires_grad_()
-    router = (layer.router * scale).requires_grad_()
+    gate_up = start.gate_up.clone().requires_grad_()
+    down = start.down.clone().requires_grad_()
+    router = (start.router * scale).requires_grad_()
     optimiser = torch.optim.Adam(
         [
             {"params": [gate_up, down], "lr": settings.learning_rate},
@@ -232,7 +193,7 @@ def train_layer(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     energy = targets.square().sum(dim=-1).mean().clamp_min(1e-30).to(device)
-    training = ExpertLayer(masks=layer.masks, gate_up=gate_up, down=down, router=router)
+    training = ExpertLayer(masks=start.masks, gate_up=gate_up, down=down, router=router)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     batch = min(settings.batch, len(inputs))
@@ -264,5 +225,5 @@ def train_layer(
             optimiser.step()
             schedule.step()
     return ExpertLayer(
-        masks=layer.masks, gate_up=gate_up.detach(), down=down.detach(), router=(router / scale).detach()
+        masks=start.masks, gate_up=gate_up.detach(), down=down.detach(), router=(router / scale).detach()
     )

@@ -1,4 +1,4 @@
-"""Experts of one layer as index sets into the dense FFN (``moe.storage=shared``).
+"""Experts of one layer as index sets into the dense FFN (``retrain.storage=indexed``).
 
 Until something trains them, gate and up of every expert are rows of the dense model's, and without a refit its down
 projection is columns of the dense one's. Each layer puts its experts together when it runs, and again in the backward
@@ -48,7 +48,7 @@ class GatheredLinear(torch.autograd.Function):
         return back.to(ctx.dtype), None, None, None, None
 
 
-class SharedExperts(nn.Module):
+class IndexedExperts(nn.Module):
     """Takes the place of a stock experts module, with the dense FFN's own tensors."""
 
     def __init__(self, dense: FFN, layer: ExpertLayer) -> None:
@@ -66,7 +66,8 @@ class SharedExperts(nn.Module):
         gate, up = layer.gate_up.to(device).chunk(2, dim=1)
         if not (torch.equal(gate, dense.gate[index]) and torch.equal(up, dense.up[index])):
             raise UserError(
-                "moe.storage=shared: gate and up of these experts are not the dense model's; set moe.storage=materialised"
+                "retrain.storage=indexed: gate and up of these experts are not the dense model's; set "
+                "retrain.storage=materialised"
             )
         down = layer.down.to(device)
         if torch.equal(down, dense.down.T[index].transpose(1, 2)):

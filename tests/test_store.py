@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dive.artifacts import MANIFEST, Store, key_of, plain, write_json
 from dive.config import Compensation, PruningConfig
 from dive.errors import UserError
+from dive.store import MANIFEST, Place, Store, key_of, plain, step, write_json
 
 INPUTS = {"pruning": PruningConfig(ratio=0.5), "domains": ["a", "b"]}
 
@@ -26,7 +26,8 @@ class Compute:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, directory: Path) -> None:
+    def __call__(self, place: Place) -> None:
+        directory = place.directory
         self.calls += 1
         (directory / "numbers.txt").write_text(f"run {self.calls}")
         (directory / "below").mkdir()
@@ -105,8 +106,8 @@ def test_a_damaged_entry_is_computed_again(store: Store, how: str) -> None:
 
 
 def test_a_failure_leaves_nothing(store: Store) -> None:
-    def fail(directory: Path) -> None:
-        (directory / "half.txt").write_text("half")
+    def fail(place: Place) -> None:
+        (place.directory / "half.txt").write_text("half")
         raise ValueError("in the middle")
 
     with pytest.raises(ValueError, match="in the middle"):
@@ -118,7 +119,7 @@ def test_a_failure_leaves_nothing(store: Store) -> None:
 
 
 def test_a_full_disk_is_a_user_error(store: Store) -> None:
-    def full(_: Path) -> None:
+    def full(_: Place) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match=r"store=.*: writing masks failed \(No space left on device\)"):
@@ -133,13 +134,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def compute_slowly(root: Path, log: Path, started: "multiprocessing.synchronize.Event | None") -> None:
-    def compute(directory: Path) -> None:
+    def compute(place: Place) -> None:
         with log.open("a") as lines:
             lines.write(f"{os.getpid()}\n")
         if started is not None:
             started.set()
         time.sleep(0.3)
-        (directory / "done.txt").write_text("done")
+        (place.directory / "done.txt").write_text("done")
 
     found = Store(root).get("masks", INPUTS, compute)
     assert (found.path / "done.txt").read_text() == "done"
@@ -158,14 +159,89 @@ def test_of_two_processes_one_computes(store: Store, tmp_path: Path) -> None:
     assert log.read_text().split() == [str(other.pid)]
 
 
-def test_partial_results(store: Store) -> None:
-    partial = store.partial("retrain", INPUTS)
-    assert partial != store.partial("retrain", {})
-    partial.mkdir(parents=True)
-    (partial / "last.ckpt").write_text("x")
-    store.forget_partial("retrain", INPUTS)
-    assert not partial.exists()
-    store.forget_partial("retrain", INPUTS)
+def test_what_an_interrupted_step_left_behind_is_there_again_and_then_gone(store: Store) -> None:
+    left = store.partial("masks", INPUTS)
+    assert left != store.partial("masks", {})
+
+    def stop(place: Place) -> None:
+        place.partial.mkdir(parents=True)
+        (place.partial / "half.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    def go_on(place: Place) -> float:
+        assert (place.partial / "half.txt").read_text() == "half"
+        return 100.0
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get("masks", INPUTS, stop)
+    assert store.get("masks", INPUTS, go_on).seconds > 100.0
+    assert not left.exists()
+
+
+class Bench:
+    """What a step needs of a run."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+
+@step("sums", version=2)
+def add(place: Place, run: Bench, calls: list[int], *, numbers: list[int], scale: float = 1.0) -> None:
+    calls.append(len(numbers))
+    write_json(place.directory / "sum.json", scale * sum(numbers))
+
+
+def test_the_key_of_a_step_is_what_it_is_passed_by_keyword(store: Store) -> None:
+    calls: list[int] = []
+    run = Bench(store)
+    assert add.find(run, numbers=[1, 2]) is None
+    first = add(run, calls, numbers=[1, 2])
+    assert first.read("sum.json") == 3.0
+    assert add(run, [], numbers=[1, 2]).key == first.key  # how it is computed is no part of the key
+    assert calls == [2]
+    found = add.find(run, numbers=[1, 2])
+    assert found is not None
+    assert found.reused
+    others = {add(run, calls, numbers=[1, 3]).key, add(run, calls, numbers=[1, 2], scale=2.0).key}
+    assert len({first.key, *others}) == 3
+    assert len(calls) == 3
+
+
+def test_another_version_of_a_step_is_another_key(store: Store) -> None:
+    later = step("sums", version=3)(add.compute)
+    calls: list[int] = []
+    assert add(Bench(store), calls, numbers=[1]).key != later(Bench(store), calls, numbers=[1]).key
+    assert len(calls) == 2
+
+
+def test_what_nobody_can_tell_apart_is_refused(store: Store) -> None:
+    with pytest.raises(TypeError, match="object has no identity"):
+        add.find(Bench(store), numbers=[object()])
+
+
+def test_packages_whose_arithmetic_differs_share_nothing(tmp_path: Path) -> None:
+    compute = Compute()
+    made = Store(tmp_path, versions={"torch": "2.13.0+cpu", "transformers": "5.24.0", "rich": "14.0"})
+    first = made.get("masks", INPUTS, compute)
+    patched = Store(tmp_path, versions={"torch": "2.13.1", "transformers": "5.24.7", "rich": "15.0"})
+    again = patched.get("masks", INPUTS, compute)
+    assert (again.reused, compute.calls) == (True, 1)
+    assert again.versions == first.versions == made.versions  # those that made it, not those that found it
+    for other in ({"torch": "2.14.0", "transformers": "5.24.0"}, {"torch": "2.13.0", "transformers": "5.25.0"}):
+        assert not Store(tmp_path, versions=other).get("masks", INPUTS, compute).reused
+    assert compute.calls == 3
+
+
+@pytest.mark.parametrize("at", ["masks", "locks", "masks/KEY"])
+def test_a_file_where_a_folder_belongs(store: Store, at: str) -> None:
+    place = store.root / at.replace("KEY", store.key("masks", INPUTS))
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("in the way")
+    if at == "masks/KEY":  # what a crash left of an artifact is replaced
+        assert not store.get("masks", INPUTS, Compute()).reused
+        return
+    with pytest.raises(UserError, match=r"store=.*(writing masks failed|cannot be written).*set store=DIR"):
+        store.get("masks", INPUTS, Compute())
 
 
 def test_write_json(tmp_path: Path) -> None:

@@ -8,13 +8,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dive.config import Compensation, Freezing, FreezingConfig, LoRAConfig, Metric, MoEConfig, PruningConfig, RouterInit
+from dive.config import (
+    Compensation,
+    Freezing,
+    FreezingConfig,
+    LoRAConfig,
+    Metric,
+    MoEConfig,
+    PlainConfig,
+    PruningConfig,
+)
 from dive.errors import UserError
-from dive.model.families import decoder_layers, ffn, moe_block
+from dive.model.families import ffn, moe_block
+from dive.moe.assemble import assemble, assemble_indexed
+from dive.moe.build import build_layers
+from dive.moe.indexed import GatheredLinear
 from dive.moe.layer import ExpertLayer
 from dive.moe.plug import plug_routers
-from dive.moe.reconstruct import assemble, assemble_shared, build_layers
-from dive.moe.shared import GatheredLinear
 from dive.pruning.calibrate import collect_statistics
 from dive.retrain.freezing import apply_policy
 
@@ -29,9 +39,8 @@ def make(build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor]) -
             model, {"a": tokens(3, 16), "b": tokens(3, 16, seed=1)}, second_moments=True, inputs=32
         )
         pruning = PruningConfig(metric=Metric.wifv, ratio=0.5, compensation=compensation)
-        moe = MoEConfig(experts=2, router_init=RouterInit.distilled)
-        by_layer = ([s.layer(i) for s in found.values()] for i in range(len(decoder_layers(model))))
-        return model, list(build_layers(model, by_layer, pruning, moe, seed=0))
+        moe = MoEConfig(experts=2, plain=PlainConfig())
+        return model, list(build_layers(model, list(found.values()), pruning, moe, seed=0))
 
     return make
 
@@ -59,7 +68,7 @@ def test_same_loss_and_gradients_as_materialised(
     dense, layers = make(variant, compensation)
     ids = tokens(3, 11)
     found = []
-    for build in (assemble, assemble_shared):
+    for build in (assemble, assemble_indexed):
         moe = build(dense, layers, top_k=1)
         plug_routers(moe)
         torch.manual_seed(0)
@@ -79,10 +88,10 @@ def test_same_loss_and_gradients_as_materialised(
             torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-7)
 
 
-def test_what_is_shared_and_what_is_not(make: Callable[..., Any]) -> None:
+def test_what_is_the_dense_models_and_what_is_not(make: Callable[..., Any]) -> None:
     for compensation, own_down in ((Compensation.least_squares, True), (Compensation.none, False)):
         dense, layers = make("llama", compensation)
-        moe = assemble_shared(dense, layers, top_k=1)
+        moe = assemble_indexed(dense, layers, top_k=1)
         for number in range(len(layers)):
             experts, weights = moe_block(moe, number).experts, ffn(dense, number)
             assert experts.gate.data_ptr() == weights.gate.data_ptr()
@@ -95,5 +104,5 @@ def test_what_is_shared_and_what_is_not(make: Callable[..., Any]) -> None:
 def test_experts_with_weights_of_their_own_are_refused(make: Callable[..., Any]) -> None:
     dense, layers = make("llama", Compensation.none)
     layers[1].gate_up[0, 0, 0] += 1.0
-    with pytest.raises(UserError, match=r"moe\.storage=shared.*moe\.storage=materialised"):
-        assemble_shared(dense, layers, top_k=1)
+    with pytest.raises(UserError, match=r"retrain\.storage=indexed.*retrain\.storage=materialised"):
+        assemble_indexed(dense, layers, top_k=1)

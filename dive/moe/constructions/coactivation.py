@@ -3,20 +3,54 @@
 Shapes: F channels, E experts, n channels to divide.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dive.config import MoEConfig, PruningConfig
+from dive.errors import UserError
+from dive.model.families import FFN
+from dive.moe.cut import common_channels, cut_experts
+from dive.moe.layer import ExpertLayer
+from dive.moe.walk import Group, StatisticsWalk, together
+from dive.pruning.metrics import importance
+
+WALK = StatisticsWalk
 ITERATIONS = 3
 """Of k-means at most; it stops earlier when no channel moves. More gain next to nothing, and each costs O(n³)."""
 
 
-def coactivation_masks(coactivation: Tensor, importance: Tensor, *, experts: int, width: int, shared: int) -> Tensor:
+def layer(weights: FFN, groups: Sequence[Group], pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
+    """The experts of one layer, from all text together.
+
+    CMoE adds the chosen experts up; the stock classes average them, which is right for the common channels alone. Without a
+    refit the others are scaled up.
+
+    Raises:
+        UserError: the statistics count no co-activation.
+    """
+    assert moe.coactivation is not None
+    union = together(groups)
+    if union.statistics.coactivation is None:
+        raise UserError("moe=coactivation needs co-activations: collect_statistics(..., active_channels=10)")
+    width = pruning.width(weights.down.shape[1])
+    scores = importance(pruning.score_metric, weights, union.statistics, seed=seed)
+    common = common_channels(moe.coactivation.shared, width)
+    masks = coactivation_masks(
+        union.statistics.coactivation[0], scores, experts=moe.experts, width=width, common=common
+    )
+    scale = torch.where(masks.all(dim=0), 1.0, float(moe.top_k))
+    return cut_experts(weights, masks, [union] * moe.experts, groups, pruning, moe, seed=seed, scale=scale)
+
+
+def coactivation_masks(coactivation: Tensor, importance: Tensor, *, experts: int, width: int, common: int) -> Tensor:
     """Channels of each expert, (E, F) bool, each with exactly ``width``.
 
-    The ``shared`` channels that are active most often stand in every expert (CMoE's shared expert). The others are divided
+    The ``common`` channels that are active most often stand in every expert (CMoE's shared expert). The others are divided
     by :func:`balanced_clusters`. Where the experts have fewer places than there are channels, the least important ones are
     left out; where they have more, each expert fills up with the channels that fire most often together with its own.
 
@@ -25,14 +59,14 @@ def coactivation_masks(coactivation: Tensor, importance: Tensor, *, experts: int
         importance: (F,), decides between channels that are active equally often.
         experts: E.
         width: channels of an expert.
-        shared: of those, the ones all experts have; less than ``width``.
+        common: of those, the ones all experts have; less than ``width``.
     """
     counts = coactivation.double().cpu().numpy()
     weight = importance.double().cpu().numpy()
-    places = width - shared
+    places = width - common
     # lexsort sorts by its last key first.
     by_rate = np.lexsort((-weight, -counts.diagonal()))
-    rest = np.sort(by_rate[shared:])
+    rest = np.sort(by_rate[common:])
     if len(rest) > experts * places:
         rest = np.sort(rest[np.argsort(-weight[rest], kind="stable")[: experts * places]])
     clusters = balanced_clusters(counts[np.ix_(rest, rest)], experts=experts)
@@ -42,7 +76,7 @@ def coactivation_masks(coactivation: Tensor, importance: Tensor, *, experts: int
         others = rest[clusters != expert]
         together = counts[np.ix_(others, own)].mean(axis=1) if len(own) else np.zeros(len(others))
         fill = others[np.lexsort((-weight[others], -together))[: places - len(own)]]
-        masks[expert, np.concatenate([by_rate[:shared], own, fill])] = True
+        masks[expert, np.concatenate([by_rate[:common], own, fill])] = True
     return masks
 
 

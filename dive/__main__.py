@@ -1,0 +1,34 @@
+"""The commands of this package: ``python -m dive``."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import dive
+
+PACKAGE = Path(__file__).parent
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(module, what it does) of every module that can be run, read off their sources; nothing is imported."""
+    for file in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__main__.py")]):
+        source = file.read_text(encoding="utf-8")
+        if file == Path(__file__) or 'if __name__ == "__main__":' not in source:
+            continue
+        name = file.parent.name if file.stem == "__main__" else file.stem
+        said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
+        yield f"dive.{name}", " ".join(said.partition(": ")[0].split()).rstrip(".")
+
+
+def main() -> None:
+    """Print them."""
+    print((dive.__doc__ or "").partition("\n")[0])
+    print()
+    for module, meaning in commands():
+        print(f"  python -m {module:<16} {meaning}")
+    print()
+    print("--help after any of them shows its options. A run begins with dive.plan, which says what it will cost.")
+
+
+if __name__ == "__main__":
+    main()

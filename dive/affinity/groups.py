@@ -1,0 +1,215 @@
+"""Which domains make an expert together: mined, by importance, at random, or as given (DIVE, section 3.1)."""
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dive.affinity.grouping import (
+    adjusted_rand_index,
+    cluster_distances,
+    distances,
+    random_groups,
+    similarity_distances,
+)
+from dive.affinity.matrix import cross_domain_perplexity
+from dive.affinity.similarity import importance_similarity, overlap_similarity
+from dive.config import Compensation, Config, Grouping, Linkage, Measure, Metric
+from dive.model.recipe import Dense
+from dive.pruning.calibrate import calibrate, read_statistics
+from dive.pruning.metrics import importance_of_layers, keep_highest
+from dive.pruning.statistics import ChannelStatistics
+from dive.store import Artifact, HasStages, HasStore, Place, step, write_json
+
+log = logging.getLogger(__name__)
+
+MATRIX = "matrix.json"
+
+
+@step("matrix")
+def mine(
+    place: Place,
+    run: HasStore,
+    batch: int,
+    *,
+    model: Dense,
+    statistics: Artifact,
+    measured: Mapping[str, Tensor],
+    metric: Metric,
+    width: int,
+    bias: bool,
+    seed: int,
+) -> None:
+    """Perplexity of the model pruned on each domain, measured on every domain.
+
+    Args:
+        batch: sequences per forward pass.
+        measured: {domain: (N, T) int64}, text to measure on.
+        width: channels kept.
+        bias: whether what is removed is made up for by its mean.
+        seed: of random scores.
+    """
+    found = read_statistics(statistics)
+    masks = domain_masks(model, found, metric=metric, width=width, seed=seed)
+    means = {domain: s.mean for domain, s in found.items()} if bias else None
+    matrix = cross_domain_perplexity(model.load(), measured, masks, means=means, batch=batch)
+    write_json(place.directory / MATRIX, {"domains": list(masks), "perplexity": matrix.tolist()})
+
+
+@step("similarity")
+def compare_importance(
+    place: Place, run: HasStore, *, model: Dense, statistics: Artifact, metric: Metric, seed: int
+) -> None:
+    """Rank correlation of the importance of channels to every two domains."""
+    found = read_statistics(statistics)
+    scores = [importance_of_layers(model.load(), s, metric, seed=seed) for s in found.values()]
+    matrix = importance_similarity(torch.stack(scores))
+    write_json(place.directory / MATRIX, {"domains": list(found), "similarity": matrix.tolist()})
+
+
+@step("similarity")
+def compare_masks(
+    place: Place, run: HasStore, *, model: Dense, statistics: Artifact, metric: Metric, width: int, seed: int
+) -> None:
+    """Overlap of the channels kept for every two domains."""
+    found = read_statistics(statistics)
+    masks = domain_masks(model, found, metric=metric, width=width, seed=seed)
+    matrix = overlap_similarity(torch.stack(list(masks.values())))
+    write_json(place.directory / MATRIX, {"domains": list(found), "similarity": matrix.tolist()})
+
+
+@step("groups")
+def group(place: Place, run: HasStore, *, matrix: Artifact, experts: int, linkage: Linkage) -> None:
+    """Groups of domains by hierarchical clustering of the matrix of :func:`mine` or of a comparison."""
+    mined = matrix.read(MATRIX)
+    by_perplexity = "perplexity" in mined
+    distance = distances(mined["perplexity"]) if by_perplexity else similarity_distances(mined["similarity"])
+    found = cluster_distances(distance, mined["domains"], experts=experts, method=linkage)
+    write_json(
+        place.directory / "groups.json",
+        {
+            "groups": found.groups,
+            "tree": found.tree.tolist(),
+            "cophenetic": found.cophenetic,
+            "silhouette": found.silhouette,
+        },
+    )
+
+
+def domain_masks(
+    model: Dense, statistics: Mapping[str, ChannelStatistics], *, metric: Metric, width: int, seed: int
+) -> dict[str, Tensor]:
+    """{domain: (L, F) bool}, the ``width`` most important channels of every layer for each domain."""
+    scores = {
+        domain: importance_of_layers(model.load(), s, metric, seed=seed + number)
+        for number, (domain, s) in enumerate(statistics.items())
+    }
+    return {
+        domain: torch.stack([keep_highest(layer, width) for layer in of_layers]) for domain, of_layers in scores.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The domains that each expert begins with."""
+
+    members: list[list[str]]
+    """One list an expert; one of all domains where experts do not begin with groups."""
+    clustering: dict[str, Any] | None = None
+    """Of mined groups: matrix, tree, quality, measure, and ``agreement``, the adjusted Rand index between these groups and those
+    by the other measures; seconds."""
+
+    def together(self) -> list[list[str]]:
+        """All domains as one group."""
+        return [[domain for group in self.members for domain in group]]
+
+    def dealt(self) -> list[str]:
+        """The first domain of each group, then the second of each, and so on."""
+        return [domain for row in itertools.zip_longest(*self.members) for domain in row if domain is not None]
+
+
+def choose_groups(
+    run: HasStages,
+    config: Config,
+    model: Dense,
+    tokens: Mapping[str, Tensor],
+    measured: Mapping[str, Tensor],
+) -> Groups:
+    """The groups that the configuration asks for.
+
+    Args:
+        tokens: {domain: (N, T) int64} for calibration.
+        measured: {domain: (N, T) int64}, other text of the domains, to measure pruned models on.
+    """
+    names, experts = list(tokens), config.moe.experts
+    if config.grouping is None:
+        return Groups([names])
+    if config.grouping is Grouping.random:
+        return Groups(random_groups(names, experts=experts, seed=config.seed))
+    if config.grouping is not Grouping.mined:
+        return Groups(given_groups(config.affinity.groups or [], names))
+    return mined_groups(run, config, model, tokens, measured)
+
+
+def given_groups(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[str]]:
+    """Those of the groups' domains that are here; what is missing on either side is logged."""
+    found = [[domain for domain in members if domain in names] for members in groups]
+    absent = [domain for members in groups for domain in members if domain not in names]
+    unused = [domain for domain in names if not any(domain in members for members in found)]
+    if absent or unused:
+        log.warning("affinity.groups: not here %s; in no group %s", absent or "none", unused or "none")
+    return found
+
+
+def mined_groups(
+    run: HasStages,
+    config: Config,
+    model: Dense,
+    tokens: Mapping[str, Tensor],
+    measured: Mapping[str, Tensor],
+) -> Groups:
+    """Groups by the chosen measure, and how far the others agree with it.
+
+    The measures that need statistics alone are always taken, cross-domain perplexity if it is the chosen one or in the store.
+    """
+    pruning, batch = config.pruning, config.calibration_domains.batch
+    metric, chosen = pruning.score_metric, config.affinity.measure
+    with run.stage("calibration"):
+        statistics = calibrate(run, batch, model=model, tokens=tokens, taylor=metric is Metric.taylor)
+    scored: dict[str, Any] = {
+        "model": model,
+        "statistics": statistics,
+        "metric": metric,
+        "seed": config.seed if metric is Metric.random else 0,
+    }
+    kept = scored | {"width": pruning.width(model.channels)}
+    costly = kept | {"measured": measured, "bias": pruning.compensation is not Compensation.none}
+    with run.stage("mining"):
+        matrices = {
+            Measure.perplexity: mine(run, batch, **costly)
+            if chosen is Measure.perplexity
+            else mine.find(run, **costly),
+            Measure.importance: compare_importance(run, **scored),
+            Measure.mask_overlap: compare_masks(run, **kept),
+        }
+        clustered = {
+            measure: group(run, matrix=matrix, experts=config.moe.experts, linkage=config.affinity.linkage)
+            for measure, matrix in matrices.items()
+            if matrix is not None
+        }
+    found = {measure: artifact.read("groups.json") for measure, artifact in clustered.items()}
+    matrix = matrices[chosen]
+    assert matrix is not None
+    agreement = {
+        measure.value: adjusted_rand_index(found[chosen]["groups"], other["groups"])
+        for measure, other in found.items()
+        if measure is not chosen
+    }
+    members = found[chosen].pop("groups")
+    seconds = statistics.seconds + matrix.seconds
+    about = {"measure": chosen.value, "agreement": agreement, "seconds": seconds}
+    return Groups(members, found[chosen] | matrix.read(MATRIX) | about)

@@ -1,0 +1,114 @@
+"""The method without configuration files: what ``dive.reconstruct`` is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor
+
+from dive.cli import composed
+from dive.config import Compensation, Config, Metric, RouterInit, require
+from dive.errors import UserError
+from dive.moe.assemble import assemble
+from dive.moe.build import build_layers
+from dive.pruning.statistics import ChannelStatistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+E = TypeVar("E", bound=Enum)
+
+
+def reconstruct(
+    model: "PreTrainedModel",
+    groups: Mapping[str, Tensor] | Sequence[Tensor] | Sequence[ChannelStatistics],
+    overrides: Sequence[str] = (),
+    *,
+    ratio: float | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    metric: str | None = None,
+    compensation: str | None = None,
+    router_init: str | None = None,
+    width_multiple: int | None = None,
+    seed: int | None = None,
+) -> "PreTrainedModel":
+    """Build the Mixture-of-Experts.
+
+    What is not said here is as on the command line. Only statistics are another matter: they make one expert a group, as the
+    paper does, with ``moe=plain`` and ``pruning.metric=wifv``.
+
+    Args:
+        model: dense model.
+        groups: what experts are built from.
+
+            - {domain: tokens (N, T) int64}: all text together, which each layer divides among the experts itself.
+            - A list of such matrices: an expert begins with each.
+            - A list of statistics over all layers, of :func:`dive.collect_statistics`: an expert is pruned on each. The
+              statistics of a group of domains are the sum of theirs.
+        overrides: of the command line, such as ``["moe.refined.steps=0"]`` or ``["moe=coactivation"]``.
+        ratio: share of every FFN's channels that each expert loses, in (0, 1).
+        experts: how many; as many as there are groups, where there are any.
+        top_k: experts a token.
+        metric: see :class:`dive.config.Metric`.
+        compensation: ``least_squares``, ``bias`` or ``none``.
+        router_init: ``distilled`` or ``random``, from statistics.
+        width_multiple: the kept width is rounded to this multiple.
+        seed: of whatever is drawn.
+
+    Raises:
+        UserError: the settings contradict each other, or the statistics lack what they need.
+    """
+    require(len(groups) > 0, "groups is empty")
+    matrices = [torch.cat(list(groups.values()))] if isinstance(groups, Mapping) else groups
+    from_statistics = any(isinstance(group, ChannelStatistics) for group in matrices)
+    config = _composed(("moe=plain", "pruning.metric=wifv", *overrides) if from_statistics else tuple(overrides))
+    pruning = {
+        "ratio": ratio,
+        "metric": None if metric is None else _chosen(Metric, "metric", metric),
+        "compensation": None if compensation is None else _chosen(Compensation, "compensation", compensation),
+        "width_multiple": width_multiple,
+    }
+    moe = {
+        "experts": len(groups) if experts is None and not isinstance(groups, Mapping) else experts,
+        "top_k": top_k,
+    }
+    plain = config.moe.plain
+    if router_init is not None:
+        if plain is None:
+            raise UserError("router_init goes with moe=plain, which statistics mean; name another in overrides")
+        plain = replace(plain, router_init=_chosen(RouterInit, "router_init", router_init))
+    config = replace(
+        config,
+        pruning=replace(config.pruning, **_stated(pruning)),
+        moe=replace(config.moe, plain=plain, **_stated(moe)),
+        **_stated({"seed": seed}),
+    )
+    layers = build_layers(
+        model, matrices, config.pruning, config.moe, batch=config.calibration_domains.batch, seed=config.seed
+    )
+    return assemble(model, layers, top_k=config.moe.top_k)
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    running = GlobalHydra.instance().hydra  # a Hydra application may call this: it composes once at a time
+    GlobalHydra.instance().clear()
+    try:
+        return composed(overrides)
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def _stated(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _chosen(choices: type[E], name: str, value: str) -> E:
+    names = [choice.value for choice in choices]
+    require(value in names, f"{name}={value!r}: choose one of {names}")
+    return choices(value)

@@ -1,0 +1,140 @@
+"""What every twin has in common: it and its dense model are built like Llama, and a file of its own says where they differ.
+
+Neither torch nor transformers is imported here or beside: the plan asks a twin for its figures without them.
+"""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dive.config import ArchitectureConfig
+from dive.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Twin(ABC):
+    """A stock Mixture-of-Experts class and the dense models that become it.
+
+    Places are dotted names of modules, in the dense model and in the twin alike. The output of an FFN is added to the hidden
+    states as it is, see :class:`dive.model.layers.Track`: a norm after it takes more than a file here.
+    """
+
+    name: ClassVar[str]
+    """``model_type`` of the Mixture-of-Experts."""
+    dense: ClassVar[tuple[str, ...]]
+    """``model_type`` of the dense models that become it."""
+    head_dim: ClassVar[int | None] = None
+    """Width of a head where config.json leaves it out; hidden width / heads if none."""
+
+    embeddings: ClassVar[str] = "model.embed_tokens"
+    layers: ClassVar[str] = "model.layers"
+    rotary: ClassVar[str] = "model.rotary_emb"
+    norm: ClassVar[str] = "model.norm"
+    """The last one, before the head."""
+    head: ClassVar[str] = "lm_head"
+
+    attention: ClassVar[str] = "self_attn"
+    """In a layer."""
+    ffn: ClassVar[str] = "mlp"
+    """In a layer of the dense model."""
+    projections: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    """Gate, up and down in the dense FFN."""
+    activation: ClassVar[str] = "act_fn"
+    """In the dense FFN."""
+    block: ClassVar[str] = "mlp"
+    """In a layer of the twin: the sparse block, which has ``gate`` (router) and ``experts`` (fused 3-D weights)."""
+
+    block_on_disk: ClassVar[str] = "mlp"
+    """The sparse block in a checkpoint."""
+    experts_on_disk: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    """Gate, up and down of one expert in a checkpoint."""
+
+    carried: ClassVar[tuple[str, ...]] = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "attention_dropout",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "sliding_window",
+        "dtype",
+    )
+    """What the twin's configuration takes over from the dense model's, where that has it."""
+
+    @abstractmethod
+    def config(self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
+        """The stock configuration with ``experts`` FFNs of ``width`` channels; :meth:`settings` gives most of it."""
+
+    @abstractmethod
+    def model_class(self) -> type["PreTrainedModel"]:
+        """The stock class."""
+
+    def settings(self, dense: "PretrainedConfig", *, top_k: int) -> dict[str, Any]:
+        """Arguments that every twin's configuration has."""
+        carried = {name: getattr(dense, name) for name in self.carried if hasattr(dense, name)}
+        return carried | {"num_experts_per_tok": top_k, "use_cache": True, "output_router_logits": False}
+
+    def check(self, config: "PretrainedConfig", path: str) -> None:
+        """Refuse a dense model that has what the stock class has no place for.
+
+        Raises:
+            UserError: it has biases, or sliding windows in some layers only.
+        """
+        for name in ("attention_bias", "mlp_bias"):
+            if getattr(config, name, False):
+                raise UserError(
+                    f"model.path={path}: {name}=true has no place in a stock Mixture-of-Experts class; choose another model"
+                )
+        if len(set(getattr(config, "layer_types", None) or ())) > 1:
+            raise UserError(
+                f"model.path={path}: sliding windows in some layers only have no place in a stock Mixture-of-Experts class; "
+                "choose another model"
+            )
+
+    def spare(self, *, tied: bool) -> tuple[str, ...]:
+        """How names end of tensors that a checkpoint may hold without the model having a place for them.
+
+        The frequencies that old checkpoints hold are computed by the model, and a tied head may stand there as a copy of the
+        embedding.
+        """
+        frequencies = f"{self.rotary.rpartition('.')[2]}.inv_freq"
+        return (frequencies, f"{self.head}.weight") if tied else (frequencies,)
+
+    def part_of(self, parameter: str) -> str:
+        """Part of the freezing policy that a parameter of the twin belongs to, from its name in ``named_parameters``.
+
+        Raises:
+            ValueError: none.
+        """
+        if f".{self.block}.experts." in parameter:
+            return "experts"
+        if f".{self.block}.gate." in parameter:
+            return "router"
+        if f".{self.attention}." in parameter and "norm" not in parameter:
+            return "attention"
+        if "norm" in parameter:
+            return "norms"
+        if parameter.startswith(f"{self.embeddings}."):
+            return "embeddings"
+        if parameter.startswith(f"{self.head}."):
+            return "head"
+        raise ValueError(f"parameter {parameter} belongs to no part")
+
+    def head_norms(self, architecture: ArchitectureConfig) -> int:
+        """Weights of one layer's norms on query and key heads."""
+        return 0
+
+    def earlier_names(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What config.json says anew under names of earlier releases of transformers, for this twin alone."""
+        return {}

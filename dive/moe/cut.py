@@ -1,0 +1,106 @@
+"""Experts cut out of a dense FFN: its channels under masks, what makes up for the others, and their routers.
+
+Shapes: E experts, D hidden width, F FFN channels of the dense model, W kept channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dive.config import Compensation, MoEConfig, PruningConfig, RouterInit
+from dive.errors import UserError
+from dive.model.families import FFN
+from dive.moe.distill import expert_errors, fit_router
+from dive.moe.layer import CHUNK, ExpertLayer, dense_output, expert_function
+from dive.moe.walk import Group
+from dive.pruning import compensation as compensate
+
+
+def cut_experts(
+    weights: FFN,
+    masks: Tensor,
+    fitted: Sequence[Group],
+    groups: Sequence[Group],
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    seed: int,
+    scale: float | Tensor = 1.0,
+) -> ExpertLayer:
+    """The experts of these channels, and their router.
+
+    Args:
+        weights: of the dense FFN.
+        masks: (E, F) bool, channels of each expert.
+        fitted: E, what each expert is fitted to.
+        groups: all tokens, to which the routers are fitted.
+        seed: of the router.
+        scale: of the channels where nothing makes up for the others; one number, or one of each, (F,).
+
+    Raises:
+        UserError: the statistics lack what the settings need.
+    """
+    layer = ExpertLayer(
+        masks=masks,
+        gate_up=torch.stack([torch.cat([weights.gate[mask], weights.up[mask]]) for mask in masks]),
+        down=torch.stack(
+            [_down(weights.down, group, mask, pruning, scale) for group, mask in zip(fitted, masks, strict=True)]
+        ),
+        router=torch.zeros(len(masks), weights.gate.shape[1], dtype=weights.gate.dtype),
+        bias=torch.stack(
+            [
+                compensate.bias(weights.down, group.statistics.mean[0], mask)
+                for group, mask in zip(fitted, masks, strict=True)
+            ]
+        )
+        if pruning.compensation is Compensation.bias
+        else None,
+    )
+    layer.router = _router(weights, layer, groups, moe, seed=seed)
+    return layer
+
+
+def common_channels(share: float, width: int) -> int:
+    """Channels that all experts have, of ``width``: the share of them, and never all."""
+    return min(round(share * width), width - 1)
+
+
+def _down(down: Tensor, group: Group, mask: Tensor, pruning: PruningConfig, scale: float | Tensor) -> Tensor:
+    if pruning.compensation is Compensation.least_squares:
+        if group.statistics.second_moment is None:
+            raise UserError(
+                "pruning.compensation=least_squares needs second moments: collect_statistics(..., second_moments=True)"
+            )
+        moment, ridge = group.statistics.second_moment[0], pruning.ridge
+        if ridge is None:
+            if group.held_out is None or group.held_out.second_moment is None:
+                raise UserError("pruning.ridge=null needs held-out statistics; set pruning.ridge to a number")
+            others = group.held_out.second_moment[0]
+            ridge = compensate.choose_ridge(down, moment, others, mask)
+            moment = moment + others
+        return compensate.least_squares(down, moment, mask, ridge=ridge)
+    kept = down[:, mask]
+    if pruning.compensation is Compensation.none:
+        return kept * (scale[mask].to(kept) if isinstance(scale, Tensor) else scale)
+    return kept
+
+
+def _router(weights: FFN, layer: ExpertLayer, groups: Sequence[Group], moe: MoEConfig, *, seed: int) -> Tensor:
+    experts, hidden = len(layer.masks), weights.gate.shape[1]
+    if experts == 1:
+        return torch.zeros(1, hidden, dtype=weights.gate.dtype, device=weights.gate.device)
+    if moe.settings.router_init is RouterInit.random:
+        generator = torch.Generator().manual_seed(seed)
+        bound = hidden**-0.5  # torch's own default for a linear layer
+        start = torch.empty(experts, hidden).uniform_(-bound, bound, generator=generator)
+        return start.to(weights.gate)
+    sampled = [group.statistics.inputs[0] for group in groups if group.statistics.inputs is not None]
+    if len(sampled) != len(groups):
+        raise UserError(
+            f"moe.{moe.construction}.router_init=distilled needs FFN inputs: collect_statistics(..., inputs=2048)"
+        )
+    inputs = torch.cat(sampled).to(weights.gate.device)
+    wanted = torch.cat([dense_output(weights, rows) for rows in inputs.split(CHUNK)])
+    errors = expert_errors(inputs, wanted, [expert_function(layer, e, weights.act) for e in range(experts)])
+    return fit_router(inputs, errors, moe.distillation, seed=seed)
