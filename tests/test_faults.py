@@ -221,7 +221,7 @@ def limit_files(size: int) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (12_000, r"store=.*: writing experts failed"),
+        (16_000, r"store=.*: writing experts failed"),
         (40_000, r"store=.*: writing retrained failed|checkpoint cannot be written"),
         (100_000, r"checkpoint cannot be written"),
     ],
@@ -391,7 +391,10 @@ def test_processes_wait_for_a_stage_that_another_job_computes(workplace: Workpla
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_loss_that_is_not_finite_stops_every_process(workplace: Workplace, tmp_path: Path, devices: int) -> None:
-    wild = ("retrain.stages.experts.learning_rate=1e30", "trainer.gradient_clip=null", f"store={tmp_path}")
+    wild = (
+        *("retrain.stages.experts.learning_rate=10", "trainer.gradient_clip=null", f"store={tmp_path}"),
+        *("retrain.stages.experts.tokens=51200", "retrain.stages.experts.weight_decay=10"),
+    )
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     process = workplace.start(f"wild-{devices}", *wild, *(hardware if devices > 1 else ()))
     output = finish(process, 1)
