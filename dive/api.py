@@ -11,8 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from dive.cli import composed
-from dive.config import Compensation, Config, Metric, RouterInit, require
-from dive.errors import UserError
+from dive.config import Compensation, Config, Metric, RouterInit
+from dive.errors import UserError, require
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
 from dive.pruning.statistics import ChannelStatistics

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from dive.cli import require_extra, run
-from dive.config import require
-from dive.errors import UserError
+from dive.errors import UserError, require
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,6 +15,12 @@ class UserError(Exception):
         return " ".join(super().__str__().splitlines())  # it may repeat what a user wrote
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def disk_trouble(error: BaseException) -> str | None:
     """What the disk says, where an error or one below it comes from a disk that takes no more.
 

@@ -86,10 +86,8 @@ def save(
         )
     unplug(model)
     if dtype is not None and dtype != model.dtype:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(
-                dtype
-            )  # not model.to(dtype), which would round the rotary frequencies too
+        for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
         use_stock_experts(model)
     target = Path(directory)
     with _replacing(target) as working:

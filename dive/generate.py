@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import MISSING
 
+from dive.bounds import bounded, check_bounds
 from dive.cli import run
-from dive.config import MAX_SEED, Dtype, bounded, check_bounds, require
+from dive.config import MAX_SEED, Dtype
+from dive.errors import require
 from dive.model.architecture import local_directory
 
 

@@ -13,7 +13,8 @@ from dive.affinity.groups import Groups
 from dive.calibration_domains.amounts import check_amounts
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import DomainTexts, domain_names, fingerprint, load_domains
-from dive.config import Config, EvalConfig, EvaluateConfig, Grouping, require
+from dive.config import Config, EvalConfig, EvaluateConfig, Grouping
+from dive.errors import require
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluation_texts
 from dive.eval.generation import Beginnings

@@ -6,8 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from dive.cli import run
-from dive.config import require
-from dive.errors import UserError
+from dive.errors import UserError, require
 from dive.model.architecture import local_directory
 
 

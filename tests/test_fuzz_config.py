@@ -16,8 +16,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dive.bounds import Bounds
 from dive.cli import CONF, composed
-from dive.config import Bounds, Config, ModelConfig
+from dive.config import Config, ModelConfig
 from dive.errors import UserError
 from dive.model.architecture import locate_architecture
 from dive.model.load import DenseSource, locate_dense

@@ -10,6 +10,7 @@ import dive
 PACKAGE = Path(dive.__file__).parent
 ORDER = (
     ("errors", "units", "connection", "preemption"),
+    ("bounds",),
     ("config", "progress"),
     ("store",),
     ("results",),

@@ -484,10 +484,8 @@ def test_indexed_storage_retrains_to_the_same_model(workplace: Workplace, tmp_pa
     assert one["parameters"] == other["parameters"]
     exported = [load_file(f"{found['export']}/model.safetensors") for found in (one, other)]
     assert list(exported[0]) == list(exported[1])
-    for name, tensor in exported[0].items():
-        assert (tensor - exported[1][name]).norm() <= 0.02 * tensor.norm(), (
-            name
-        )  # Adam divides small differences by small ones
+    for name, tensor in exported[0].items():  # Adam divides small differences by small ones
+        assert (tensor - exported[1][name]).norm() <= 0.02 * tensor.norm(), name
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.cluster.hierarchy import cophenet, cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from dive.config import Linkage, require
+from dive.config import Linkage
+from dive.errors import require
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from dive.config import Compensation, Config, Grouping, require
+from dive.config import Compensation, Config, Grouping
+from dive.errors import require
 
 HELD_OUT = 4
 """Fewest sequences of a group where one in so many chooses the ridge."""

@@ -158,10 +158,8 @@ def load_streamed(source: DenseSource, *, dtype: torch.dtype | str, device: torc
     stored = read_headers(weight_files(weights_directory(source), named), named)
     checkpoint = Checkpoint({name: tensor.file for name, tensor in stored.items()})
     log.info("streaming %s", source.path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(source.config)
-        )  # the source keeps the checkpoint's dtype
+    with torch.device("meta"):  # of a copy: the source keeps the checkpoint's dtype
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config))
     twin, tied = twin_of(source.config.model_type), source.config.tie_word_embeddings
     embeddings, norm, own_head = (f"{place}.weight" for place in (twin.embeddings, twin.norm, twin.head))
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # tied heads stand once

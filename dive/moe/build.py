@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dive.config import MoEConfig, PlainConfig, PruningConfig, require
+from dive.config import MoEConfig, PlainConfig, PruningConfig
+from dive.errors import require
 from dive.eval.routing import mask_overlap
 from dive.model.families import decoder_layers, ffn
 from dive.model.recipe import Dense

@@ -12,8 +12,8 @@ from dive.config import (
     Dtype,
     Load,
     StageConfig,
-    require,
 )
+from dive.errors import require
 from dive.plan.parameters import Shapes, shapes
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

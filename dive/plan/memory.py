@@ -150,9 +150,8 @@ def evaluation(job: Job) -> Memory:
         "activations": max(dense_layer(job, tokens), sparse_layer(job, tokens, s.top_k)),
         "logits": float(tokens * s.vocabulary * LOGITS),
     }
-    loading = max(
-        s.dense if job.on_gpu else 0, 2 * s.experts * s.expert
-    )  # the dense model whole, experts layer by layer
+    # Of the dense model all at once, of the experts two layers'.
+    loading = max(s.dense if job.on_gpu else 0, 2 * s.experts * s.expert)
     return _memory(job, rest, {"loading": float(loading * job.weight)})
 
 

@@ -19,7 +19,8 @@ from torch.utils.data import IterableDataset
 from dive.calibration_domains.local import SUFFIXES, read_documents, text_files
 from dive.calibration_domains.sampling import Tokenize, token_blocks
 from dive.calibration_domains.texts import fingerprint
-from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, require
+from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig
+from dive.errors import require
 from dive.store import identity
 
 log = logging.getLogger(__name__)

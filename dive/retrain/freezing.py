@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig, require
+from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig
+from dive.errors import require
 from dive.model.families import attention_projections, decoder_layers, part_of
 from dive.moe.plug import plug_expert_lora, plug_linear_lora
 

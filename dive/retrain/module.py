@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from dive.errors import UserError
@@ -70,7 +71,8 @@ class MoERetraining(lightning.LightningModule):
         self.steps = training.steps
         self.trained_names = {f"model.{n}" for n, p in model.named_parameters() if p.requires_grad}
         self.curve = Curve()
-        self._text: list[Tensor] = []  # the passes' losses of the step under way
+        self.text_loss = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
+        """Of the passes of the step under way; reduced over the processes with the rest of what is recorded."""
         self._learning_rate = 0.0
         self.strict_loading = False  # a checkpoint holds the trained parameters, not the frozen base
         self._before = 0.0  # seconds of training before an interruption
@@ -162,7 +164,7 @@ class MoERetraining(lightning.LightningModule):
                 f"retrain.stages.{self.name}: the loss is {float(loss.detach())} at step {self.trainer.global_step}; lower "
                 f"retrain.stages.{self.name}.learning_rate, or set trainer.gradient_clip"
             )
-        self._text.append(text.detach().double())
+        self.text_loss.update(text.detach())
         return loss
 
     def _learn_from(
@@ -202,7 +204,7 @@ class MoERetraining(lightning.LightningModule):
         """Add the step that was just taken to the curve; collective."""
         observed = [router.take_observations() for router in routers(self.model)]
         load, entropy = (torch.stack(column).double() for column in zip(*observed, strict=True))
-        loss = torch.stack(self._text).mean()
+        loss = self.text_loss.compute()
         packed = self.trainer.strategy.reduce(torch.cat([loss[None], entropy, load.flatten()]), reduce_op="mean")
         values = packed.cpu()
         now = time.monotonic()
@@ -211,7 +213,7 @@ class MoERetraining(lightning.LightningModule):
         self.curve.seconds.append(now - self._since)
         self.curve.entropy.append(values[1 : 1 + len(load)].float())
         self.curve.load.append(values[1 + len(load) :].reshape(load.shape).float())
-        self._text.clear()
+        self.text_loss.reset()
         self._since = now
 
     def _log(self, step: int) -> None:

@@ -74,9 +74,8 @@ def test_optimiser_and_gradients_by_hand() -> None:
     assert found["Adam"] == 2 * 21_358_592 * 4
     assert found["Mixture-of-Experts"] == 2 * (3_384_207_360 + 360_448)  # FLAP's biases
     lora, noise = 20_545_536, 360_448
-    assert (
-        found["adapters"] == (lora + noise) * 4 + (2 * 360_448 + 92_160) * 2
-    )  # and what is trained in full grows to float32
+    # What is trained in full grows to float32.
+    assert found["adapters"] == (lora + noise) * 4 + (2 * 360_448 + 92_160) * 2
 
 
 STAGES = {
