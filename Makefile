@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: .venv/installed ## the whole method on the embedded model and texts, in minutes on two cores
 	$(BIN)/python -m dive.train
 
-test: .venv/installed-dev ## everything but the slow tests
-	$(BIN)/python -m pytest
+test: .venv/installed-dev ## everything but the slow tests, in two processes of one thread each
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: .venv/installed-dev ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

@@ -143,7 +143,7 @@ def test_lm_eval_on_the_exported_directory_says_the_same(
     command += [f"store={tmp_path / 'store'}", f"hydra.run.dir={tmp_path / 'ours'}"]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert re.search(rf"cats +│ +{shots} │ acc ", done.stdout)
+    assert re.search(rf"cats +│ +{shots} +│ +24 │ acc ", done.stdout)
     ours = json.loads((tmp_path / "ours/results.json").read_text())["stages"][0]["tasks"]["cats"]
 
     arguments = f"pretrained={checkpoint}" + (",add_bos_token=True" if bos else "")

@@ -341,7 +341,7 @@ def test_a_signal_in_training_saves_a_checkpoint(
     name = hardware[0].partition("=")[2] if hardware else "one"
     finish(workplace.start(f"{name}-whole", f"store={tmp_path / 'a'}", *LONG, *hardware))
     process = workplace.start(f"{name}-stopped", f"store={tmp_path / 'b'}", *LONG, *hardware)
-    read_until(process, "stage experts")
+    read_until(process, "experts: retrained .*: computing")
     while process.poll() is None and not list((tmp_path / "b").glob("partial/*/step=97.ckpt")):
         time.sleep(0.01)
     process.send_signal(number)
@@ -369,8 +369,7 @@ def test_a_signal_in_training_saves_a_checkpoint(
 def test_processes_wait_for_a_stage_that_another_job_computes(workplace: Workplace, tmp_path: Path) -> None:
     store = f"store={tmp_path}"
     first = workplace.start("other-job", store, *LONG)
-    read_until(first, "stage experts")
-    read_until(first, "retrained .*: computing")
+    read_until(first, "experts: retrained .*: computing")
     first.send_signal(signal.SIGSTOP)  # it goes on once the others have found that it computes this
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -406,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_every_process(workplace: Workplace, tmp
 def test_the_processes_of_a_killed_first_one_end(workplace: Workplace, tmp_path: Path) -> None:
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     process = workplace.start("orphans", f"store={tmp_path}", *LONG, *hardware)
-    read_until(process, "stage experts")
+    read_until(process, "experts: retrained .*: computing")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1
     time.sleep(1)
