@@ -743,17 +743,10 @@ class RetrainConfig:
 
 
 RESERVED_STAGES = (
-    *("dense", "pruned", "reconstructed", "total"),  # of results and timings
-    *("calibration", "mining", "pruning", "building experts", "evaluation", "export"),  # of the plan
-    *(
-        "eval",
-        "seconds",
-        "parameters",
-        "affinity",
-        "figures",
-        "results",
-        "final",
-    ),  # what loggers keep other values under
+    # Of results, timings and the plan.
+    *("dense", "pruned", "reconstructed", "checkpoint", "total", "calibration", "mining", "evaluation", "export"),
+    # What loggers keep other values under.
+    *("eval", "seconds", "parameters", "affinity", "figures", "results", "final"),
 )
 """Names that a stage of retraining cannot have."""
 PARTS = ("router", "experts", "norms", "attention", "embeddings", "head")
