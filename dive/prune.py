@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dive.errors import UserError
-from dive.store import MANIFEST
+from dive.store import MANIFEST, files_below
 from dive.units import size
 
 FRESH = 24.0
@@ -46,10 +46,13 @@ def entries(store: Path) -> Iterator[Entry]:
         folder for folder in store.iterdir() if folder.is_dir() and folder.name not in ("locks", "wandb")
     ):
         for path in sorted(folder for folder in kind.iterdir() if folder.is_dir() and not folder.name.startswith(".")):
-            files = [file for file in path.rglob("*") if file.is_file()]
-            stamp = path / MANIFEST if (path / MANIFEST).is_file() else path
-            used = max([stamp.stat().st_mtime, *(f.stat().st_mtime for f in files if kind.name == "partial")])
-            yield Entry(f"{kind.name}/{path.name}", path, sum(file.stat().st_size for file in files), used)
+            states = dict(files_below(path))
+            try:
+                stamp = states.get(path / MANIFEST) or path.stat()
+            except FileNotFoundError:
+                continue  # another run's, whole by now
+            used = max([stamp.st_mtime, *(state.st_mtime for state in states.values() if kind.name == "partial")])
+            yield Entry(f"{kind.name}/{path.name}", path, sum(state.st_size for state in states.values()), used)
 
 
 def needed(runs: Sequence[Path]) -> tuple[set[str], int]:

@@ -7,6 +7,7 @@ every file, and the versions of the packages that made it; a directory whose fil
 A step is a function under :func:`step`. Its keyword arguments are its key, so a key can forget nothing that the step reads.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -300,6 +301,14 @@ class Store:
                 log.info("%s%s %s: another process computes it, waiting", *self._for(), kind, key[:8])
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+
+def files_below(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Files at any depth below a directory, and their states; what another run takes away meanwhile is left out."""
+    for folder, _, names in os.walk(directory):
+        for file in (Path(folder) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                yield file, file.stat()
 
 
 # ----------------------------------------------------------------------------------------------------------------- steps

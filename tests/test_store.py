@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from dive.config import Compensation, PruningConfig
 from dive.errors import UserError
-from dive.store import MANIFEST, Place, Store, key_of, plain, step, write_json
+from dive.store import MANIFEST, Place, Store, files_below, key_of, plain, step, write_json
 
 INPUTS = {"pruning": PruningConfig(ratio=0.5), "domains": ["a", "b"]}
 
@@ -242,6 +243,19 @@ def test_a_file_where_a_folder_belongs(store: Store, at: str) -> None:
         return
     with pytest.raises(UserError, match=r"store=.*(writing masks failed|cannot be written).*set store=DIR"):
         store.get("masks", INPUTS, Compute())
+
+
+def test_files_that_another_run_takes_away_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("one", "two", "below/three"):
+        (tmp_path / name).write_text("four")
+    found = files_below(tmp_path)
+    first, state = next(found)
+    assert (first.parent, state.st_size) == (tmp_path, 4)
+    for name in ("one", "two"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "below")
+    assert list(found) == []
 
 
 def test_write_json(tmp_path: Path) -> None:

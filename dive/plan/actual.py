@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dive.plan.stages import Plan
 from dive.results import Spent, SpentStage
-from dive.store import Artifact
+from dive.store import Artifact, files_below
 from dive.units import duration, size
 
 
@@ -34,7 +34,7 @@ class Meter:
         found.reused = found.reused and reused
         found.host_bytes = peak_host()
         found.device_bytes = max(found.device_bytes, _peak_device_since_last())
-        found.disk_bytes += sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        found.disk_bytes += sum(state.st_size for _, state in files_below(directory))
 
     def summary(self) -> Spent:
         """For the results; ``host_bytes`` of a stage is this process's peak from its start to the end of the stage."""

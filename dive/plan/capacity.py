@@ -10,6 +10,7 @@ import psutil
 from dive.config import Freezing
 from dive.errors import UserError
 from dive.plan.stages import Plan, Stage
+from dive.store import files_below
 from dive.units import size
 
 
@@ -50,10 +51,10 @@ def _stored(store: Path) -> dict[str, float]:
     """Bytes by kind; the first layers of unfinished experts count as experts, checkpoints as ``partial``."""
     found: dict[str, float] = {}
     for folder in (f for f in store.iterdir() if f.is_dir()) if store.is_dir() else ():
-        for file in folder.rglob("*"):
+        for file, state in files_below(folder):
             unfinished = folder.name == "partial" and file.relative_to(folder).parts[0].startswith("experts-")
             kind = "experts" if unfinished else folder.name
-            found[kind] = found.get(kind, 0.0) + _size(file)
+            found[kind] = found.get(kind, 0.0) + state.st_size
     return found
 
 
@@ -68,13 +69,6 @@ def _host() -> float:
         except (OSError, ValueError):
             continue  # no such control group, or no limit
     return free
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size if file.is_file() else 0
-    except OSError:
-        return 0  # another run's, gone by now
 
 
 def _existing(path: Path) -> Path:
