@@ -133,6 +133,7 @@ class HubTextConfig:
       the first); ``{endings[label-1]}`` if that column counts from 1.
     - ``{sol1|sol2[label]}``: one of several columns, chosen in the same way.
     - ``{contexts}``: a list, joined by blanks; ``{contexts:, }``: by what follows the colon.
+    - ``{messages}`` alone: a conversation, a list of ``{role, content}``, as the model's chat template writes it.
 
     ``{{`` and ``}}`` are braces. A row that lacks one of the values (null, an empty list, a hidden answer) is left out.
     """
@@ -148,7 +149,8 @@ class CalibrationDomainsConfig:
     path: str | None = None
     """``local`` only: directory with ``<domain>/{train,test}.jsonl|txt|parquet``."""
     text_field: str = "text"
-    """``local`` only: name of the text column."""
+    """``local`` only: name of the column of text, or of conversations (lists of ``{role, content}``), which the model's chat
+    template writes."""
     domains: list[str] | None = None
     """Names to use; all that the source has if null."""
     hub: dict[str, HubTextConfig] = field(default_factory=dict)
@@ -660,7 +662,7 @@ class CorpusConfig:
     path: str | None = None
     """``local`` only: a file or a directory of jsonl, txt or parquet files."""
     text_field: str = "text"
-    """``local`` only: name of the text column."""
+    """``local`` only: name of the column of text or of conversations."""
     hub: HubTextConfig = field(default_factory=lambda: HubTextConfig(path=""))
     """``hub`` only."""
     shuffle_buffer: int = bounded(10_000, at_least=1, at_most=10**8)
@@ -764,13 +766,13 @@ class EvalSetConfig:
     path: str | None = None
     """``local``: a jsonl, txt or parquet file; ``embedded``: the name of an embedded domain, whose test text is taken."""
     text_field: str = "text"
-    """Name of the text column."""
+    """Name of the column of text or of conversations."""
     hub: HubTextConfig | None = None
     """``hub``: its ``test`` split is read."""
     lengths: list[int] = bounded(default_factory=lambda: [1024, 2048], at_least=2, at_most=MAX_LENGTH)
     """Window lengths in tokens."""
     separator: str | None = "\n\n"
-    """Joins the documents to one text before it is cut into windows; null leaves them apart."""
+    """Joins the documents to one text before it is cut into windows; null leaves them apart, as conversations always are."""
 
 
 @dataclass(slots=True, kw_only=True)

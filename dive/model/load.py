@@ -20,6 +20,7 @@ from dive.model.architecture import (
     read_settings,
     refuse_quantised,
 )
+from dive.model.chat import Conversation
 from dive.model.families import KNOWN, SUPPORTED, check_supported, twin_of, unsupported
 from dive.model.headers import (
     INDEX,
@@ -207,7 +208,7 @@ def _model_files(directory: Path) -> list[Path]:
     return sorted(
         file
         for file in directory.iterdir()
-        if file.suffix in (".safetensors", ".json", ".model") and file.name != "recipe.json"
+        if file.suffix in (".safetensors", ".json", ".model", ".jinja") and file.name != "recipe.json"
     )
 
 
@@ -380,8 +381,9 @@ def load_dense(
 def document_tokens(tokenizer: Any, document: str) -> list[int]:
     """Tokens of one document as language models are trained on it: a boundary token, then the text.
 
-    The boundary is the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing.
+    The boundary is the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing. A conversation has
+    none but what its chat template writes.
     """
     boundary = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if boundary is None else [boundary, *ids]
+    return ids if boundary is None or isinstance(document, Conversation) else [boundary, *ids]
