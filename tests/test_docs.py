@@ -121,7 +121,7 @@ def test_the_guides_run_from_top_to_bottom(
     outputs = []
     for number, command in enumerate(commands("bring_your_own.md")):
         line = [sys.executable, *shlex.split(command)[1:]]
-        if "dive.train" in line and "hydra.run.dir=outputs/mine" not in line:
+        if "dive.train" in line and "hydra.run.dir=" not in command:
             line.append(f"hydra.run.dir=outputs/{number}")
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
@@ -146,7 +146,7 @@ def test_the_guides_run_from_top_to_bottom(
     assert corpus["run"]["fingerprints"]["retraining_corpus"] != mine["run"]["fingerprints"]["retraining_corpus"]
     assert "mine@256" in measured["stages"][0]["perplexity"]
     assert results["chat"]["run"]["samples"]["calibration"] == {"code": [32, 256], "law": [32, 256]}
-    assert outputs[7].startswith("When does the lease end?\n")
+    assert "When does the lease end?\n" in outputs[7]  # the answer stands on a line of its own
     assert "dry_run=true: nothing uploaded" in outputs[-1]
 
     for language, content in blocks("serving.md"):
