@@ -318,6 +318,9 @@ class AffinityConfig:
     complete linkage to groups of like size, as the published ones are."""
     samples: int = bounded(8, at_least=1, at_most=10**6)
     """``mined`` only: sequences per domain that measure each pruned model; drawn apart from the calibration ones."""
+    mapped: int = bounded(4, at_least=0, at_most=10**6)
+    """Calibration sequences per domain from which a run that mines no groups maps the domains' affinity, to be looked at beside
+    what its experts serve; 0 maps nothing."""
     groups: list[list[str]] | None = None
     """``published`` and ``given``: the domains of each expert."""
 
@@ -1014,6 +1017,12 @@ class Config:
     def mines(self) -> bool:
         """Whether groups are mined, which takes a calibration pass and the measure between domains."""
         return self.grouping is Grouping.mined
+
+    @property
+    def maps(self) -> bool:
+        """Whether the domains' affinity is mapped beside the experts; a streamed run measures nothing to look at it with."""
+        several = self.moe.experts > 1 and self.affinity.mapped > 0
+        return several and not self.mines and self.model.load is not Load.streamed
 
     def __post_init__(self) -> None:
         check_bounds(self)

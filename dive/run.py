@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dive.affinity.grouping import adjusted_rand_index, favourite_groups, routing_overlap
 from dive.affinity.groups import Groups
 from dive.config import Config, EvaluateConfig, Load
 from dive.eval.generation import Beginnings
@@ -46,6 +47,7 @@ from dive.results import (
     Planned,
     PlanResult,
     Results,
+    RoutingAgreement,
     RoutingResult,
     Samples,
     Split,
@@ -248,6 +250,7 @@ class Run:
         assert meter is not None
         chain = model.chain()
         results.overlap = expert_overlap(model.mixture.experts)
+        compare_routing(results)
         results.parameters = parameters(config, model, chain)
         results.timings = {stage.name: stage.seconds for stage in results.stages}
         if not self.evaluates:
@@ -309,6 +312,16 @@ def _measured(data: Inputs) -> Measured:
         sets=list(data.texts.sets),
         tasks={name: AskedTask(**how) for name, how in data.tasks.describe().items()},
     )
+
+
+def compare_routing(results: Results) -> None:
+    """Record how far the experts serve the groups of the affinity map, where there are both."""
+    mined, routing = results.affinity, results.routing
+    if mined is None or mined.groups is None or routing is None or not routing.share or not routing.share_by_layer:
+        return
+    rand = adjusted_rand_index(mined.groups, favourite_groups(routing.share))
+    within, between = routing_overlap(routing.share_by_layer, mined.groups)
+    mined.routing = RoutingAgreement(rand=rand, within=within, between=between)
 
 
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:

@@ -32,7 +32,17 @@ LAYOUT: dict[str, set[str]] = {
     "stages.4": STAGE,
     "routing": {"share", "share_by_layer", "load_max_over_mean", "load_entropy"},
     "timings": {"dense", "pruned", "reconstructed", "router", "experts", "total"},
-    "affinity": {"tree", "cophenetic", "silhouette", "domains", "perplexity", "measure", "agreement", "seconds"},
+    "affinity": {
+        "groups",
+        "tree",
+        "cophenetic",
+        "silhouette",
+        "domains",
+        "perplexity",
+        "measure",
+        "agreement",
+        "seconds",
+    },
     "generations.0": {"domain", "prompt", "reference", "dense", "moe"},
     "plan": {"planned", "actual"},
     "plan.planned": {

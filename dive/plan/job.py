@@ -88,11 +88,6 @@ class Job:
         """Whether routers are fitted to the experts' errors."""
         return self.config.moe.distils
 
-    @property
-    def sequences(self) -> int:
-        """Calibration sequences of all domains."""
-        return self.domains * self.config.calibration_domains.samples
-
     def building_sequences(self, groups: int, *, experts: int) -> int:
         """Calibration sequences of the groups that so many experts are built from; groups yet to be mined count as equal.
 

@@ -79,15 +79,13 @@ def dense_model(job: Job) -> float:
     return float(job.weight * s.dense)
 
 
-def calibration(job: Job) -> Memory:
-    """One pass of the dense model over all domains, layer after layer."""
+def calibration(job: Job, *, sequences: int) -> Memory:
+    """One pass of the dense model over so many sequences of all domains, layer after layer."""
     s, domains = job.shapes, job.config.calibration_domains
     tokens = domains.batch * domains.length
     statistics = job.domains * s.layers * s.channels * 16
     rest = {"dense model": dense_model(job), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
-    return _memory(
-        job, rest, {"hidden states": _hidden(job, job.sequences), "statistics": float(statistics)}, first=True
-    )
+    return _memory(job, rest, {"hidden states": _hidden(job, sequences), "statistics": float(statistics)}, first=True)
 
 
 def _extra(job: Job) -> float:

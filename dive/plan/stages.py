@@ -123,10 +123,12 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
         UserError: the pruning ratio leaves no channel, or a calibration domain is unknown.
     """
     job = describe_job(config, architecture, device or config.plan.device)
-    s = job.shapes
+    s, domains = job.shapes, config.calibration_domains
     stages: list[Stage] = []
     if config.mines:
-        stages += [_calibration(job), _mining(job)]
+        stages += [_calibration(job, "calibration", domains.samples), _mining(job)]
+    elif config.maps and job.domains > 2:
+        stages.append(_calibration(job, "mining", min(config.affinity.mapped, domains.samples)))
     refined = construction.refinement(config)
     one_shot = s.experts == 1 and refined is None
     if one_shot or not job.streamed:  # one pruned expert is there to be measured
@@ -174,16 +176,17 @@ def _sum(*parts: tuple[str, float]) -> dict[str, float]:
     return {kind: count for kind, count in found.items() if count}
 
 
-def _calibration(job: Job) -> Stage:
+def _calibration(job: Job, name: str, samples: int) -> Stage:
+    """Statistics of so many sequences of each domain."""
     s, domains = job.shapes, job.config.calibration_domains
-    tokens = job.sequences * domains.length
-    passes = math.ceil(domains.samples / domains.batch) * job.domains
+    tokens = job.domains * samples * domains.length
+    passes = math.ceil(samples / domains.batch) * job.domains
     return Stage(
-        "calibration",
+        name,
         "statistics",
         tokens,
         {job.dtype: tokens * s.layers * flops.dense_layer(s, domains.length)},
-        memory.calibration(job),
+        memory.calibration(job, sequences=job.domains * samples),
         moved=float(passes * s.dense * job.weight),
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(job.domains * s.layers * s.channels * 16),

@@ -27,7 +27,7 @@ def job_of(*overrides: str) -> Job:
 
 def test_calibration_by_hand() -> None:
     job = job_of("model=tinyllama", "plan.device=h100", "calibration_domains.samples=10")
-    found = memory.calibration(job)
+    found = memory.calibration(job, sequences=16 * 10)
     assert found.device["dense model"] == 2 * 1_100_048_384
     assert found.host["hidden states"] == 16 * 10 * 256 * 2048 * 2  # 16 embedded domains
     assert found.host["statistics"] == 16 * 22 * 5632 * 2 * 8
@@ -37,7 +37,7 @@ def test_calibration_by_hand() -> None:
 
 
 def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
-    found = memory.calibration(job_of("model=tinyllama", "trainer=cpu"))
+    found = memory.calibration(job_of("model=tinyllama", "trainer=cpu"), sequences=512)
     assert not found.device
     assert found.host["dense model"] == 2 * 1_100_048_384
 

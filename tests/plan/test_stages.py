@@ -19,8 +19,13 @@ def by_name(it: Plan) -> dict[str, Stage]:
     return {stage.name: stage for stage in it.stages}
 
 
-def test_tokens_that_choose_their_experts_are_not_mined() -> None:
-    assert list(by_name(planned())) == ["pruned", "reconstructed", "router", "experts", "evaluation", "export"]
+def test_where_tokens_choose_their_experts_affinity_is_mapped_from_a_few_sequences() -> None:
+    stages = by_name(planned())
+    assert list(stages) == ["mining", "pruned", "reconstructed", "router", "experts", "evaluation", "export"]
+    assert stages["mining"].tokens == 16 * 4 * 256
+    assert stages["mining"].operations < 0.01 * sum(stage.operations for stage in stages.values())
+    assert "mining" not in by_name(planned("affinity.mapped=0"))
+    assert "mining" not in by_name(planned("moe.experts=1"))
 
 
 def test_tokens_of_a_run_that_mines() -> None:
@@ -45,7 +50,7 @@ def test_tokens_of_a_run_that_mines() -> None:
 
 def test_given_groups_are_not_mined() -> None:
     stages = by_name(planned("calibration_domains=paper", "affinity=published/tinyllama_50"))
-    assert "mining" not in stages
+    assert stages["mining"].tokens == 24 * 4 * 256  # the map alone
     assert "calibration" not in stages
     # 1024 sequences a group, split evenly: 8 domains × 128, 1 × 1024, 3 × 341 + 1, ...
     assert stages["reconstructed"].tokens == 8 * 1024 * 256
