@@ -34,6 +34,7 @@ LAYOUT: dict[str, set[str]] = {
     "timings": {"dense", "pruned", "reconstructed", "router", "experts", "total"},
     "affinity": {
         "groups",
+        "routing",
         "tree",
         "cophenetic",
         "silhouette",
