@@ -125,6 +125,20 @@ def test_the_best_recipe_is_the_default() -> None:
     assert typed().moe.refined == RefinedConfig()  # which a notebook begins with
 
 
+def test_the_method_with_our_refit_and_routers_lies_between_the_papers_and_the_default() -> None:
+    paper, ours, default = (typed(f"experiment={name}") for name in ("paper_1_8", "dive", "dive_plus"))
+    assert (paper.mines, ours.mines, default.mines) == (True, True, False)
+    assert (paper.moe.construction, ours.moe.construction, default.moe.construction) == ("plain", "plain", "refined")
+    assert ours.pruning == default.pruning
+    assert paper.pruning.compensation is Compensation.bias
+    assert [moe.plain.router_init for moe in (paper.moe, ours.moe) if moe.plain] == [
+        RouterInit.random,
+        RouterInit.distilled,
+    ]
+    assert [*ours.retrain.stages] == ["router", "experts"] == [*paper.retrain.stages][:2]
+    assert ours.retrain.stages["experts"].train == paper.retrain.stages["experts"].train
+
+
 def test_groups_are_not_named_in_vain() -> None:
     with pytest.raises(UserError, match=r"affinity\.groups .*; set affinity=given"):
         typed("affinity.groups=[[law],[code]]", "moe.experts=2")
