@@ -130,7 +130,7 @@ class ModelConfig:
     """Directory, hub id, or ``embedded`` for the model that comes with the package."""
     revision: str | None = None
     """Commit, branch or tag on the hub; pin it for numbers that can be repeated."""
-    dtype: Dtype | None = Dtype.float32
+    dtype: Dtype | None = None
     """Element type of the weights; null is bfloat16 on a GPU, and float32 on a CPU and with ``trainer=fsdp``. ``auto`` takes the
     checkpoint's own."""
     device: str = "auto"

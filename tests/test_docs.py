@@ -53,7 +53,8 @@ def test_a_command_composes(page: str, command: str) -> None:
     register_schema(name, schema)
     with initialize_config_dir(str(CONF), version_base=None):
         quoted = [re.sub(r"^prompt=(.*)$", r'prompt="\1"', override) for override in overrides]
-        to_typed(compose(name, [override for override in quoted if not override.startswith("hydra.")]), schema)
+        found = ["model.path=embedded" if override == "model.path=my_model" else override for override in quoted]
+        to_typed(compose(name, [override for override in found if not override.startswith("hydra.")]), schema)
 
 
 def test_a_corpus_on_the_hub_composes() -> None:
@@ -83,7 +84,7 @@ def test_the_guides_run_from_top_to_bottom(
     build: Build, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    build("llama", max_position_embeddings=512).save_pretrained("my_model")
+    build("llama", max_position_embeddings=1024).save_pretrained("my_model")
     tokenizer.save_pretrained("my_model")
     domains = dict(zip(("law", "code", "news", "maths"), WORDS.values(), strict=True))
     documents = {name: texts(words, 100, seed) for seed, (name, words) in enumerate(domains.items())}
