@@ -24,7 +24,6 @@ from dive.model.load import DenseSource, document_tokens, load_tokenizer
 from dive.retrain.corpus import Corpus, local_documents, open_corpus
 from dive.retrain.freezing import check_policy
 from dive.store import HasStore
-from dive.trainer.build import check_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,7 +161,6 @@ def check(config: Config, source: DenseSource) -> None:
     Raises:
         UserError: names the override to change.
     """
-    check_devices(config.trainer)
     resume = config.retrain.resume
     require(
         resume is None or resume == "last" or Path(resume).expanduser().is_file(),

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from dive.affinity.groups import choose_groups
 from dive.config import Config, EvaluateConfig
 from dive.export import open_checkpoint
@@ -16,6 +18,7 @@ from dive.results import CHECKPOINT, DENSE, PRUNED, RECONSTRUCTED, Results
 from dive.retrain.retrained import Retrained
 from dive.retrain.stage import retrain
 from dive.run import Run
+from dive.trainer.build import check_devices
 
 
 def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
@@ -31,6 +34,8 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     Raises:
         UserError: something that the user can mend.
     """
+    config = config.settled(gpu=torch.cuda.is_available())
+    check_devices(config.trainer)
     dense = Dense.locate(config.model)
     check(config, dense.source)
     run = Run(config, ["python", "-m", "dive.train", *overrides], directory)

@@ -9,9 +9,10 @@ Most used::
   pruning.ratio=0.75                      share of each FFN that is removed
   moe.experts=8 moe.top_k=1               experts, and how many a token uses
   affinity=mined                          begin with mined groups of domains
-  retrain=none                            or default, lora, two_stages
+  budget=minutes                          or hours, paper: how much of everything
+  retrain=none                            or default, full, lora, two_stages
   retrain.stages.experts.tokens=1000000   how long it is retrained
-  trainer=gpu                             or ddp, fsdp, fsdp2
+  trainer=gpu                             or cpu, ddp, fsdp, fsdp2
   'eval.tasks=[piqa,arc_easy]'            tasks beside perplexity
   experiment=paper_1_8                    the paper's recipe to the letter
   hydra.run.dir=DIR                       where the results go
@@ -25,6 +26,7 @@ from pathlib import Path
 from dive.cli import require_extra, require_tasks, run
 from dive.config import Config, TextSource
 from dive.model.architecture import local_directory
+from dive.progress import show
 from dive.trainer.rank import process_rank
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ def main(config: Config) -> float:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from dive.budgets import budget_line, plan_here
+
     hydra = HydraConfig.get()
     if process_rank() == 0:
         log.info("%s, into %s", beginning(config), hydra.runtime.output_dir)
@@ -46,6 +50,8 @@ def main(config: Config) -> float:
         )
     from dive.pipeline import train  # takes seconds, in which the line above is there to read
 
+    if process_rank() == 0:
+        show(budget_line(plan_here(config)))
     if hydra.mode is RunMode.MULTIRUN and config.logger.wandb is not None:  # a sweep is one group, its jobs are named
         config.logger.wandb.group = config.logger.wandb.group or f"sweep {Path(hydra.sweep.dir).as_posix()}"
         config.logger.wandb.name = config.logger.wandb.name or hydra.job.override_dirname

@@ -53,7 +53,8 @@ def test_a_command_composes(page: str, command: str) -> None:
     register_schema(name, schema)
     with initialize_config_dir(str(CONF), version_base=None):
         quoted = [re.sub(r"^prompt=(.*)$", r'prompt="\1"', override) for override in overrides]
-        to_typed(compose(name, [override for override in quoted if not override.startswith("hydra.")]), schema)
+        found = ["model.path=embedded" if override == "model.path=my_model" else override for override in quoted]
+        to_typed(compose(name, [override for override in found if not override.startswith("hydra.")]), schema)
 
 
 def test_conversations_and_chat_models_on_the_hub_compose() -> None:
@@ -101,7 +102,7 @@ def test_the_guides_run_from_top_to_bottom(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for directory, cutter in (("my_model", tokenizer), ("my_chat_model", chat_tokenizer)):
-        build("llama", max_position_embeddings=512).save_pretrained(directory)
+        build("llama", max_position_embeddings=1024).save_pretrained(directory)
         cutter.save_pretrained(directory)
     domains = dict(zip(("law", "code", "news", "maths"), WORDS.values(), strict=True))
     documents = {name: texts(words, 100, seed) for seed, (name, words) in enumerate(domains.items())}

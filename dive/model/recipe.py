@@ -92,6 +92,7 @@ class Dense:
         Raises:
             UserError: it is not there, not readable, or of no supported family; or the device does not exist.
         """
+        assert config.dtype is not None, "settled by the device"
         source = locate_dense(config.path, config.revision, dtype=config.dtype.value)
         device = resolve_device(config.device)
         dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)

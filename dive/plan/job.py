@@ -40,6 +40,7 @@ class Job:
     def dtype(self) -> str:
         """Element type of the weights."""
         stated = self.config.model.dtype
+        assert stated is not None, "settled by the device"
         return self.architecture.dtype if stated is Dtype.auto else stated.value
 
     @property
@@ -112,11 +113,15 @@ class Job:
 
     @property
     def evaluation_windows(self) -> list[tuple[int, int]]:
-        """(windows, tokens of each) of every evaluation text; the domains' at the first length come first."""
+        """(windows, tokens of each) of every evaluation text and task; the domains' at the first length come first."""
         config = self.config.eval
         windows = config.windows or self.config.plan.windows
         of_domains = [(self.domains * windows, length) for length in config.lengths]
-        return of_domains + [(windows, length) for entry in config.sets.values() for length in entry.lengths]
+        of_sets = [(windows, length) for entry in config.sets.values() for length in entry.lengths]
+        plan = self.config.plan
+        limits = [s.limit if (s := config.task_settings.get(task)) else None for task in config.tasks]
+        of_tasks = [(limit or config.task_limit or plan.questions, plan.question_tokens) for limit in limits]
+        return of_domains + of_sets + of_tasks
 
     # -------------------------------------------------------------------------------------------------------- retraining
 
@@ -126,7 +131,7 @@ class Job:
 
     def micro_batch(self, stage: StageConfig) -> int:
         """Sequences of one forward pass on one device."""
-        return stage.batch // ((stage.accumulation or self.config.trainer.accumulation) * self.world)
+        return stage.batch // (self.config.accumulation(stage) * self.world)
 
 
 def describe_job(config: Config, architecture: ArchitectureConfig, name: str) -> Job:
@@ -142,7 +147,7 @@ def describe_job(config: Config, architecture: ArchitectureConfig, name: str) ->
         name = "cpu" if config.trainer.accelerator == "cpu" else "h100"
     require(name in config.plan.devices, f"plan.device={name}: plan.devices has none of this name")
     return Job(
-        config=config,
+        config=config.settled(gpu=config.plan.devices[name].memory is not None),
         architecture=architecture,
         shapes=shapes(architecture, config),
         domains=len(domain_names(config.calibration_domains)),

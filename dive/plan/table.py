@@ -159,6 +159,11 @@ def notes(plan: Plan) -> list[str]:
         found.append(
             f"eval.windows=null: {job.config.plan.windows} windows of each text taken for granted (plan.windows)"
         )
+    evaluation = job.config.eval
+    if evaluation.tasks and evaluation.task_limit is None:
+        found.append(
+            f"eval.task_limit=null: {job.config.plan.questions} questions of each task taken for granted (plan.questions)"
+        )
     if not job.on_gpu and "float16" in job.dtype + job.training_dtype:
         found.append(f"{job.dtype} on a CPU is slow: model.dtype=float32, or trainer=gpu plan.device=h100")
     return found

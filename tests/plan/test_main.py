@@ -12,7 +12,8 @@ from dive.cli import PACKAGE
 from dive.model.architecture import locate_architecture
 from dive.plan.stages import plan
 from dive.plan.table import construction_rows
-from tests.model.test_architecture import typed
+from dive.units import duration, size
+from tests.model.test_architecture import PUBLISHED, typed
 from tests.workplace import environment
 
 DOCS = (PACKAGE.parent / "docs" / "cost.md").read_text(encoding="utf-8")
@@ -30,6 +31,16 @@ def test_the_plan_of_a_hub_model_needs_no_network_and_leaves_nothing_behind(tmp_
     for figure in ("1.1 B dense", "3.385 B with", "719.8 M active", "21.36 M trained", "21,358,592", "720,896"):
         assert figure in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_budget_is_named_and_the_next_one_planned_with_the_same_overrides(tmp_path: Path) -> None:
+    overrides = ("model=smollm2-135m", "budget=minutes", "trainer=cpu", "moe.experts=4")
+    first, *_ = command("-m", "dive.plan", *overrides, cwd=tmp_path).stdout.splitlines()
+    config = typed(*(o.replace("minutes", "hours") for o in overrides))
+    next_one = duration(plan(config, locate_architecture(config.model)).seconds)
+    assert first == f"budget   minutes; budget=hours trains on 40 M tokens and takes about {next_one}"
+    first, *_ = command("-m", "dive.plan", cwd=tmp_path).stdout.splitlines()
+    assert first == "budget   toy"
 
 
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
@@ -83,3 +94,33 @@ def test_the_documents_tables_are_what_its_commands_print(line: str, rows: list[
 
 def test_there_are_tables() -> None:
     assert len(tables()) == 2
+
+
+COLUMNS = {
+    "`minutes`, a CPU core": ("budget=minutes", "trainer=cpu"),
+    "`minutes`, H100": ("budget=minutes", "plan.device=h100"),
+    "`hours`, H100": ("budget=hours", "plan.device=h100"),
+    "`hours`, 8 × H100": ("budget=hours", "trainer=ddp"),
+    "`paper`, H100": ("budget=paper", "plan.device=h100"),
+    "`paper`, 8 × H100": ("budget=paper", "trainer=ddp"),
+}
+
+
+def presets_by_budget() -> list[str]:
+    """Rows of the table of models and budgets, as the plan has them."""
+    rows = [f"| model | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for name, parameters in sorted(PUBLISHED.items(), key=lambda item: item[1]):
+        cells = []
+        for overrides in COLUMNS.values():
+            large = ["trainer.gradient_checkpointing=true"] if parameters > 5e9 and "trainer=ddp" in overrides else []
+            config = typed(f"model={name}", *overrides, *large)
+            found = plan(config, locate_architecture(config.model))
+            cells.append(f"{duration(found.seconds)}, {size(found.device if found.job.on_gpu else found.host)}")
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_models_and_budgets_is_the_plans() -> None:
+    found = [line for line in DOCS.splitlines() if line.startswith(("| model | `minutes`", "| `"))]
+    start = found.index(presets_by_budget()[0])
+    assert ["| --- |" + " ---: |" * len(COLUMNS), *found[start + 1 :]] == presets_by_budget()[1:]

@@ -17,11 +17,11 @@ from dive.plan.stages import Plan
 from dive.plan.stages import plan as plan_of
 from dive.retrain.freezing import apply_policy
 from tests.conftest import Build
-from tests.model.test_architecture import typed
+from tests.model.test_architecture import with_toy_texts
 
 
 def job_of(*overrides: str) -> Job:
-    config = typed(*overrides)
+    config = with_toy_texts(*overrides)
     return describe_job(config, locate_architecture(config.model), config.plan.device)
 
 
@@ -39,14 +39,14 @@ def test_calibration_by_hand() -> None:
 def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
     found = memory.calibration(job_of("model=tinyllama", "trainer=cpu"), sequences=512)
     assert not found.device
-    assert found.host["dense model"] == 2 * 1_100_048_384
+    assert found.host["dense model"] == 4 * 1_100_048_384  # in float32
 
 
 def test_weights_reach_a_gpu_by_way_of_the_host() -> None:
     found = memory.evaluation(job_of("model=llama2-7b", "plan.device=h100"))
     assert found.host["loading"] == found.device["dense model"] == 2 * 6_738_415_616
     layer = memory.evaluation(job_of("model=llama2-7b", "trainer=cpu")).host["loading"]
-    assert layer == 2 * (2 * 8 * 3 * 4096 * 2752)  # two layers' experts
+    assert layer == 4 * (2 * 8 * 3 * 4096 * 2752)  # two layers' experts, in float32
 
 
 def test_second_moments_of_every_group() -> None:
@@ -95,7 +95,7 @@ def test_saved_activations_are_what_autograd_keeps(
     if path == "grouped":
         monkeypatch.setattr(experts_module, "_runs_on_cpu", lambda *_: False)
     dense = build("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6)
-    config = typed("pruning.ratio=0.5", "moe.experts=4", f"moe.top_k={top_k}", "retrain.lora.rank=4")
+    config = with_toy_texts("pruning.ratio=0.5", "moe.experts=4", f"moe.top_k={top_k}", "retrain.lora.rank=4")
     job = describe_job(config, read_architecture(dense.config.to_dict()), "cpu")
     moe = empty_moe(moe_config(dense.config, width=96, experts=4, top_k=top_k), torch.float32)
     for parameter in moe.parameters():
@@ -165,5 +165,5 @@ def test_streamed_runs_hold_one_layer_and_write_the_type_that_is_asked_for() -> 
 
 
 def plan(*overrides: str) -> Plan:
-    config = typed(*overrides)
+    config = with_toy_texts(*overrides)
     return plan_of(config, locate_architecture(config.model), device="cpu")
