@@ -21,7 +21,7 @@ CHUNK = 2**20
 def next_token_loss(
     logits: Tensor, ids: Tensor, teacher: Tensor | None, settings: TeacherConfig
 ) -> tuple[Tensor, Tensor]:
-    """(loss, the text's part of it) in nats a token: (1 − a) · cross-entropy + a · distance to the teacher, a = ``settings.logits``.
+    """(loss, the text's part of it), nats a token: (1 − a) · cross-entropy + a · distance to the teacher, a = settings.logits.
 
     The gradient is taken on the way and written over the logits (as in Liger Kernel, arXiv 2410.10989), so that nothing else of
     their size is made. Nobody may read them afterwards, and what made them must not need them for its own backward pass.

@@ -164,7 +164,7 @@ class MoERetraining(lightning.LightningModule):
         return loss
 
     def _loss(self, ids: Tensor, logits: Tensor, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
-        """(loss, the text's part of it), from ids (B, T), logits (B, T, V), which are written over, and every layer's hidden states."""
+        """(loss, the text's part of it); of logits (B, T, V), which are written over, and hidden states of every layer."""
         settings, wanted = self.stage.teacher, None
         for teacher in self.teacher:
             with torch.no_grad():
