@@ -69,4 +69,5 @@ class _NextTokens(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
         (of_logits,) = ctx.saved_tensors
-        return of_logits.mul_(gradient / ctx.count), None, None, None  # divided here: in float16 it would have come to nothing
+        of_logits.mul_(gradient / ctx.count)  # before it is scaled, float16 would take what is divided for nothing
+        return of_logits, None, None, None
