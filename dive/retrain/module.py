@@ -175,6 +175,10 @@ class MoERetraining(lightning.LightningModule):
             loss = loss + settings.hidden * hidden_distance(hidden[1:], wanted.hidden_states[1:])
         return loss, text
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning keeps the gradients through the next forward pass
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._learning_rate = float(optimizer.param_groups[0]["lr"])  # after the step it is the next one's
 
