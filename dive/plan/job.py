@@ -12,6 +12,7 @@ from dive.config import (
     Dtype,
     Load,
     StageConfig,
+    TaskConfig,
 )
 from dive.errors import require
 from dive.plan.parameters import Shapes, shapes
@@ -122,6 +123,17 @@ class Job:
         windows = config.windows or self.config.plan.windows
         of_domains = [(self.domains * windows, length) for length in config.lengths]
         return of_domains + [(windows, length) for entry in config.sets.values() for length in entry.lengths]
+
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """(sequences, tokens of each) of every task: each question with each of its answers."""
+        config, taken = self.config.eval, self.config.plan
+        found = []
+        for name in config.tasks:
+            own = config.task_settings.get(name, TaskConfig())
+            questions = own.limit or config.task_limit or taken.questions
+            found.append((questions * taken.answers, taken.question_tokens * (1 + (own.shots or 0))))
+        return found
 
     # -------------------------------------------------------------------------------------------------------- retraining
 

@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Freezing, Mode, StageConfig, Storage, Strategy
+from dive.config import SHARD_BYTES, Freezing, Metric, Mode, StageConfig, Storage, Strategy
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -131,6 +131,8 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
+    if job.config.pruning.metric is Metric.obs:
+        solve = max(solve, construction.eliminate_bytes(s))
     errors = min(2048, sampled) * job.weight * (3 * s.channels + 4 * s.hidden)
     fit = sampled * s.hidden * 4 * 2
     stacking = layer * 5 / 3  # gate and up expert by expert and then in one, beside the down projections
@@ -156,8 +158,8 @@ def evaluation(job: Job) -> Memory:
     """The Mixture-of-Experts beside the dense model, which stays loaded; weights reach a GPU by way of the host."""
     s, config = job.shapes, job.config
     passes = [(min(config.eval.batch, windows) * length, length) for windows, length in job.evaluation_windows]
-    if config.eval.tasks:  # the harness takes the softmax of a whole pass
-        passes.append((config.eval.batch * config.plan.question_tokens,) * 2)
+    # The harness takes the softmax of a whole pass.
+    passes += [(config.eval.batch * length, config.eval.batch * length) for _, length in job.tasks]
     largest = [
         _pass(job, max(dense_layer(job, tokens), sparse_layer(job, tokens, s.top_k)), tokens, length)
         for tokens, length in passes
@@ -182,7 +184,9 @@ def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False)
         slices = moe.construction in ("plain", "upcycle") and not job.refits
         own -= s.layers * s.experts * (s.expert if slices else s.expert * 2 // 3)
     whole = config.trainer.strategy in (Strategy.single, Strategy.ddp)
-    if stage is not None and (indexed or (stage.teacher.wanted and whole)):  # what it leaves frozen is the dense model's
+    if stage is not None and (
+        indexed or (stage.teacher.wanted and whole)
+    ):  # what it leaves frozen is the dense model's
         own -= s.layers * s.attention if stage.train.attention is not Freezing.full else 0
         own -= s.vocabulary * s.hidden if stage.train.embeddings is not Freezing.full else 0
         own -= s.vocabulary * s.hidden if stage.train.head is not Freezing.full and not s.tied else 0

@@ -30,6 +30,15 @@ def test_least_squares(llama: Shapes) -> None:
     assert construction.solve_bytes(llama) == 8 * (f * f + d * f + w * w + f * w + d * w)
 
 
+def test_elimination(llama: Shapes) -> None:
+    d, f, gone = 4096, 11008, 8256
+    # Cholesky factor and the inverse from it, weights times the inverse, then rank-16 updates of both
+    assert construction.eliminate(llama) == f**3 + 2 * d * f * f + 516 * 2 * 16 * f * (f + d)
+    assert gone == 516 * 16
+    assert construction.eliminate_moved(llama, 16) == 516 * 4 * 8 * f * (f + d)
+    assert construction.eliminate_bytes(llama) == 4 * 8 * f * f + 2 * 8 * d * f
+
+
 def test_router(llama: Shapes) -> None:
     settings = DistillationConfig(tokens=2048, steps=10, batch=512)
     errors = 2048 * (6 * 4096 * 11008 + 8 * 6 * 4096 * 2752)
@@ -46,8 +55,9 @@ def test_refinement(llama: Shapes) -> None:
     assert construction.refine_solves(llama, settings) == 3 * 8 * construction.solve(llama)
     # dense and rebuilt states, what the dense FFN made and the next inputs in float32; the rebuilt prefix in bfloat16
     assert construction.refine_host_bytes(llama, n, 2) == n * d * (4 * 4 + 2)
-    more = construction.refine_device_bytes(llama, replace(settings, batch=128))
-    assert more - construction.refine_device_bytes(llama, settings) == 64 * 2 * (4 * w + 3 * d) * 4
+    held, more = (construction.refine_device_bytes(llama, replace(settings, batch=n)) for n in (100_000, 100_064))
+    assert construction.refine_device_bytes(llama, settings) == 2 * 4 * f * f + construction.eliminate_bytes(llama)
+    assert more - held == 64 * 2 * (4 * w + 3 * d) * 4
 
 
 def test_refinement_of_a_configuration() -> None:

@@ -47,7 +47,13 @@ def of_model(dense: PreTrainedModel, *overrides: str, device: str = "cpu") -> Jo
     return describe_job(typed(*overrides), read_architecture(dense.config.to_dict()), device)
 
 
-LARGE = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 8192, "initializer_range": 0.1}
+LARGE = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "vocab_size": 8192,
+    "initializer_range": 0.1,
+}
 """A vocabulary 256 times the width, as SmolLM2's is 85 times."""
 
 
@@ -208,7 +214,13 @@ def test_saved_activations_are_what_autograd_keeps(
     if path == "grouped":
         monkeypatch.setattr(experts_module, "_runs_on_cpu", lambda *_: False)
     dense = build("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6)
-    overrides = ("pruning.ratio=0.5", "moe.experts=4", f"moe.top_k={top_k}", "retrain.lora.rank=4", "retrain.lora.dropout=0")
+    overrides = (
+        "pruning.ratio=0.5",
+        "moe.experts=4",
+        f"moe.top_k={top_k}",
+        "retrain.lora.rank=4",
+        "retrain.lora.dropout=0",
+    )
     job = of_model(dense, *overrides, device="cpu" if path == "cpu" else "h100")
     moe = empty_moe(moe_config(dense.config, width=96, experts=4, top_k=top_k), torch.float32)
     for parameter in moe.parameters():
