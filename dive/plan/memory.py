@@ -171,7 +171,7 @@ def evaluation(job: Job) -> Memory:
     if job.on_gpu:
         loading["loading"] = max(loading["loading"], float(job.weight * s.dense))
         return _memory(job, _both(job) | rest, loading)
-    return _memory(job, _both(job) | max(rest, loading, key=lambda item: sum(item.values())))
+    return _memory(job, _both(job) | (rest if sum(rest.values()) > sum(loading.values()) else loading))
 
 
 def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False) -> dict[str, float]:
@@ -218,7 +218,7 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
     backward = {"gradients": float(learned * job.trained_weight)}
     if config.trainer.gradient_checkpointing:
         backward |= saved_activations(job, stage, tokens)
-    rest |= max(forward, backward, key=lambda item: sum(item.values()))
+    rest |= forward if sum(forward.values()) > sum(backward.values()) else backward
     compute = BYTES[job.training_dtype]
     if compute != job.weight:
         rest["weights cast"] = float(compute * s.total)
