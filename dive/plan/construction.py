@@ -76,17 +76,23 @@ def router_fit(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
     return errors + settings.steps * min(settings.batch, tokens) * 4 * s.router
 
 
+def router_fit_moved(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
+    """Bytes that its steps gather from all sampled rows, and read again twice."""
+    return settings.steps * min(settings.batch, tokens) * s.hidden * 4 * 4
+
+
 def refine(s: Shapes, settings: Refinement, tokens: int, length: int) -> int:
     """FLOPs of one layer's refinement, without the solves of :func:`refine_solves`.
 
-    Errors of every expert on every token, channels and second moments of each expert's own tokens, each time; gradient steps;
-    and the rebuilt layer's forward pass, whose output feeds the next.
+    Channels, second moments and cross moments of each expert's own tokens, each time; gradient steps; the dense FFN's targets
+    of both tracks, attention of the second, and the rebuilt layer's forward pass, whose output feeds the next. Routers are fitted
+    beside (:func:`router_fit`).
     """
-    errors = tokens * 2 * s.experts * s.expert
     channels = tokens * 2 * (s.ffn - s.hidden * s.channels)  # gate and up
     steps = settings.steps * settings.batch * 3 * 2 * settings.active * s.expert
-    prefix = tokens * flops.sparse_layer(s, length, active=s.top_k)
-    return settings.derivations * (errors + channels + moments(s, tokens)) + steps + prefix
+    cross = tokens * 2 * s.hidden * s.channels
+    prefix = tokens * (flops.sparse_layer(s, length, active=s.top_k) + 2 * s.ffn)
+    return settings.derivations * (channels + cross + moments(s, tokens)) + steps + prefix
 
 
 def refine_solves(s: Shapes, settings: Refinement) -> int:

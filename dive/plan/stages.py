@@ -210,13 +210,15 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
     sequences = job.building_sequences(groups, experts=experts)
     tokens = sequences * domains.length
     parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
-    if job.refits:
+    if job.refits and refined is None:
         parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
         parts.append(("float64", float(s.layers * experts * construction.solve(s))))
+    moved = float(math.ceil(sequences / domains.batch) * s.dense * job.weight)
     if job.distils and experts > 1:
         sampled = min(moe.distillation.tokens, tokens)
-        parts.append(("float32", float(s.layers * construction.router_fit(s, moe.distillation, sampled))))
-    moved = float(math.ceil(sequences / domains.batch) * s.dense * job.weight)
+        fits = refined.derivations if refined is not None else 1
+        parts.append(("float32", float(s.layers * fits * construction.router_fit(s, moe.distillation, sampled))))
+        moved += s.layers * fits * construction.router_fit_moved(s, moe.distillation, sampled)
     pruning = job.config.pruning
     if pruning.metric is Metric.obs:
         eliminations = s.layers * experts * (refined.derivations if refined is not None else 1)

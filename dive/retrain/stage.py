@@ -1,6 +1,5 @@
 """One stage of retraining, from the model before it to an artifact that holds what was trained."""
 
-import gc
 import logging
 import zipfile
 from pathlib import Path
@@ -72,7 +71,6 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
     )
     connect(config.trainer)
     artifact = (_lead if run.main else _follow)(run, execution, model, corpus, training)
-    gc.collect()  # Lightning's objects hold each other in circles: model, gradients and Adam's states would stay
     preemption.heed()
     found = Retrained(model, artifact, training)
     if artifact.reused and run.main:
