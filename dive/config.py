@@ -1025,10 +1025,12 @@ class PlanConfig:
     """Refuse a run that the plan says this machine has no room for."""
     windows: int = bounded(300, at_least=1, at_most=10**9)
     """Windows taken for granted of each evaluation text where ``eval.windows`` is null."""
-    questions: int = bounded(3000, at_least=1, at_most=10**9)
-    """Questions taken for granted of each task where ``eval.task_limit`` is null."""
-    question_tokens: int = bounded(256, at_least=1, at_most=MAX_LENGTH)
-    """Tokens of a question, with all of its choices."""
+    questions: int = bounded(2000, at_least=1, at_most=10**9)
+    """Questions taken for granted of each of ``eval.tasks`` where no limit is set."""
+    answers: int = bounded(4, at_least=1, at_most=1000)
+    """Answers taken for granted of each question."""
+    question_tokens: int = bounded(64, at_least=1, at_most=MAX_LENGTH)
+    """Tokens taken for granted of a question with one of its answers; each example before it has as many."""
     disk: float = bounded(1e9, at_least=1, at_most=1e15)
     """Of the disk, bytes/s."""
 

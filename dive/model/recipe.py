@@ -1,5 +1,8 @@
 """A model as a recipe: what tells it apart, and how to get it. Nothing is loaded before a step needs its weights."""
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -69,8 +72,11 @@ class Slot:
         return model
 
     def clear(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, and of what earlier steps left behind."""
         self._key = self._model = None
+        gc.collect()  # Lightning's objects hold each other in circles: a trained model and Adam's states would stay
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps gigabytes between what is still in use
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(slots=True)

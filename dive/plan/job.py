@@ -12,6 +12,7 @@ from dive.config import (
     Dtype,
     Load,
     StageConfig,
+    TaskConfig,
 )
 from dive.errors import require
 from dive.plan.parameters import Shapes, shapes
@@ -113,15 +114,22 @@ class Job:
 
     @property
     def evaluation_windows(self) -> list[tuple[int, int]]:
-        """(windows, tokens of each) of every evaluation text and task; the domains' at the first length come first."""
+        """(windows, tokens of each) of every evaluation text; the domains' at the first length come first."""
         config = self.config.eval
         windows = config.windows or self.config.plan.windows
         of_domains = [(self.domains * windows, length) for length in config.lengths]
-        of_sets = [(windows, length) for entry in config.sets.values() for length in entry.lengths]
-        plan = self.config.plan
-        limits = [s.limit if (s := config.task_settings.get(task)) else None for task in config.tasks]
-        of_tasks = [(limit or config.task_limit or plan.questions, plan.question_tokens) for limit in limits]
-        return of_domains + of_sets + of_tasks
+        return of_domains + [(windows, length) for entry in config.sets.values() for length in entry.lengths]
+
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """(sequences, tokens of each) of every task: each question with each of its answers."""
+        config, taken = self.config.eval, self.config.plan
+        found = []
+        for name in config.tasks:
+            own = config.task_settings.get(name, TaskConfig())
+            questions = own.limit or config.task_limit or taken.questions
+            found.append((questions * taken.answers, taken.question_tokens * (1 + (own.shots or 0))))
+        return found
 
     # -------------------------------------------------------------------------------------------------------- retraining
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
+from dive.config import ArchitectureConfig, Config, DeviceConfig, Metric, StageConfig
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
@@ -213,12 +213,20 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
     sequences = job.building_sequences(groups, experts=experts)
     tokens = sequences * domains.length
     parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
-    if job.refits:
+    if job.refits and refined is None:
         parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
         parts.append(("float64", float(s.layers * experts * construction.solve(s))))
+    moved = float(math.ceil(sequences / domains.batch) * s.dense * job.weight)
     if job.distils and experts > 1:
         sampled = min(moe.distillation.tokens, tokens)
-        parts.append(("float32", float(s.layers * construction.router_fit(s, moe.distillation, sampled))))
+        fits = refined.derivations if refined is not None else 1
+        parts.append(("float32", float(s.layers * fits * construction.router_fit(s, moe.distillation, sampled))))
+        moved += s.layers * fits * construction.router_fit_moved(s, moe.distillation, sampled)
+    pruning = job.config.pruning
+    if pruning.metric is Metric.obs:
+        eliminations = s.layers * experts * (refined.derivations if refined is not None else 1)
+        parts.append(("float64", float(eliminations * construction.eliminate(s))))
+        moved += eliminations * construction.eliminate_moved(s, pruning.obs_block)
     if refined is not None:
         parts.append(("float32", float(s.layers * construction.refine(s, refined, tokens, domains.length))))
         parts.append(("float64", float(s.layers * construction.refine_solves(s, refined))))
@@ -229,7 +237,7 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         tokens,
         _sum(*parts),
         memory.building(job, experts=experts, groups=groups, sequences=sequences, refined=refined),
-        moved=float(math.ceil(sequences / domains.batch) * s.dense * job.weight),
+        moved=moved,
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(s.layers * of_layer),
     )
@@ -267,7 +275,7 @@ def _evaluation(job: Job) -> Stage:
     s, config = job.shapes, job.config
     pruned = s.dense - s.layers * (s.ffn - s.expert)
     count = tokens = 0.0
-    for windows, length in job.evaluation_windows:
+    for windows, length in [*job.evaluation_windows, *job.tasks]:
         each = windows * length
         sparse = flops.sparse_forward(s, length, active=s.top_k)
         single = flops.head(s) + s.layers * (flops.attention(s, length) + 2 * s.expert + 2 * s.hidden)
@@ -278,7 +286,7 @@ def _evaluation(job: Job) -> Stage:
     models = 1 + len(config.retrain.stages)
     count += models * windows * length * (flops.sparse_forward(s, length, active=s.top_k) - flops.head(s))
     tokens += models * windows * length
-    passes = sum(math.ceil(windows / config.eval.batch) for windows, _ in job.evaluation_windows)
+    passes = sum(math.ceil(windows / config.eval.batch) for windows, _ in [*job.evaluation_windows, *job.tasks])
     return Stage(
         "evaluation",
         "evaluation",
@@ -292,4 +300,4 @@ def _evaluation(job: Job) -> Stage:
 def _export(job: Job) -> Stage:
     s = job.shapes
     size = float(job.exported_weight * (s.total + s.biases))
-    return Stage("export", "export", 0, {}, memory.export(job), moved=4 * size, written=size)
+    return Stage("export", "export", 0, {}, memory.export(job), moved=16 * size, written=size)

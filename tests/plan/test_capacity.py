@@ -84,7 +84,7 @@ def test_a_pass_that_is_as_small_as_can_be() -> None:
     it = planned(*small, "retrain.length=2048")
     peak = max(stage.memory.device_peak for stage in it.stages)
     assert "; set retrain=lora" in shortages(it, Capacity(device=peak - 1e8))[0]
-    less = planned(*small[:3], "retrain.length=2048", "trainer.gradient_checkpointing=false")
+    less = planned(*small[:3], "retrain.length=4096", "trainer.gradient_checkpointing=false")
     peak = max(stage.memory.device_peak for stage in less.stages)
     assert "; set trainer.gradient_checkpointing=true" in shortages(less, Capacity(device=peak - 1e8))[0]
 

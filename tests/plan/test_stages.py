@@ -48,6 +48,15 @@ def test_tokens_of_a_run_that_mines() -> None:
     assert stages["evaluation"].tokens == (5 + 3) * 16 * 12 * 256
 
 
+def test_tasks_are_sequences_of_every_model() -> None:
+    without = by_name(planned())["evaluation"]
+    asked = ("eval.tasks=[a,b]", "eval.task_limit=10", "+eval.task_settings={b:{shots:3,limit:7}}")
+    more = by_name(planned(*asked, "plan.answers=4", "plan.question_tokens=50"))["evaluation"]
+    sequences = 4 * (10 * 50 + 7 * (1 + 3) * 50)
+    assert more.tokens - without.tokens == 5 * sequences  # dense, pruned, reconstructed and two stages
+    assert more.memory.host_peak > without.memory.host_peak
+
+
 def test_given_groups_are_not_mined() -> None:
     stages = by_name(planned("budget=paper", "calibration_domains=paper", "affinity=published/tinyllama_50"))
     assert stages["mining"].tokens == 24 * 4 * 256  # the map alone
