@@ -370,7 +370,8 @@ def open_checkpoint(
     named = f"{where}={path}"
     directory = local_model(path, where)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if directory is None or directory.is_file() or read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE:
+    stock = directory is None or directory.is_file()  # a GGUF file has no expert biases
+    if directory is None or stock or read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE:
         source = locate_dense(path, revision, dtype=dtype, where=where, any_family=True)
         return Dense(source, device, partial(load_weights, dtype=wanted, device=device))
     config = expert_bias_config(directory, named)

@@ -320,7 +320,7 @@ class HasStore(Protocol):
     store: Store
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WithStore:
     """What a step needs where there is no run."""
 

@@ -105,7 +105,7 @@ def name_a_gguf(directory: Path, where: str) -> str:
     return f"; one of the GGUF files there is chosen by {where}={files[0]}" if files else ""
 
 
-def read_settings(place: Path, named: str) -> Mapping[str, Any]:
+def read_settings(place: Path, named: str) -> dict[str, Any]:
     """What a directory's config.json holds, or would hold of a GGUF file.
 
     Args:
@@ -115,7 +115,7 @@ def read_settings(place: Path, named: str) -> Mapping[str, Any]:
         UserError: it cannot be read, is no JSON object, or is of quantised weights.
     """
     if place.is_file():
-        return read_gguf(place, named).settings
+        return dict(read_gguf(place, named).settings)
     try:
         found = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -193,7 +193,7 @@ def _local_or_cached(model: ModelConfig) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def read_architecture(settings: Mapping[str, Any]) -> ArchitectureConfig:
+def read_architecture(settings: dict[str, Any]) -> ArchitectureConfig:
     """Figures of a config.json; what older ones leave out has the value that transformers gives it.
 
     Raises:

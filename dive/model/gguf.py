@@ -1,4 +1,4 @@
-"""Dense models in GGUF files, llama.cpp's format: read without their weights, and de-quantised into a directory of safetensors."""
+"""Dense models in GGUF files, llama.cpp's format: read without their weights, and de-quantised into safetensors."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -176,10 +176,17 @@ def read_gguf(path: Path, named: str) -> Gguf:
         return values.get(key.format(arch=architecture))
 
     for key in (Keys.LLM.EXPERT_COUNT, Keys.Attention.SLIDING_WINDOW):
-        require(not value(key), f"{named}: {key.format(arch=architecture)} ({value(key)}) is not read; use another file")
+        require(
+            not value(key), f"{named}: {key.format(arch=architecture)} ({value(key)}) is not read; use another file"
+        )
     scaling = value(Keys.Rope.SCALING_TYPE)
     require(
         scaling in (None, "none"), f"{named}: RoPE scaling {scaling!r} is not read; use the model's own safetensors"
+    )
+    rotated, head_dim = value(Keys.Rope.DIMENSION_COUNT), value(Keys.Attention.KEY_LENGTH)
+    require(
+        rotated == head_dim or None in (rotated, head_dim),
+        f"{named}: RoPE on {rotated} of {head_dim} channels of a head is not read; use another file",
     )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     require("token_embd.weight" in tensors, f"{named}: token_embd.weight is missing; use another file")
@@ -204,7 +211,7 @@ def read_gguf(path: Path, named: str) -> Gguf:
     require(not missing, f"{named}: its metadata says nothing of {', '.join(missing)}; use another file")
     optional = {
         "num_key_value_heads": value(Keys.Attention.HEAD_COUNT_KV),
-        "head_dim": value(Keys.Attention.KEY_LENGTH) or value(Keys.Rope.DIMENSION_COUNT),
+        "head_dim": head_dim or rotated,
         "bos_token_id": value(Keys.Tokenizer.BOS_ID),
         "eos_token_id": value(Keys.Tokenizer.EOS_ID),
         "pad_token_id": value(Keys.Tokenizer.PAD_ID),
@@ -237,12 +244,16 @@ def dequantise(place: Place, run: HasStore, gguf: Gguf, config: "PretrainedConfi
     import copy
 
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from dive.model.shards import ShardWriter
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name, local_files_only=True)
+        read = AutoTokenizer.from_pretrained(gguf.path.parent, gguf_file=gguf.path.name, local_files_only=True)
+        # Of no family's class: those make a pre-tokenizer of their own when they are read back, and not the file's.
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=read.backend_tokenizer, chat_template=read.chat_template, **read.special_tokens_map
+        )
     except Exception as error:
         raise UserError(f"{gguf.path}: its tokenizer cannot be read ({one_line(error)})") from error
     tokenizer.save_pretrained(place.directory)

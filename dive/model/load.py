@@ -97,7 +97,7 @@ def locate_dense(
     stored: dict[str, Stored] = {}
     gguf = read_gguf(directory, named) if directory is not None and directory.is_file() else None
     if directory is not None:
-        settings = read_settings(directory, named) if gguf is None else gguf.settings
+        settings = read_settings(directory, named) if gguf is None else dict(gguf.settings)
         family = settings.get("model_type")
         if family not in SUPPORTED and not any_family:
             raise UserError(unsupported(path, family))
