@@ -127,7 +127,7 @@ class ModelConfig:
     name: str = MISSING
     """Short name for logs and the model card."""
     path: str = MISSING
-    """Directory, hub id, or ``embedded`` for the model that comes with the package."""
+    """Directory, GGUF file, hub id, or ``embedded`` for the model that comes with the package."""
     revision: str | None = None
     """Commit, branch or tag on the hub; pin it for numbers that can be repeated."""
     dtype: Dtype | None = None
@@ -799,7 +799,8 @@ class RetrainConfig:
 
 RESERVED_STAGES = (
     # Of results, timings and the plan.
-    *("dense", "pruned", "reconstructed", "checkpoint", "total", "calibration", "mining", "evaluation", "export"),
+    *("dense", "pruned", "reconstructed", "checkpoint", "total", "dequantised", "calibration", "mining", "evaluation"),
+    "export",
     # What loggers keep other values under.
     *("eval", "seconds", "parameters", "affinity", "figures", "results", "final"),
 )
@@ -1235,7 +1236,7 @@ class EvaluateConfig:
     """Evaluation of a finished model, dense or Mixture-of-Experts."""
 
     checkpoint: str = MISSING
-    """Directory, hub id, or ``embedded`` for the model that comes with the package."""
+    """Directory, GGUF file, hub id, or ``embedded`` for the model that comes with the package."""
     revision: str | None = None
     """Commit, branch or tag on the hub."""
     dtype: Dtype = Dtype.auto

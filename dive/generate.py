@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import MISSING
@@ -10,7 +11,7 @@ from dive.bounds import bounded, check_bounds
 from dive.cli import run
 from dive.config import MAX_SEED, Dtype
 from dive.errors import require
-from dive.model.architecture import local_directory
+from dive.model.architecture import local_model
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class GenerateConfig:
     """What continues which text, and how."""
 
     checkpoint: str = MISSING
-    """Directory of an export or of a dense model, a hub id, or ``embedded``."""
+    """Directory of an export or of a dense model, a GGUF file, a hub id, or ``embedded``."""
     prompt: str = MISSING
     """What is said to a chat model, or the text to go on from."""
     chat: bool | None = None
@@ -37,6 +38,8 @@ class GenerateConfig:
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     dtype: Dtype = Dtype.float32
     """Element type of the weights; ``auto`` takes the checkpoint's own."""
+    store: str = "outputs/store"
+    """Directory that a GGUF file is de-quantised into."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -53,8 +56,8 @@ def generate(config: GenerateConfig) -> None:
         UserError: a model cannot be loaded, or has no chat template that is asked for; or the text would be longer than its
             positions.
     """
-    local_directory(config.checkpoint, "checkpoint")  # before the heavy imports
-    local_directory(config.compare or "embedded", "compare")
+    local_model(config.checkpoint, "checkpoint")  # before the heavy imports
+    local_model(config.compare or "embedded", "compare")
     named = config.checkpoint + (f" and {config.compare}" if config.compare else "")
     print(f"loading {named}", file=sys.stderr, flush=True)  # beside the text, which may go elsewhere
     from dive.eval.generation import continue_text
@@ -62,12 +65,15 @@ def generate(config: GenerateConfig) -> None:
     from dive.model.chat import conversation
     from dive.model.load import load_tokenizer, resolve_device
     from dive.progress import quiet_libraries
+    from dive.store import Store, WithStore
 
     quiet_libraries()
     models = {"checkpoint": config.checkpoint} | ({"compare": config.compare} if config.compare else {})
     for option, path in models.items():
         device = resolve_device(config.device, "device")
         model = open_checkpoint(path, dtype=config.dtype.value, device=device, where=option)
+        if model.source.gguf is not None:
+            model = model.in_safetensors(WithStore(Store(Path(config.store))))
         tokenizer = load_tokenizer(model.source)
         chats, prompt = bool(tokenizer.chat_template), config.prompt
         require(chats or not config.chat, f"chat=true: {option}={path} has no chat template; set chat=false")

@@ -16,6 +16,8 @@ from dive.store import write_json
 
 FILE = "results.json"
 DENSE, PRUNED, RECONSTRUCTED, CHECKPOINT = "dense", "pruned", "reconstructed", "checkpoint"
+DEQUANTISED = "dequantised"
+"""What a run does first with a GGUF file; it is measured as the dense model."""
 LABELS = {DENSE: "dense model", PRUNED: "pruned, one expert", RECONSTRUCTED: "experts, not retrained"}
 """What readers who have not seen the code are told of a stage; one that is not here trained, and is called by its name."""
 
@@ -59,6 +61,8 @@ class Origin:
     samples: Samples
     config: dict[str, Any]
     """The composed configuration."""
+    precision: str | None = None
+    """What quantisation left of the dense model's weights; none where it came from no GGUF file."""
     artifacts: list[str] | None = None
     """``<kind>/<key>`` of everything in the store that the results were made of; see ``python -m dive.store prune``."""
 

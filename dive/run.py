@@ -149,6 +149,7 @@ class Run:
                 evaluation=_shapes(data.texts.all()),
             ),
             config=plain(self.config),
+            precision=model.source.gguf.precision if model.source.gguf is not None else None,
         )
 
     # ---------------------------------------------------------------------------------------------------------- stages

@@ -3,7 +3,7 @@
 Most used::
 
   model=tinyllama                         a preset of the hub
-  model=local model.path=DIR              your own checkpoint
+  model=local model.path=DIR              your own checkpoint, or a GGUF file
   calibration_domains=local               your own text: in the directory
     calibration_domains.path=DIR          <domain>/{train,test}.jsonl|txt|parquet
   pruning.ratio=0.75                      share of each FFN that is removed
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from dive.cli import require_extra, require_tasks, run
 from dive.config import Config, TextSource
-from dive.model.architecture import local_directory
+from dive.model.architecture import local_model
 from dive.progress import show
 from dive.trainer.rank import process_rank
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def main(config: Config) -> float:
     """Run the whole method; returns the last stage's perplexity, which a sweeper can minimise."""
-    local_directory(config.model.path)  # before the heavy imports
+    local_model(config.model.path)  # before the heavy imports
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

@@ -53,6 +53,14 @@ def _memory(job: Job, rest: dict[str, float], host: dict[str, float] | None = No
     return found
 
 
+def dequantising(job: Job) -> Memory:
+    """The mapped file stays in memory where there is room, which is not counted."""
+    s = job.shapes
+    largest = max(s.vocabulary * s.hidden, s.hidden * s.channels)
+    shard = min(float(s.dense * job.weight), float(max(SHARD_BYTES, job.weight * largest)))
+    return _memory(job, {}, {"a shard": shard, "a tensor in float32, twice": 8.0 * largest}, first=True)
+
+
 def _attention(job: Job) -> float:
     """Numbers a token, at the peak of an attention block: queries and keys before and after RoPE, values, output."""
     s = job.shapes

@@ -10,7 +10,7 @@ from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
 from dive.plan.parameters import reached, trained
-from dive.results import PRUNED, RECONSTRUCTED
+from dive.results import DEQUANTISED, PRUNED, RECONSTRUCTED
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     """
     job = describe_job(config, architecture, device or config.plan.device)
     s, domains = job.shapes, config.calibration_domains
-    stages: list[Stage] = []
+    stages = [_dequantising(job)] if config.model.path.endswith(".gguf") else []
     if config.mines:
         stages += [_calibration(job, "calibration", domains.samples), _mining(job)]
     elif config.maps and job.domains > 2:
@@ -174,6 +174,12 @@ def _sum(*parts: tuple[str, float]) -> dict[str, float]:
     for kind, count in parts:
         found[kind] = found.get(kind, 0.0) + count
     return {kind: count for kind, count in found.items() if count}
+
+
+def _dequantising(job: Job) -> Stage:
+    """Its arithmetic is not counted: it takes less than writing."""
+    written = float(job.shapes.dense * job.weight)
+    return Stage(DEQUANTISED, "dequantised", 0, {}, memory.dequantising(job), moved=written, written=written)
 
 
 def _calibration(job: Job, name: str, samples: int) -> Stage:

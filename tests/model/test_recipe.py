@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dive.config import PruningConfig, Storage
-from dive.model.load import locate_dense
+from dive.model.load import DenseSource, locate_dense
 from dive.model.recipe import Dense, Slot
 from dive.moe.build import ONE_EXPERT, build_experts
 from dive.moe.mixture import Mixture
@@ -32,7 +32,7 @@ def dense(build: Build, directory: Path, dtype: str = "float32", **settings: int
         build("llama", **settings).save_pretrained(directory)
     loads: list[int] = []
 
-    def make() -> PreTrainedModel:
+    def make(_: DenseSource) -> PreTrainedModel:
         loads.append(1)
         return build("llama", **settings)
 
