@@ -230,7 +230,9 @@ def test_help_lists_a_commands_own_options(module: str, options: list[str], tmp_
 def test_help_has_the_meaning_the_default_and_the_choices(tmp_path: Path) -> None:
     printed = " ".join(helped("dive.generate", directory=tmp_path).split())
     assert 'python -m dive.generate checkpoint=DIR prompt="Monday, 3"' in printed
-    assert "checkpoint=(needed) Directory of an export or of a dense model, a hub id, or embedded." in printed
+    assert (
+        "checkpoint=(needed) Directory of an export or of a dense model, a GGUF file, a hub id, or embedded." in printed
+    )
     assert (
         "dtype=float32 Element type of the weights; auto takes the checkpoint's own. One of auto, float32," in printed
     )
