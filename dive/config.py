@@ -1101,6 +1101,8 @@ class Config:
             gpu: whether there is one.
         """
         trainer = self.trainer
+        if self.model.dtype is not None and "auto" not in (trainer.accelerator, trainer.precision):
+            return self
         accelerator = ("gpu" if gpu else "cpu") if trainer.accelerator == "auto" else trainer.accelerator
         on_gpu = accelerator != "cpu"
         precision = ("bf16-mixed" if on_gpu else "32-true") if trainer.precision == "auto" else trainer.precision
