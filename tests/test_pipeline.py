@@ -407,7 +407,7 @@ def test_what_streaming_cannot_do_is_refused(untrained: Workplace, overrides: li
         (["retrain.stages.experts.train.head=full"], r"retrain\.stages\.experts\.train\.head=full"),
         (["affinity=given", "affinity.groups=[[sums],[dogs]]"], r"affinity\.groups: \['dogs'\] not among"),
         (["model.device=cuda:7"], r"model\.device=cuda:7"),
-        (["trainer=gpu"], r"trainer\.devices"),
+        (["trainer.accelerator=gpu"], "torch finds no GPU"),
         (["calibration_domains.domains=[cats,dogs]"], r"calibration_domains\.domains: \['dogs'\] not among"),
         (["+eval.sets={cats:{path:x.txt}}"], r"eval\.sets"),
     ],
