@@ -24,7 +24,7 @@ from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluat
 from dive.logger.wandb_run import close, log_results
 from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import KNOWN, count_parameters, moe_config
-from dive.model.recipe import Dense, Model
+from dive.model.recipe import Dense, Model, give_back
 from dive.moe.build import expert_overlap
 from dive.moe.mixture import Mixture
 from dive.plan.actual import Meter
@@ -172,6 +172,8 @@ class Run:
     def _made(self, kind: str, artifact: Artifact) -> None:
         """Take note of an artifact that a step gave."""
         self._artifacts[f"{kind}/{artifact.key}"] = None
+        if not artifact.reused:
+            give_back()
         if self.meter is not None and self.store.stage:
             self.meter.record(self.store.stage, artifact)
 

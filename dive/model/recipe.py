@@ -74,11 +74,16 @@ class Slot:
         return model
 
     def clear(self) -> None:
-        """Let go of the model, and of what earlier steps left behind."""
+        """Let go of the model."""
         self._key = self._model = None
-        gc.collect()  # Lightning's objects hold each other in circles: a trained model and Adam's states would stay
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps gigabytes between what is still in use
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back()
+
+
+def give_back() -> None:
+    """Give the system the memory of what nobody uses any more."""
+    gc.collect()  # Lightning's objects hold each other in circles: a trained model and Adam's states would stay
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps gigabytes between what is still in use
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(slots=True)
