@@ -84,3 +84,18 @@ def test_the_slot_lets_go_before_it_makes() -> None:
     for name in ("a", "b"):
         slot.get(name, lambda name=name: Model(name))  # type: ignore[misc, arg-type, return-value]
     assert order == ["make a", "drop a", "make b"]
+
+
+def test_a_model_in_a_circle_goes_with_the_slots() -> None:
+    """As Lightning leaves it: references alone would keep it."""
+
+    class Circle:
+        def __init__(self) -> None:
+            self.own, self.weights = self, torch.zeros(4)
+
+    slot, left = Slot(), Circle()
+    gone = weakref.ref(left.weights)
+    del left
+    assert gone() is not None
+    slot.clear()
+    assert gone() is None
