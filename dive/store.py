@@ -7,7 +7,6 @@ every file, and the versions of the packages that made it; a directory whose fil
 A step is a function under :func:`step`. Its keyword arguments are its key, so a key can forget nothing that the step reads.
 """
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -17,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache, singledispatch, update_wrapper
@@ -304,10 +303,11 @@ class Store:
 
 
 def files_below(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files at any depth below a directory, and their states; what another run takes away meanwhile is left out."""
+    """Files at any depth below a directory, and their states; what another run takes away meanwhile, or nobody can look at, is
+    left out."""
     for folder, _, names in os.walk(directory):
         for file in (Path(folder) / name for name in names):
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(OSError):
                 yield file, file.stat()
 
 

@@ -258,6 +258,13 @@ def test_files_that_another_run_takes_away_are_left_out(tmp_path: Path) -> None:
     assert list(found) == []
 
 
+def test_links_that_lead_nowhere_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("four")
+    assert [(file.name, state.st_size) for file, state in files_below(tmp_path)] == [("file", 4)]
+
+
 def test_write_json(tmp_path: Path) -> None:
     file = tmp_path / "value.json"
     write_json(file, {"metric": Compensation.none, "name": "é"})
