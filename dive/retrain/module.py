@@ -71,7 +71,7 @@ class MoERetraining(lightning.LightningModule):
         self.steps = training.steps
         self.trained_names = {f"model.{n}" for n, p in model.named_parameters() if p.requires_grad}
         self.curve = Curve()
-        self.text_loss = MeanMetric(sync_on_compute=False).set_dtype(torch.float64)
+        self.text_loss = MeanMetric(sync_on_compute=False, nan_strategy="disable").set_dtype(torch.float64)
         """Of the passes of the step under way; reduced over the processes with the rest of what is recorded."""
         self._learning_rate = 0.0
         self.strict_loading = False  # a checkpoint holds the trained parameters, not the frozen base
