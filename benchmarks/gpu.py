@@ -60,7 +60,7 @@ def configured(setting: str, options: argparse.Namespace) -> Config:
     for stage in ("router", "experts"):
         overrides += [f"retrain.stages.{stage}.batch={batch}"]
         overrides += [f"retrain.stages.{stage}.tokens={steps * batch * options.length}"]
-    return composed([*overrides, *options.overrides])
+    return composed([*overrides, *options.overrides]).settled(gpu=options.device == "cuda")
 
 
 def random_moe(config: Config, s: Shapes, options: argparse.Namespace) -> "PreTrainedModel":
@@ -68,6 +68,7 @@ def random_moe(config: Config, s: Shapes, options: argparse.Namespace) -> "PreTr
     dense = llama_config(options.shape)
     with torch.device(options.device):
         twin = moe_config(dense, width=s.width, experts=s.experts, top_k=s.top_k)
+        assert config.model.dtype is not None, "settled by the device"
         model = empty_moe(twin, getattr(torch, config.model.dtype.value))
         torch.manual_seed(config.seed)
         for name, parameter in model.named_parameters():

@@ -128,7 +128,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tiny(root / "dense")
-        model = ["model=local", f"model.path={root / 'dense'}"]
+        model = ["model=local", f"model.path={root / 'dense'}", "budget=toy", "eval=default"]
+        model += ["calibration_domains=embedded", "trainer=cpu"]
 
         def command(name: str) -> tuple[Path, list[str]]:
             out = root / name

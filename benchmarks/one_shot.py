@@ -83,7 +83,8 @@ def main() -> None:
         sample(settings.model, text, tokens={"train": 2 * settings.samples * 256, "test": 16384}, length=255,
                seed=settings.seed)  # fmt: skip
     common = [
-        *("model=local", f"model.path={settings.model}", "retrain=none", "logger=csv", "eval.windows=null"),
+        *("model=local", f"model.path={settings.model}", "budget=toy", "eval=default", "model.dtype=float32"),
+        *("retrain=none", "logger=csv", "eval.windows=null"),
         *("calibration_domains=local", f"calibration_domains.path={text}"),
         *(f"calibration_domains.samples={settings.samples}", f"pruning.ratio={settings.ratio}"),
         *(f"pruning.width_multiple={settings.width_multiple}", f"seed={settings.seed}"),

@@ -122,6 +122,8 @@ def grouped(*overrides: str) -> Callable[[Setting], list[str]]:
     return lambda size: [*ours(size), *overrides]
 
 
+TOY = ("budget=toy", "eval=default")
+"""The embedded model's figures for every model: the bench's own options say how much."""
 REFITTED = "pruning.compensation=least_squares"
 METHODS = {
     "flap": Method("FLAP, one expert", single("pruning=flap")),
@@ -274,7 +276,11 @@ class Bench:
         self.arguments = arguments
         self.out = Path(arguments.out)
         self.failed = 0
-        model = ["model=tiny"] if arguments.model is None else ["model=local", f"model.path={quoted(arguments.model)}"]
+        model = (
+            ["model=tiny"]
+            if arguments.model is None
+            else ["model=local", f"model.path={quoted(arguments.model)}", *TOY]
+        )
         store = arguments.store or str(self.out / "store")
         self.common = [*model, "logger=csv", f"store={quoted(store)}", f"eval.windows={arguments.windows}"]
         if arguments.samples is not None:

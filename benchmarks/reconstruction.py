@@ -65,6 +65,7 @@ def overrides(settings: argparse.Namespace, load: str, dense: Path) -> list[str]
     """Of the run to measure."""
     return [
         *("model=local", f"model.path={dense}", f"model.load={load}", "model.dtype=float32", "model.device=cpu"),
+        *("budget=toy", "eval=default", "trainer=cpu", "calibration_domains=embedded"),
         *("model.export_dtype=bfloat16", f"calibration_domains.samples={settings.samples}"),
         *(f"calibration_domains.length={settings.length}", "affinity=random", "retrain=none", "logger=csv"),
         *("moe=plain", f"moe.experts={settings.experts}", f"pruning.ratio={settings.ratio}", "pruning.metric=wifv"),

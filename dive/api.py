@@ -7,7 +7,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from dive.cli import composed
@@ -96,12 +95,7 @@ def reconstruct(
 
 @cache
 def _composed(overrides: tuple[str, ...]) -> Config:
-    running = GlobalHydra.instance().hydra  # a Hydra application may call this: it composes once at a time
-    GlobalHydra.instance().clear()
-    try:
-        return composed(overrides)
-    finally:
-        GlobalHydra.instance().hydra = running
+    return composed(overrides)
 
 
 def _stated(settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from traceback import walk_tb
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -29,6 +30,7 @@ from dive import preemption
 from dive.config import Config, EvalConfig
 from dive.errors import UserError, disk_trouble
 from dive.help import help_text
+from dive.model.architecture import locate_architecture
 from dive.renamed import refuse_old_names
 
 C = TypeVar("C")
@@ -39,6 +41,27 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 # ${ratio_of_active:0.25,${moe.top_k}} in YAML: the pruning.ratio at which top_k experts have a quarter of the channels together.
 OmegaConf.register_new_resolver("ratio_of_active", lambda share, top_k: 1.0 - share / top_k, replace=True)
+OmegaConf.register_new_resolver("times", lambda one, other: one * other, replace=True)
+OmegaConf.register_new_resolver("less", lambda one, other: one - other, replace=True)
+
+
+def by_size(entries: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """``${by_size:{0:full,5e9:lora}}`` in YAML: the entry of the largest size that the configured dense model has.
+
+    Args:
+        entries: {parameters: value}.
+
+    Raises:
+        UserError: the model's figures are not to be had.
+    """
+    if OmegaConf.is_missing(_root_.model, "path"):
+        raise UserError("model.path is needed: set model.path=DIR")
+    model: Any = OmegaConf.to_object(_root_.model)
+    size = locate_architecture(model).weights
+    return entries[max((start for start in entries if float(start) <= size), key=float)]
+
+
+OmegaConf.register_new_resolver("by_size", by_size, replace=True)
 
 
 def register_schema(name: str, schema: type[Any]) -> None:
@@ -84,6 +107,8 @@ def composed(overrides: Sequence[str]) -> Config:
         UserError: an override is unknown or contradicts another.
     """
     register_schema("config", Config)
+    running = GlobalHydra.instance().hydra  # a Hydra application may call this: it composes once at a time
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base=None):
             refuse_old_names(overrides)
@@ -93,6 +118,8 @@ def composed(overrides: Sequence[str]) -> Config:
         if not from_composing(error):
             raise
         raise UserError(describe(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = running
     return to_typed(config, Config)
 
 

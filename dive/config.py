@@ -21,6 +21,45 @@ MAX_SEED = 2**32 - 1
 """What numpy's generators, which Lightning seeds, take at most."""
 
 
+# -------------------------------------------------------------------------------------------------------------- budget
+
+
+@dataclass(slots=True, kw_only=True)
+class BudgetConfig:
+    """How much a run takes, from minutes to days. The other groups take these figures where they are not told others."""
+
+    name: str = MISSING
+    """For the plan, which names these two beside it:"""
+    smaller: str | None = None
+    """The next smaller preset."""
+    larger: str | None = None
+    """The next larger preset."""
+    samples: int = bounded(MISSING, at_least=1, at_most=10**7)
+    """Calibration sequences per domain."""
+    group_samples: int | None = bounded(None, at_least=1, at_most=10**9)
+    """The same of a group, see ``calibration_domains.group_samples``."""
+    refinement_steps: int = bounded(MISSING, at_least=0, at_most=10**7)
+    """Gradient steps a layer on experts and router together."""
+    refinement_batch: int = bounded(MISSING, at_least=1, at_most=2**24)
+    """Tokens of each."""
+    tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
+    """Retraining tokens of all stages of a preset."""
+    router_tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
+    """Of these, tokens of a stage that trains routers alone, where there is one."""
+    length: int = bounded(MISSING, at_least=2, at_most=MAX_LENGTH)
+    """Tokens of a retraining sequence, and of a window of evaluation text."""
+    batch: int = bounded(MISSING, at_least=1, at_most=10**6)
+    """Sequences per optimiser step."""
+    router_batch: int = bounded(MISSING, at_least=1, at_most=10**6)
+    """The same in a stage that trains routers alone."""
+    checkpoint_every: int = bounded(MISSING, at_least=1, at_most=10**9)
+    """Optimiser steps between checkpoints."""
+    windows: int | None = bounded(None, at_least=1, at_most=10**9)
+    """Evaluation windows per text; all if null."""
+    questions: int | None = bounded(None, at_least=1, at_most=10**9)
+    """Per task; all if null."""
+
+
 # --------------------------------------------------------------------------------------------------------------- model
 
 SHARD_BYTES = 1 << 30
@@ -68,6 +107,14 @@ class ArchitectureConfig:
     dtype: str = "bfloat16"
     """Element type of the checkpoint, which ``model.dtype=auto`` takes."""
 
+    @property
+    def weights(self) -> int:
+        """The model's size: embeddings, head and projections, without norms."""
+        heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        layer = self.hidden_size * (3 * self.intermediate_size + 2 * heads)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer
+
     def __post_init__(self) -> None:
         known = ("float64", "float32", "bfloat16", "float16")
         require(self.dtype in known, f"model.architecture.dtype ({self.dtype}) is none of {', '.join(known)}")
@@ -80,11 +127,12 @@ class ModelConfig:
     name: str = MISSING
     """Short name for logs and the model card."""
     path: str = MISSING
-    """Directory, hub id, or ``embedded`` for the model that comes with the package."""
+    """Directory, GGUF file, hub id, or ``embedded`` for the model that comes with the package."""
     revision: str | None = None
     """Commit, branch or tag on the hub; pin it for numbers that can be repeated."""
-    dtype: Dtype = Dtype.float32
-    """Element type of the weights; bfloat16 for a GPU. ``auto`` takes the checkpoint's own."""
+    dtype: Dtype | None = None
+    """Element type of the weights; null is bfloat16 on a GPU, and float32 on a CPU and with ``trainer=fsdp``. ``auto`` takes the
+    checkpoint's own."""
     device: str = "auto"
     """Where calibration, mining and evaluation run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     architecture: ArchitectureConfig | None = None
@@ -133,6 +181,7 @@ class HubTextConfig:
       the first); ``{endings[label-1]}`` if that column counts from 1.
     - ``{sol1|sol2[label]}``: one of several columns, chosen in the same way.
     - ``{contexts}``: a list, joined by blanks; ``{contexts:, }``: by what follows the colon.
+    - ``{messages}`` alone: a conversation, a list of ``{role, content}``, as the model's chat template writes it.
 
     ``{{`` and ``}}`` are braces. A row that lacks one of the values (null, an empty list, a hidden answer) is left out.
     """
@@ -148,7 +197,8 @@ class CalibrationDomainsConfig:
     path: str | None = None
     """``local`` only: directory with ``<domain>/{train,test}.jsonl|txt|parquet``."""
     text_field: str = "text"
-    """``local`` only: name of the text column."""
+    """``local`` only: name of the column of text, or of conversations (lists of ``{role, content}``), which the model's chat
+    template writes."""
     domains: list[str] | None = None
     """Names to use; all that the source has if null."""
     hub: dict[str, HubTextConfig] = field(default_factory=dict)
@@ -164,6 +214,8 @@ class CalibrationDomainsConfig:
     """Crop the same documents again where a domain has fewer tokens than are asked for, instead of refusing it."""
     batch: int = bounded(16, at_least=1, at_most=2**16)
     """Sequences per forward pass."""
+    corpus: HubTextConfig | None = None
+    """General text to go with them: what is retrained on where ``retrain.corpus`` names nothing. The domains' own if null."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "calibration_domains")
@@ -316,6 +368,9 @@ class AffinityConfig:
     complete linkage to groups of like size, as the published ones are."""
     samples: int = bounded(8, at_least=1, at_most=10**6)
     """``mined`` only: sequences per domain that measure each pruned model; drawn apart from the calibration ones."""
+    mapped: int = bounded(4, at_least=0, at_most=10**6)
+    """Calibration sequences per domain from which a run that mines no groups maps the domains' affinity, to be looked at beside
+    what its experts serve; 0 maps nothing."""
     groups: list[list[str]] | None = None
     """``published`` and ``given``: the domains of each expert."""
 
@@ -627,7 +682,7 @@ class StageConfig:
     batch: int = bounded(16, at_least=1, at_most=10**6)
     """Sequences per optimiser step, over all devices and accumulation steps."""
     accumulation: int | None = bounded(None, at_least=1, at_most=10**6)
-    """Forward passes per optimiser step; trainer.accumulation if null."""
+    """Forward passes per optimiser step; ``trainer.accumulation`` if null."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -656,11 +711,11 @@ class CorpusConfig:
 
     source: CorpusSource | None = None
     """``domains``: the train splits of the calibration domains, evenly; ``local``: files; ``hub``: a data set. Null takes what
-    ``path`` or ``hub.path`` names, else ``domains``."""
+    ``path`` or ``hub.path`` names, else ``calibration_domains.corpus``, else ``domains``."""
     path: str | None = None
     """``local`` only: a file or a directory of jsonl, txt or parquet files."""
     text_field: str = "text"
-    """``local`` only: name of the text column."""
+    """``local`` only: name of the column of text or of conversations."""
     hub: HubTextConfig = field(default_factory=lambda: HubTextConfig(path=""))
     """``hub`` only."""
     shuffle_buffer: int = bounded(10_000, at_least=1, at_most=10**8)
@@ -744,7 +799,8 @@ class RetrainConfig:
 
 RESERVED_STAGES = (
     # Of results, timings and the plan.
-    *("dense", "pruned", "reconstructed", "checkpoint", "total", "calibration", "mining", "evaluation", "export"),
+    *("dense", "pruned", "reconstructed", "checkpoint", "total", "dequantised", "calibration", "mining", "evaluation"),
+    "export",
     # What loggers keep other values under.
     *("eval", "seconds", "parameters", "affinity", "figures", "results", "final"),
 )
@@ -764,13 +820,13 @@ class EvalSetConfig:
     path: str | None = None
     """``local``: a jsonl, txt or parquet file; ``embedded``: the name of an embedded domain, whose test text is taken."""
     text_field: str = "text"
-    """Name of the text column."""
+    """Name of the column of text or of conversations."""
     hub: HubTextConfig | None = None
     """``hub``: its ``test`` split is read."""
     lengths: list[int] = bounded(default_factory=lambda: [1024, 2048], at_least=2, at_most=MAX_LENGTH)
     """Window lengths in tokens."""
     separator: str | None = "\n\n"
-    """Joins the documents to one text before it is cut into windows; null leaves them apart."""
+    """Joins the documents to one text before it is cut into windows; null leaves them apart, as conversations always are."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -840,8 +896,8 @@ class Strategy(Enum):
     fsdp2 = "fsdp2"
 
 
-ACCELERATORS = ("cpu", "gpu", "cuda")
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -849,18 +905,21 @@ class TrainerConfig:
     """The hardware side of retraining."""
 
     accelerator: str = "cpu"
-    """``cpu``, ``gpu`` or ``cuda``."""
+    """``cpu``, ``gpu`` or ``cuda``; ``auto`` is a GPU where there is one."""
     devices: int = bounded(1, at_least=1, at_most=1024)
     """On each node."""
     num_nodes: int = bounded(1, at_least=1, at_most=10_000)
     """Machines."""
     strategy: Strategy = Strategy.single
     precision: str = "32-true"
-    """Lightning precision; ``bf16-mixed`` on a GPU keeps what is trained in float32, whatever ``model.dtype`` is."""
+    """Lightning precision; ``bf16-mixed`` on a GPU keeps what is trained in float32, whatever ``model.dtype`` is. ``auto`` is
+    that on a GPU, and ``32-true`` on a CPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    accumulation: int = bounded(1, at_least=1, at_most=10**6)
-    """Forward passes per optimiser step where a stage does not say."""
+    accumulation: int | None = bounded(None, at_least=1, at_most=10**6)
+    """Forward passes per optimiser step where a stage does not say; null takes as many as ``pass_tokens`` ask for."""
+    pass_tokens: int = bounded(4096, at_least=1, at_most=2**30)
+    """Most tokens of a forward pass on a device, but for a sequence that is longer."""
     gradient_clip: float | None = bounded(1.0, above=0, at_most=10**6)
     """Largest gradient norm; null for no clipping."""
 
@@ -967,6 +1026,12 @@ class PlanConfig:
     """Refuse a run that the plan says this machine has no room for."""
     windows: int = bounded(300, at_least=1, at_most=10**9)
     """Windows taken for granted of each evaluation text where ``eval.windows`` is null."""
+    questions: int = bounded(2000, at_least=1, at_most=10**9)
+    """Questions taken for granted of each of ``eval.tasks`` where no limit is set."""
+    answers: int = bounded(4, at_least=1, at_most=1000)
+    """Answers taken for granted of each question."""
+    question_tokens: int = bounded(64, at_least=1, at_most=MAX_LENGTH)
+    """Tokens taken for granted of a question with one of its answers; each example before it has as many."""
     disk: float = bounded(1e9, at_least=1, at_most=1e15)
     """Of the disk, bytes/s."""
 
@@ -986,6 +1051,7 @@ NO_STORE = "store is empty: set store=DIR"
 class Config:
     """A whole experiment."""
 
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration_domains: CalibrationDomainsConfig = field(default_factory=CalibrationDomainsConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
@@ -1013,9 +1079,51 @@ class Config:
         """Whether groups are mined, which takes a calibration pass and the measure between domains."""
         return self.grouping is Grouping.mined
 
+    @property
+    def maps(self) -> bool:
+        """Whether the domains' affinity is mapped beside the experts; a streamed run measures nothing to look at it with."""
+        several = self.moe.experts > 1 and self.affinity.mapped > 0
+        return several and not self.mines and self.model.load is not Load.streamed
+
+    def accumulation(self, stage: StageConfig) -> int:
+        """Forward passes of an optimiser step on each device: what is asked for, or the fewest that ``pass_tokens`` allow."""
+        asked = stage.accumulation or self.trainer.accumulation
+        if asked is not None:
+            return asked
+        share = stage.batch // (self.trainer.devices * self.trainer.num_nodes)
+        fits = max(self.trainer.pass_tokens // self.retrain.length, 1)
+        return next((n for n in range(1, share) if share % n == 0 and share // n <= fits), max(share, 1))
+
+    def settled(self, *, gpu: bool) -> "Config":
+        """The same with what is left to the device decided: accelerator, precision and element type.
+
+        Args:
+            gpu: whether there is one.
+        """
+        trainer = self.trainer
+        if self.model.dtype is not None and "auto" not in (trainer.accelerator, trainer.precision):
+            return self
+        accelerator = ("gpu" if gpu else "cpu") if trainer.accelerator == "auto" else trainer.accelerator
+        on_gpu = accelerator != "cpu"
+        precision = ("bf16-mixed" if on_gpu else "32-true") if trainer.precision == "auto" else trainer.precision
+        half = on_gpu and trainer.strategy is not Strategy.fsdp
+        dtype = self.model.dtype or (Dtype.bfloat16 if half else Dtype.float32)
+        return replace(
+            self,
+            model=replace(self.model, dtype=dtype),
+            trainer=replace(trainer, accelerator=accelerator, precision=precision),
+        )
+
     def __post_init__(self) -> None:
         check_bounds(self)
         require(self.store.strip() != "", NO_STORE)
+        corpus = self.retrain.corpus
+        if (
+            corpus.source is None
+            and corpus.chosen is CorpusSource.domains
+            and self.calibration_domains.corpus is not None
+        ):
+            self.retrain = replace(self.retrain, corpus=replace(corpus, hub=self.calibration_domains.corpus))
         construction = self.moe.construction
         if self.moe.refined is not None:
             self._check_refined(self.moe.refined)
@@ -1035,9 +1143,9 @@ class Config:
                 f"({len(self.affinity.groups)}); set moe.experts={len(self.affinity.groups)}",
             )
         require(
-            self.trainer.strategy is not Strategy.fsdp or self.model.dtype is Dtype.float32,
-            f"model.dtype={self.model.dtype.value}: trainer=fsdp shards tensors of one type alone; set model.dtype=float32 "
-            "(mixed precision computes in bfloat16), or trainer=fsdp2",
+            self.trainer.strategy is not Strategy.fsdp or self.model.dtype in (None, Dtype.float32),
+            f"{'' if self.model.dtype is None else f'model.dtype={self.model.dtype.value}: '}trainer=fsdp shards tensors of one "
+            "type alone; set model.dtype=float32 (mixed precision computes in bfloat16), or trainer=fsdp2",
         )
         if self.model.load is Load.streamed:
             self._check_streamed()
@@ -1045,7 +1153,7 @@ class Config:
             self._check_indexed()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
-            parts = (stage.accumulation or self.trainer.accumulation) * world
+            parts = (stage.accumulation or self.trainer.accumulation or 1) * world
             require(
                 stage.batch % parts == 0,
                 f"retrain.stages.{name}.batch ({stage.batch}) does not divide into {parts} parts "
@@ -1130,7 +1238,7 @@ class EvaluateConfig:
     """Evaluation of a finished model, dense or Mixture-of-Experts."""
 
     checkpoint: str = MISSING
-    """Directory, hub id, or ``embedded`` for the model that comes with the package."""
+    """Directory, GGUF file, hub id, or ``embedded`` for the model that comes with the package."""
     revision: str | None = None
     """Commit, branch or tag on the hub."""
     dtype: Dtype = Dtype.auto
@@ -1140,6 +1248,8 @@ class EvaluateConfig:
     calibration_domains: CalibrationDomainsConfig | None = None
     """Domains whose test texts are measured; null for none."""
     eval: EvalConfig = field(default_factory=EvalConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """How many windows and questions."""
     seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
     """Of everything drawn at random."""
     store: str = "outputs/store"

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from dive.cli import require_tasks, run
 from dive.config import EvaluateConfig
-from dive.model.architecture import local_directory
+from dive.model.architecture import local_model
 
 log = logging.getLogger(__name__)
 
 
 def main(config: EvaluateConfig) -> None:
     """Measure, write ``results.json`` and print the tables."""
-    local_directory(config.checkpoint, "checkpoint")  # before the heavy imports
+    local_model(config.checkpoint, "checkpoint")  # before the heavy imports
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()

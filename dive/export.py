@@ -19,7 +19,7 @@ from torch import nn
 
 from dive.config import SHARD_BYTES, Dtype, Load, ModelConfig
 from dive.errors import UserError, disk_trouble, one_line
-from dive.model.architecture import check_figures, local_directory, read_settings
+from dive.model.architecture import check_figures, local_model, read_settings
 from dive.model.families import (
     TWINS,
     decoder_layers,
@@ -359,7 +359,7 @@ def open_checkpoint(
     """The recipe of a finished model: a stock directory or hub id, or one with expert biases.
 
     Args:
-        path: a directory, a hub id, or ``embedded``.
+        path: a directory, a GGUF file, a hub id, or ``embedded``.
         revision: commit, branch or tag on the hub.
         dtype: of the weights, or ``auto`` for the checkpoint's own.
         where: override to name in errors.
@@ -368,18 +368,19 @@ def open_checkpoint(
         UserError: nothing there, or not readable.
     """
     named = f"{where}={path}"
-    directory = local_directory(path, where)
+    directory = local_model(path, where)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if directory is None or read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE:
+    stock = directory is None or directory.is_file()  # a GGUF file has no expert biases
+    if directory is None or stock or read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE:
         source = locate_dense(path, revision, dtype=dtype, where=where, any_family=True)
-        return Dense(source, device, partial(load_weights, source, dtype=wanted, device=device))
+        return Dense(source, device, partial(load_weights, dtype=wanted, device=device))
     config = expert_bias_config(directory, named)
     check_files(directory, named)
     source = DenseSource(
         str(directory), None, config, fingerprint_directory(directory), dtype, offline=True, where=where
     )
 
-    def load() -> "PreTrainedModel":
+    def load(source: DenseSource) -> "PreTrainedModel":
         model = _load_biased(directory, named)
         return model.to(device=device, dtype=model.dtype if wanted == "auto" else wanted)
 

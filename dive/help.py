@@ -17,6 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import hydra
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dive.errors import UserError
 
@@ -73,15 +74,19 @@ def help_text(
     with hydra.initialize_config_dir(str(conf), version_base=None):
         composed = hydra.compose(config_name, overrides, return_hydra_config=True)
     chosen: Mapping[str, str | None] = OmegaConf.to_container(composed.hydra.runtime.choices)  # type: ignore[assignment]
-    values: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, [entry.name for entry in fields(schema)]))
+    own = OmegaConf.masked_copy(composed, [entry.name for entry in fields(schema)])
+    try:
+        values: Any = OmegaConf.to_container(own, resolve=True)
+    except OmegaConfBaseException:  # what follows from a model that is not named yet
+        values = OmegaConf.to_container(own)
     options = list(walk(schema, values))
     if names:
         return "\n".join(line for name in names for line in _about(name, options, places)).rstrip()
     groups = {e.name: meaning_of(schema, e.name) for e in fields(schema) if presets(places, e.name)}
     groups |= {name: meaning for name, meaning in PRESETS_ALONE.items() if name in chosen}
     lines = [*_introduction(description), ""]
-    own = [option for option in options if option.name.partition(".")[0] not in groups]
-    lines += ["Options:", *(line for option in own for line in _row(option))]
+    alone = [option for option in options if option.name.partition(".")[0] not in groups]
+    lines += ["Options:", *(line for option in alone for line in _row(option))]
     if groups:
         lines += ["", "Groups (--help GROUP shows its options and presets with their meanings):"]
         for name, meaning in groups.items():

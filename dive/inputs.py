@@ -19,11 +19,11 @@ from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluation_texts
 from dive.eval.generation import Beginnings
 from dive.eval.tasks import TaskSuite, load_tasks
+from dive.model.chat import conversation
 from dive.model.load import DenseSource, document_tokens, load_tokenizer
 from dive.retrain.corpus import Corpus, local_documents, open_corpus
 from dive.retrain.freezing import check_policy
 from dive.store import HasStore
-from dive.trainer.build import check_devices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,10 +63,11 @@ def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInput
     tokenizer = load_tokenizer(source)
     tasks = load_tasks(config.eval, tokenizer)
     tokenize = partial(document_tokens, tokenizer)
-    domains = load_domains(config.calibration_domains, seed=config.seed)
+    chat = partial(conversation, tokenizer, where=source.where)
+    domains = load_domains(config.calibration_domains, seed=config.seed, chat=chat)
     train = {domain.name: domain.train for domain in domains}
-    local = local_documents(config.retrain.corpus)
-    texts = evaluation_texts(config.eval, domains, tokenize, corpus=local)
+    local = local_documents(config.retrain.corpus, chat=chat)
+    texts = evaluation_texts(config.eval, domains, tokenize, corpus=local, chat=chat)
     tokens, measured = sample_tokens(config, train, tokenize)
     return TrainingInputs(
         tokenizer=tokenizer,
@@ -76,7 +77,7 @@ def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInput
         contamination=contamination(run, config.eval, domains, texts, tasks, corpus=local),
         tokens=tokens,
         measured=measured,
-        corpus=open_corpus(config.retrain, train, local, tokenize, seed=config.seed),
+        corpus=open_corpus(config.retrain, train, local, tokenize, seed=config.seed, chat=chat),
     )
 
 
@@ -89,8 +90,9 @@ def prepare_evaluation(run: HasStore, config: EvaluateConfig, source: DenseSourc
     tokenizer = load_tokenizer(source)
     tasks = load_tasks(config.eval, tokenizer)
     wanted = config.calibration_domains
-    domains = load_domains(wanted, seed=config.seed) if wanted is not None else []
-    texts = evaluation_texts(config.eval, domains, partial(document_tokens, tokenizer))
+    chat = partial(conversation, tokenizer, where=source.where)
+    domains = load_domains(wanted, seed=config.seed, chat=chat) if wanted is not None else []
+    texts = evaluation_texts(config.eval, domains, partial(document_tokens, tokenizer), chat=chat)
     return Inputs(
         tokenizer=tokenizer,
         texts=texts,
@@ -159,7 +161,6 @@ def check(config: Config, source: DenseSource) -> None:
     Raises:
         UserError: names the override to change.
     """
-    check_devices(config.trainer)
     resume = config.retrain.resume
     require(
         resume is None or resume == "last" or Path(resume).expanduser().is_file(),

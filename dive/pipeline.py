@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from dive.affinity.groups import choose_groups
 from dive.config import Config, EvaluateConfig
 from dive.export import open_checkpoint
@@ -12,10 +14,11 @@ from dive.model.load import resolve_device
 from dive.model.recipe import Dense
 from dive.moe.build import ONE_EXPERT, build_experts
 from dive.moe.mixture import Mixture
-from dive.results import CHECKPOINT, DENSE, PRUNED, RECONSTRUCTED, Results
+from dive.results import CHECKPOINT, DENSE, DEQUANTISED, PRUNED, RECONSTRUCTED, Results
 from dive.retrain.retrained import Retrained
 from dive.retrain.stage import retrain
 from dive.run import Run
+from dive.trainer.build import check_devices
 
 
 def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
@@ -31,10 +34,14 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     Raises:
         UserError: something that the user can mend.
     """
+    config = config.settled(gpu=torch.cuda.is_available())
+    check_devices(config.trainer)
     dense = Dense.locate(config.model)
     check(config, dense.source)
     run = Run(config, ["python", "-m", "dive.train", *overrides], directory)
     run.plan(config, dense)
+    with run.stage(DEQUANTISED):
+        dense = dense.in_safetensors(run)
     data = prepare(run, config, dense.source)
     run.open(data, dense)
     run.measure(DENSE, dense, data)
@@ -81,6 +88,7 @@ def evaluate(config: EvaluateConfig, directory: Path, overrides: Sequence[str]) 
     model = open_checkpoint(config.checkpoint, revision=config.revision, dtype=config.dtype.value, device=device)
     check_evaluation(config, model.source)
     run = Run(config, ["python", "-m", "dive.evaluate", *overrides], directory)
+    model = model.in_safetensors(run)
     data = prepare_evaluation(run, config, model.source)
     run.open(data, model)
     run.measure(CHECKPOINT, model, data)

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from dive.cli import run
 from dive.errors import UserError, require
-from dive.model.architecture import local_directory
+from dive.model.architecture import local_model
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def push(config: PushConfig) -> None:
     Raises:
         UserError: the directory is not whole, or the hub refuses.
     """
-    local_directory(config.checkpoint, "checkpoint")  # before the heavy imports
+    local_model(config.checkpoint, "checkpoint")  # before the heavy imports
     from dive.hub import message_for, upload, whole_export
     from dive.progress import quiet_libraries, show
     from dive.units import size

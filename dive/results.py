@@ -16,6 +16,8 @@ from dive.store import write_json
 
 FILE = "results.json"
 DENSE, PRUNED, RECONSTRUCTED, CHECKPOINT = "dense", "pruned", "reconstructed", "checkpoint"
+DEQUANTISED = "dequantised"
+"""What a run does first with a GGUF file; it is measured as the dense model."""
 LABELS = {DENSE: "dense model", PRUNED: "pruned, one expert", RECONSTRUCTED: "experts, not retrained"}
 """What readers who have not seen the code are told of a stage; one that is not here trained, and is called by its name."""
 
@@ -59,6 +61,8 @@ class Origin:
     samples: Samples
     config: dict[str, Any]
     """The composed configuration."""
+    precision: str | None = None
+    """What quantisation left of the dense model's weights; none where it came from no GGUF file."""
     artifacts: list[str] | None = None
     """``<kind>/<key>`` of everything in the store that the results were made of; see ``python -m dive.store prune``."""
 
@@ -158,10 +162,24 @@ class StageResult:
 
 
 @dataclass(slots=True, kw_only=True)
+class RoutingAgreement:
+    """How far the experts, after the last stage, serve the groups."""
+
+    rand: float
+    """Adjusted Rand index between the groups and the domains by the expert that gets most of their tokens."""
+    within: float | None = None
+    """Overlap of the routing of two domains of one group, Σ_e min(p_e, q_e), mean over pairs and layers; none without pairs."""
+    between: float | None = None
+    """The same of domains of different groups."""
+
+
+@dataclass(slots=True, kw_only=True)
 class AffinityResult:
     """Which domains belong together, and what says so."""
 
     domains: list[str]
+    groups: list[list[str]] | None = None
+    """By the tree; experts began with them where they are the run's groups."""
     tree: list[list[float]] | None = None
     """Linkage matrix (n - 1, 4)."""
     cophenetic: float | None = None
@@ -173,6 +191,7 @@ class AffinityResult:
     measure: str | None = None
     agreement: dict[str, float] | None = None
     """{other measure: adjusted Rand index between its groups and these}"""
+    routing: RoutingAgreement | None = None
     seconds: float | None = None
 
 
@@ -282,7 +301,7 @@ class Results:
     timings: dict[str, float] = field(default_factory=dict)
     """{stage | "total": seconds}"""
     affinity: AffinityResult | None = None
-    """None where nothing was mined."""
+    """None where the domains were not compared."""
     overlap: list[list[float]] | None = None
     """(E, E), share of channels that two experts both keep of those that either keeps."""
     generations: list[Continuation] | None = None

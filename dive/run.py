@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dive.affinity.grouping import adjusted_rand_index, favourite_groups, routing_overlap
 from dive.affinity.groups import Groups
 from dive.config import Config, EvaluateConfig, Load
 from dive.eval.generation import Beginnings
@@ -23,7 +24,7 @@ from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluat
 from dive.logger.wandb_run import close, log_results
 from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import KNOWN, count_parameters, moe_config
-from dive.model.recipe import Dense, Model
+from dive.model.recipe import Dense, Model, give_back
 from dive.moe.build import expert_overlap
 from dive.moe.mixture import Mixture
 from dive.plan.actual import Meter
@@ -46,6 +47,7 @@ from dive.results import (
     Planned,
     PlanResult,
     Results,
+    RoutingAgreement,
     RoutingResult,
     Samples,
     Split,
@@ -147,6 +149,7 @@ class Run:
                 evaluation=_shapes(data.texts.all()),
             ),
             config=plain(self.config),
+            precision=model.source.gguf.precision if model.source.gguf is not None else None,
         )
 
     # ---------------------------------------------------------------------------------------------------------- stages
@@ -169,6 +172,8 @@ class Run:
     def _made(self, kind: str, artifact: Artifact) -> None:
         """Take note of an artifact that a step gave."""
         self._artifacts[f"{kind}/{artifact.key}"] = None
+        if not artifact.reused:
+            give_back()
         if self.meter is not None and self.store.stage:
             self.meter.record(self.store.stage, artifact)
 
@@ -248,6 +253,7 @@ class Run:
         assert meter is not None
         chain = model.chain()
         results.overlap = expert_overlap(model.mixture.experts)
+        compare_routing(results)
         results.parameters = parameters(config, model, chain)
         results.timings = {stage.name: stage.seconds for stage in results.stages}
         if not self.evaluates:
@@ -309,6 +315,16 @@ def _measured(data: Inputs) -> Measured:
         sets=list(data.texts.sets),
         tasks={name: AskedTask(**how) for name, how in data.tasks.describe().items()},
     )
+
+
+def compare_routing(results: Results) -> None:
+    """Record how far the experts serve the groups of the affinity map, where there are both."""
+    mined, routing = results.affinity, results.routing
+    if mined is None or mined.groups is None or routing is None or not routing.share or not routing.share_by_layer:
+        return
+    rand = adjusted_rand_index(mined.groups, favourite_groups(routing.share))
+    within, between = routing_overlap(routing.share_by_layer, mined.groups)
+    mined.routing = RoutingAgreement(rand=rand, within=within, between=between)
 
 
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:

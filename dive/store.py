@@ -320,6 +320,13 @@ class HasStore(Protocol):
     store: Store
 
 
+@dataclass(slots=True)
+class WithStore:
+    """What a step needs where there is no run."""
+
+    store: Store
+
+
 class HasStages(HasStore, Protocol):
     """What a function of several steps needs of a run."""
 

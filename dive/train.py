@@ -3,15 +3,16 @@
 Most used::
 
   model=tinyllama                         a preset of the hub
-  model=local model.path=DIR              your own checkpoint
+  model=local model.path=DIR              your own checkpoint, or a GGUF file
   calibration_domains=local               your own text: in the directory
     calibration_domains.path=DIR          <domain>/{train,test}.jsonl|txt|parquet
   pruning.ratio=0.75                      share of each FFN that is removed
   moe.experts=8 moe.top_k=1               experts, and how many a token uses
   affinity=mined                          begin with mined groups of domains
-  retrain=none                            or default, lora, two_stages
+  budget=minutes                          or hours, paper: how much of everything
+  retrain=none                            or default, full, lora, two_stages
   retrain.stages.experts.tokens=1000000   how long it is retrained
-  trainer=gpu                             or ddp, fsdp, fsdp2
+  trainer=gpu                             or cpu, ddp, fsdp, fsdp2
   'eval.tasks=[piqa,arc_easy]'            tasks beside perplexity
   experiment=paper_1_8                    the paper's recipe to the letter
   hydra.run.dir=DIR                       where the results go
@@ -24,7 +25,8 @@ from pathlib import Path
 
 from dive.cli import require_extra, require_tasks, run
 from dive.config import Config, TextSource
-from dive.model.architecture import local_directory
+from dive.model.architecture import local_model
+from dive.progress import show
 from dive.trainer.rank import process_rank
 
 log = logging.getLogger(__name__)
@@ -32,9 +34,11 @@ log = logging.getLogger(__name__)
 
 def main(config: Config) -> float:
     """Run the whole method; returns the last stage's perplexity, which a sweeper can minimise."""
-    local_directory(config.model.path)  # before the heavy imports
+    local_model(config.model.path)  # before the heavy imports
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+
+    from dive.budgets import budget_line, plan_here
 
     hydra = HydraConfig.get()
     if process_rank() == 0:
@@ -46,6 +50,8 @@ def main(config: Config) -> float:
         )
     from dive.pipeline import train  # takes seconds, in which the line above is there to read
 
+    if process_rank() == 0:
+        show(budget_line(plan_here(config)))
     if hydra.mode is RunMode.MULTIRUN and config.logger.wandb is not None:  # a sweep is one group, its jobs are named
         config.logger.wandb.group = config.logger.wandb.group or f"sweep {Path(hydra.sweep.dir).as_posix()}"
         config.logger.wandb.name = config.logger.wandb.name or hydra.job.override_dirname

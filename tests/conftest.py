@@ -118,6 +118,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role') }}{% endif %}"
+    "{{ message.role + ': ' + message.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same with a chat template: BOS, then ``<role>: <content>`` and EOS for each message."""
+    found = copy.deepcopy(tokenizer)
+    found.chat_template = CHAT_TEMPLATE
+    return found
+
+
 @pytest.fixture(scope="session")
 def workplace(build: Build, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Whole experiments on a tiny Llama with tied embeddings, all in one store."""

@@ -47,7 +47,7 @@ def command(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[st
         (["moe.refinement.rounds=2"], "moe.refinement.rounds is no more: write moe.refined.rounds"),
         (["retrain.stages.experts.train.norms=lora"], "train.norms"),
         (["retrain.stages.experts.batch=3", "trainer.accumulation=2"], "retrain.stages.experts.batch (3)"),
-        (["model=llama2-7b"], "hf download meta-llama/Llama-2-7b-hf"),
+        (["model=llama2-7b", "trainer=cpu"], "hf download meta-llama/Llama-2-7b-hf"),
         (["model=local", "model.path=/nowhere"], "model.path=/nowhere: no such directory"),
         (["hydra.run.dir=/etc/passwd"], "hydra.run.dir: /etc/passwd cannot be a directory (File exists)"),
         (["hydra.run.dir=/etc/passwd/x"], "hydra.run.dir: /etc/passwd/x cannot be a directory (Not a directory)"),
@@ -62,6 +62,20 @@ def test_a_users_error_is_one_line_without_a_traceback(arguments: list[str], mes
     assert lines[-1].startswith("error: ")
     assert message in lines[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_large_model_without_a_gpu_is_one_line_after_what_it_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = command("model=llama2-7b", "moe.experts=8", directory=tmp_path)
+    assert done.returncode == 1
+    assert re.search(
+        r"^budget   hours; budget=minutes trains on [\d.]+ k tokens and takes about [\d.]+ min; budget=paper trains on 5\.5 B ",
+        done.stdout,
+        flags=re.MULTILINE,
+    )
+    assert "error: trainer.accelerator=gpu: torch finds no GPU on this machine; trainer=cpu runs it" in done.stderr
 
 
 def test_a_store_that_cannot_be_written_is_refused(workplace: Workplace, tmp_path: Path) -> None:
@@ -138,8 +152,8 @@ def without(package: str, module: str, *arguments: str, directory: Path) -> "sub
         (
             "lm_eval",
             "dive.train",
-            ["eval.tasks=[piqa]"],
-            "eval.tasks needs lm-evaluation-harness: pip install 'dive-moe[tasks]'",
+            ["model=smollm2-135m"],
+            "eval.tasks needs lm-evaluation-harness: pip install 'dive-moe[tasks]', or set eval.tasks=[]",
         ),
         ("lm_eval", "dive.evaluate", ["checkpoint=embedded", "eval.tasks=[piqa]"], "pip install 'dive-moe[tasks]'"),
         ("tensorboard", "dive.train", ["logger=[csv,tensorboard]"], "pip install 'dive-moe[tensorboard]'"),
@@ -216,7 +230,9 @@ def test_help_lists_a_commands_own_options(module: str, options: list[str], tmp_
 def test_help_has_the_meaning_the_default_and_the_choices(tmp_path: Path) -> None:
     printed = " ".join(helped("dive.generate", directory=tmp_path).split())
     assert 'python -m dive.generate checkpoint=DIR prompt="Monday, 3"' in printed
-    assert "checkpoint=(needed) Directory of an export or of a dense model, a hub id, or embedded." in printed
+    assert (
+        "checkpoint=(needed) Directory of an export or of a dense model, a GGUF file, a hub id, or embedded." in printed
+    )
     assert (
         "dtype=float32 Element type of the weights; auto takes the checkpoint's own. One of auto, float32," in printed
     )

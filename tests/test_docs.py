@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dive.cli import CONF, PACKAGE, register_schema, to_typed
-from dive.config import Config
+from dive.config import Config, CorpusSource
 from dive.errors import UserError
 from dive.generate import GenerateConfig
 from dive.push import PushConfig
@@ -53,7 +53,20 @@ def test_a_command_composes(page: str, command: str) -> None:
     register_schema(name, schema)
     with initialize_config_dir(str(CONF), version_base=None):
         quoted = [re.sub(r"^prompt=(.*)$", r'prompt="\1"', override) for override in overrides]
-        to_typed(compose(name, [override for override in quoted if not override.startswith("hydra.")]), schema)
+        found = ["model.path=embedded" if override == "model.path=my_model" else override for override in quoted]
+        to_typed(compose(name, [override for override in found if not override.startswith("hydra.")]), schema)
+
+
+def test_conversations_and_chat_models_on_the_hub_compose() -> None:
+    text = (DOCS / "bring_your_own.md").read_text(encoding="utf-8")
+    (corpus,) = re.findall(r"`(retrain\.corpus\.hub\.path=[^`]*)`", text)
+    (model,) = re.findall(r"`(model=\S+ model\.path=[^`]*)`", text)
+    register_schema("config", Config)
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = to_typed(compose("config", [*shlex.split(corpus), *shlex.split(model)]), Config)
+    assert config.retrain.corpus.chosen is CorpusSource.hub
+    assert config.retrain.corpus.hub.template == "{messages}"
+    assert config.model.path.endswith("-Instruct")
 
 
 def test_a_corpus_on_the_hub_composes() -> None:
@@ -80,16 +93,28 @@ def texts(words: list[str], documents: int, seed: int) -> list[str]:
 
 @pytest.mark.slow
 def test_the_guides_run_from_top_to_bottom(
-    build: Build, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: Build,
+    tokenizer: Any,
+    chat_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    build("llama", max_position_embeddings=512).save_pretrained("my_model")
-    tokenizer.save_pretrained("my_model")
+    for directory, cutter in (("my_model", tokenizer), ("my_chat_model", chat_tokenizer)):
+        build("llama", max_position_embeddings=1024).save_pretrained(directory)
+        cutter.save_pretrained(directory)
     domains = dict(zip(("law", "code", "news", "maths"), WORDS.values(), strict=True))
     documents = {name: texts(words, 100, seed) for seed, (name, words) in enumerate(domains.items())}
     os.mkdir("my_corpus")
     rows = [{"text": text} for seed, words in enumerate(WORDS.values(), start=9) for text in texts(words, 50, seed)]
     Path("my_corpus/part.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("law", "code"):
+        for split, part in (("test", documents[name][:20]), ("train", documents[name][20:])):
+            talks = [[{"role": "user", "content": text[:40]}, {"role": "assistant", "content": text}] for text in part]
+            Path("my_chats", name).mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"messages": talk}) + "\n" for talk in talks]
+            Path("my_chats", name, f"{split}.jsonl").write_text("".join(lines))
     Path("my_eval.txt").write_text("\n\n".join(texts(WORDS["news"], 30, 99)))
 
     (python,) = [content for language, content in blocks("bring_your_own.md") if language == "python"]
@@ -97,7 +122,7 @@ def test_the_guides_run_from_top_to_bottom(
     outputs = []
     for number, command in enumerate(commands("bring_your_own.md")):
         line = [sys.executable, *shlex.split(command)[1:]]
-        if "dive.train" in line and "hydra.run.dir=outputs/mine" not in line:
+        if "dive.train" in line and "hydra.run.dir=" not in command:
             line.append(f"hydra.run.dir=outputs/{number}")
         done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
@@ -121,6 +146,8 @@ def test_the_guides_run_from_top_to_bottom(
     assert corpus["stages"][-2]["reused"]
     assert corpus["run"]["fingerprints"]["retraining_corpus"] != mine["run"]["fingerprints"]["retraining_corpus"]
     assert "mine@256" in measured["stages"][0]["perplexity"]
+    assert results["chat"]["run"]["samples"]["calibration"] == {"code": [32, 256], "law": [32, 256]}
+    assert "When does the lease end?\n" in outputs[7]  # the answer stands on a line of its own
     assert "dry_run=true: nothing uploaded" in outputs[-1]
 
     for language, content in blocks("serving.md"):

@@ -357,3 +357,32 @@ def stream(dense: PreTrainedModel, tokens: Tokens, root: Path) -> tuple[PreTrain
     groups = [tokens(4, 16, seed=seed) for seed in (1, 2, 3)]
     moe = MoEConfig(experts=3, top_k=2, refined=RefinedConfig(rounds=0, sequential=False, steps=0))
     return streamed, list(build_layers(streamed, groups, PruningConfig(), moe, batch=4, seed=0))
+
+
+@pytest.mark.parametrize("kind", ["stock", "streamed", "biased"])
+def test_the_chat_template_goes_along(
+    build: Callable[..., PreTrainedModel],
+    make_moe: MakeMoE,
+    tokens: Tokens,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    dense = build("llama", eos_token_id=[1, 7])  # an end of text, and one of a turn
+    target = tmp_path / "expert_bias"
+    if kind == "streamed":
+        streamed, layers = stream(dense, tokens, tmp_path)
+        save_streamed(streamed, layers, chat_tokenizer, target, top_k=1)
+    elif kind == "stock":
+        save(make_moe(dense), chat_tokenizer, target)
+    else:
+        save_with_expert_bias(make_moe(dense, compensation="bias"), chat_tokenizer, target)
+    messages = [{"role": "user", "content": "the cat"}]
+    again = AutoTokenizer.from_pretrained(target)
+    for prompt in (False, True):
+        found, expected = (
+            t.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"] for t in (again, chat_tokenizer)
+        )
+        assert found == expected
+    if kind != "biased":
+        assert AutoModelForCausalLM.from_pretrained(target).generation_config.eos_token_id == [1, 7]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import dive
 from dive.api import reconstruct
@@ -89,7 +89,7 @@ def test_what_is_loaded_is_said_beside_the_text(
 ) -> None:
     dense, moe = directories["dense"], directories["moe"]
     generate(GenerateConfig(prompt=TEXT, checkpoint=moe, compare=dense, max_new_tokens=1, device="cpu"))
-    assert capsys.readouterr().err == f"loading {moe} and {dense}\n"
+    assert capsys.readouterr().err.splitlines()[0] == f"loading {moe} and {dense}"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,7 @@ def test_what_is_loaded_is_said_beside_the_text(
         ({"compare": "/nowhere"}, "compare=/nowhere: no such directory"),
         ({"max_new_tokens": 64}, r"max_new_tokens \(64\) and the prompt's \d+ tokens exceed the model's 64 positions"),
         ({"temperature": -1.0}, r"temperature \(-1.0\) must be at least 0 and at most 1000"),
+        ({"chat": True}, r"chat=true: checkpoint=.* has no chat template; set chat=false"),
         ({"top_p": 0.0}, r"top_p \(0.0\) must be above 0 and at most 1"),
     ],
 )
@@ -121,3 +122,74 @@ def test_any_text_can_be_a_prompt(directories: dict[str, str], tmp_path: Path) -
 
 def test_other_options_are_left_as_they_are() -> None:
     assert [quoted(argument) for argument in ("--help", "seed=1", "prompt")] == ["--help", "seed=1", "prompt"]
+
+
+# -------------------------------------------------------------------------------------------------------- chat models
+
+
+@pytest.fixture
+def chat_model(dense: PreTrainedModel, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> str:
+    """A directory of a dense model whose tokenizer has a chat template."""
+    dense.save_pretrained(tmp_path / "chat")
+    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, new: int) -> list[int]:
+    """The likeliest tokens after the chat template's own prompt, one forward pass a token."""
+    messages = [{"role": "user", "content": TEXT}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    start = len(ids)
+    for _ in range(new):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[start:]
+
+
+def test_a_chat_model_answers_a_users_message(
+    chat_model: str,
+    dense: PreTrainedModel,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ids = answer(dense, chat_tokenizer, 12)
+    assert 1 not in ids  # nothing has ended it yet
+    found = printed(capsys, checkpoint=chat_model, temperature=0.0)
+    assert found.rstrip("\n") == f"{TEXT}\n{chat_tokenizer.decode(ids)}".rstrip("\n")
+    assert printed(capsys, checkpoint=chat_model, temperature=0.0, chat=True) == found
+
+
+def test_an_answer_ends_where_generation_config_says(
+    chat_model: str,
+    dense: PreTrainedModel,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ids = answer(dense, chat_tokenizer, 12)
+    end = ids.index(ids[4])  # the first place where this token comes
+    GenerationConfig(eos_token_id=[1, ids[4]]).save_pretrained(chat_model)
+    found = printed(capsys, checkpoint=chat_model, temperature=0.0)
+    assert found.rstrip("\n") == f"{TEXT}\n{chat_tokenizer.decode(ids[: end + 1])}".rstrip("\n")
+
+
+def test_a_chat_model_goes_on_from_text_where_that_is_asked_for(
+    chat_model: str, directories: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = printed(capsys, checkpoint=chat_model, temperature=0.0, chat=False)
+    assert found == printed(capsys, checkpoint=directories["dense"], temperature=0.0)
+
+
+def test_what_the_prompt_is_taken_for_is_said(
+    chat_model: str, directories: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = directories["dense"]
+    generate(GenerateConfig(prompt=TEXT, checkpoint=chat_model, compare=plain, max_new_tokens=1, device="cpu"))
+    assert capsys.readouterr().err.splitlines() == [
+        f"loading {chat_model} and {plain}",
+        f"{chat_model}: the prompt is a user's message, by the chat template; chat=false goes on from it as text",
+        f"{plain}: the prompt is text to go on from, without a chat template",
+    ]
+    generate(GenerateConfig(prompt=TEXT, checkpoint=chat_model, max_new_tokens=1, device="cpu", chat=False))
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"{chat_model}: the prompt is text to go on from; chat=true makes it a user's message"
+    ]

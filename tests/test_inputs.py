@@ -1,13 +1,21 @@
 """What a run starts from."""
 
+import json
+import shutil
+from itertools import chain, islice, pairwise
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from dive.inputs import tokens_of
+from dive.errors import UserError
+from dive.inputs import TrainingInputs, prepare, tokens_of
 from dive.model.architecture import read_architecture
+from dive.model.load import locate_dense
 from dive.plan.job import describe_job
-from tests.workplace import Workplace
+from tests.workplace import Bench, Workplace
 
 TOKENS = {name: torch.full((6, 4), number) for number, name in enumerate(("sums", "cats", "code", "news"))}
 GROUPS = [["sums", "code"], ["cats", "news"]]
@@ -43,3 +51,54 @@ def test_as_much_text_as_was_planned_is_built_from(
     for count, experts, members in ((job.groups, config.moe.experts, groups), (1, 1, TOGETHER)):
         found = tokens_of(TOKENS, members, group_samples=3, experts=experts)
         assert sum(map(len, found)) == job.building_sequences(count, experts=experts)
+
+
+def test_conversations_are_read_by_the_chat_template(
+    workplace: Workplace, chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Calibration, evaluation and retraining, from files and as the hub has them."""
+    shutil.copytree(workplace.root / "dense", tmp_path / "dense")
+    chat_tokenizer.save_pretrained(tmp_path / "dense")
+    talks = [
+        [{"role": "user", "content": f"{n} + {n}"}, {"role": "assistant", "content": f"{n} adds up to {2 * n}"}]
+        for n in range(100)
+    ]
+    (tmp_path / "domains" / "sums").mkdir(parents=True)
+    for split, part in (("train", talks[:80]), ("test", talks[80:90])):
+        rows = "".join(json.dumps({"messages": talk}) + "\n" for talk in part)
+        (tmp_path / "domains" / "sums" / f"{split}.jsonl").write_text(rows)
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks[90:]))
+    expected = [chat_tokenizer.apply_chat_template(talk)["input_ids"] for talk in talks]
+
+    def read(*overrides: str) -> TrainingInputs:
+        settings = [f"model.path={tmp_path / 'dense'}", f"calibration_domains.path={tmp_path / 'domains'}"]
+        settings += ["calibration_domains.text_field=messages", "affinity=default", "eval.windows=null"]
+        settings += [f"+eval.sets={{more:{{path:{tmp_path / 'more.jsonl'},text_field:messages,lengths:[16]}}}}"]
+        config = workplace.compose(*settings, *overrides)
+        return prepare(Bench(tmp_path / "store"), config, locate_dense(config.model.path))
+
+    data = read()
+    tested = [*chain(*expected[80:90])]
+    windows = data.texts.domains[32]["sums"].flatten().tolist()
+    assert windows == tested[: len(windows)]
+    more = data.texts.sets["more@16"].flatten().tolist()  # no separator between conversations
+    assert more == [*chain(*expected[90:])][: len(more)]
+    trained = [tuple(row) for row in expected[:80]]
+    for row in data.tokens["sums"].tolist():  # crops: between two BOS stands a whole conversation
+        starts = [place for place, token in enumerate(row) if token == 0]
+        assert all(tuple(row[a:b]) in trained for a, b in pairwise(starts))
+    local = read(f"retrain.corpus.path={tmp_path / 'more.jsonl'}", "retrain.corpus.text_field=messages")
+    (tmp_path / "set").mkdir()
+    shutil.copy(tmp_path / "more.jsonl", tmp_path / "set" / "train.jsonl")
+    hub = read(f"retrain.corpus.hub.path={tmp_path / 'set'}", 'retrain.corpus.hub.template="{messages}"')
+    for corpus, known in ((data.corpus, expected[:80]), (local.corpus, expected[90:]), (hub.corpus, expected[90:])):
+        stream = torch.cat([*islice(corpus.blocks(), 8)]).tolist()
+        starts = [place for place, token in enumerate(stream) if token == 0]
+        assert len(starts) > 4
+        assert all(stream[a:b] in known for a, b in pairwise(starts))
+
+    (tmp_path / "dense" / "chat_template.jinja").unlink()
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1: .* no chat template; set model\.path to a model that has one"
+    ):
+        read()

@@ -23,6 +23,7 @@ from tests.workplace import Workplace, write_domains, write_task
 pytestmark = pytest.mark.slow
 
 HOW = {
+    "budget": "how much: what takes its figures has a key",
     "calibration_domains.batch": "sequences of a pass",
     "eval.batch": "windows of a pass",
     "eval.allow_overlap": "what is refused",
@@ -44,6 +45,7 @@ HOW = {
     "trainer.accumulation": "passes of a step; a key where the loss depends on them",
     "trainer.devices": "processes; a key where the loss depends on them",
     "trainer.gradient_checkpointing": "what is computed twice",
+    "trainer.pass_tokens": "passes of a step; a key where the loss depends on them",
     "trainer.num_nodes": "processes; a key where the loss depends on them",
     "trainer.strategy": "what is where",
     "retrain.stages.router.accumulation": "passes of a step; a key where the loss depends on them",
@@ -51,6 +53,7 @@ HOW = {
 }
 """Options that say how, and what they are. The same numbers come out, but for rounding."""
 CONTENT = {
+    "calibration_domains.corpus",
     "calibration_domains.hub",
     "calibration_domains.path",
     "calibration_domains.source",

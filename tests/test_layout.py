@@ -31,7 +31,20 @@ ORDER = (
 )
 """From the bottom to the top."""
 ENTRY_POINTS = {
-    *("__main__", "api", "cli", "dashboard", "evaluate", "generate", "help", "prune", "push", "renamed", "train"),
+    *(
+        "__main__",
+        "api",
+        "budgets",
+        "cli",
+        "dashboard",
+        "evaluate",
+        "generate",
+        "help",
+        "prune",
+        "push",
+        "renamed",
+        "train",
+    ),
     *("plan.__main__", "report.__main__", "report.callback", "model.tiny.pretrain"),
 }
 """Parse, call, print: they stand above everything."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 import dive
 from dive import store
+from dive.affinity.grouping import adjusted_rand_index, favourite_groups
 from dive.calibration_domains.local import read_documents
 from dive.calibration_domains.sampling import evaluation_windows
 from dive.errors import UserError
@@ -211,6 +212,30 @@ def test_groups_from_statistics_need_no_evaluation_and_say_how_far_they_agree(
     assert again["affinity"]["agreement"]["perplexity"] == pytest.approx(first["affinity"]["agreement"]["mask_overlap"])
 
 
+def test_affinity_is_mapped_where_it_has_no_say(workplace: Workplace) -> None:
+    short = ["~retrain.stages.router", "retrain.stages.experts.tokens=512", "affinity=default", "moe.refined.steps=2"]
+    found = workplace.run("mapped", *short)
+    assert found["groups"] == []
+    mapped = found["affinity"]
+    assert (mapped["measure"], sorted(mapped["agreement"])) == ("importance", ["mask_overlap"])
+    assert (
+        sorted(domain for group in mapped["groups"] for domain in group)
+        == sorted(mapped["domains"])
+        == sorted(found["routing"]["share"])
+    )
+    assert len(mapped["groups"]) == 2
+    assert (
+        adjusted_rand_index(mapped["groups"], favourite_groups(found["routing"]["share"])) == mapped["routing"]["rand"]
+    )
+    page = (workplace.root / "mapped/report.html").read_text(encoding="utf-8")
+    assert "These groups had no say in the experts, which began with tokens" in page
+    assert "Groups and the experts that serve them" in page
+    without = workplace.run("unmapped", *short, "affinity.mapped=0")
+    assert "affinity" not in without
+    assert "affinity.mapped is 0" in (workplace.root / "unmapped/report.html").read_text(encoding="utf-8")
+    assert [stage["perplexity"] for stage in without["stages"]] == [stage["perplexity"] for stage in found["stages"]]
+
+
 def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:
     results = workplace.run(
         "bias",
@@ -382,7 +407,7 @@ def test_what_streaming_cannot_do_is_refused(untrained: Workplace, overrides: li
         (["retrain.stages.experts.train.head=full"], r"retrain\.stages\.experts\.train\.head=full"),
         (["affinity=given", "affinity.groups=[[sums],[dogs]]"], r"affinity\.groups: \['dogs'\] not among"),
         (["model.device=cuda:7"], r"model\.device=cuda:7"),
-        (["trainer=gpu"], r"trainer\.devices"),
+        (["trainer.accelerator=gpu"], "torch finds no GPU"),
         (["calibration_domains.domains=[cats,dogs]"], r"calibration_domains\.domains: \['dogs'\] not among"),
         (["+eval.sets={cats:{path:x.txt}}"], r"eval\.sets"),
     ],

@@ -1,5 +1,6 @@
 """Every preset in conf/ composes into a valid configuration; the paper's presets hold the paper's figures."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ from dive.config import (
     TextSource,
 )
 from dive.errors import UserError
+from dive.model.architecture import locate_architecture
+from dive.plan.stages import plan
+from tests.conftest import Build
 
 DOMAINS = [
     "wikitext2",
@@ -63,7 +67,7 @@ NEEDED = {
     "pruning=flap": ["moe=plain"],
     "pruning=llm_pruner": ["moe=plain"],
     "pruning=wanda_sp": ["moe=plain"],
-    "model=local": ["model.path=/data/model"],
+    "model=local": ["model.path=embedded"],
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
 }
@@ -91,7 +95,8 @@ def hydra_in_conf() -> Iterator[None]:
 
 
 def typed(*overrides: str) -> Config:
-    return to_typed(compose("config", overrides=list(overrides)), Config)
+    found = ["model.path=embedded" if override == "model.path=DIR" else override for override in overrides]
+    return to_typed(compose("config", overrides=found), Config)
 
 
 def experiments() -> list[str]:
@@ -123,6 +128,20 @@ def test_the_defaults_compose() -> None:
 def test_the_best_recipe_is_the_default() -> None:
     assert typed("experiment=dive_plus") == typed()
     assert typed().moe.refined == RefinedConfig()  # which a notebook begins with
+
+
+def test_the_method_with_our_refit_and_routers_lies_between_the_papers_and_the_default() -> None:
+    paper, ours, default = (typed(f"experiment={name}") for name in ("paper_1_8", "dive", "dive_plus"))
+    assert (paper.mines, ours.mines, default.mines) == (True, True, False)
+    assert (paper.moe.construction, ours.moe.construction, default.moe.construction) == ("plain", "plain", "refined")
+    assert ours.pruning == default.pruning
+    assert paper.pruning.compensation is Compensation.bias
+    assert [moe.plain.router_init for moe in (paper.moe, ours.moe) if moe.plain] == [
+        RouterInit.random,
+        RouterInit.distilled,
+    ]
+    assert [*ours.retrain.stages] == ["router", "experts"] == [*paper.retrain.stages][:2]
+    assert ours.retrain.stages["experts"].train == paper.retrain.stages["experts"].train
 
 
 def test_groups_are_not_named_in_vain() -> None:
@@ -224,7 +243,7 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
 
 @pytest.mark.parametrize("experiment", experiments())
 def test_an_experiment_leaves_the_model_the_data_and_the_hardware_alone(experiment: str) -> None:
-    plain, chosen = typed(), typed(experiment)
+    plain, chosen = typed(*(["budget=paper"] if experiment in PAPER else [])), typed(experiment)
     assert chosen.model == plain.model
     assert chosen.calibration_domains == plain.calibration_domains
     assert chosen.trainer == plain.trainer
@@ -251,7 +270,7 @@ def test_the_commands_in_the_papers_comments_compose(experiment: str) -> None:
     assert paper.calibration_domains.source is TextSource.hub
     assert sum(stage.tokens for stage in paper.retrain.stages.values()) == pytest.approx(15.5e9, rel=0.01)
     assert small.retrain.corpus.chosen is CorpusSource.domains
-    assert sum(stage.tokens for stage in small.retrain.stages.values()) == 65536 + 131072
+    assert sum(stage.tokens for stage in small.retrain.stages.values()) == 131072
 
 
 # ---------------------------------------------------------------------------------------------------- analyses
@@ -344,9 +363,9 @@ def test_the_published_baselines() -> None:
 
 
 def test_the_paper_domains() -> None:
-    config = typed("calibration_domains=paper").calibration_domains
+    config = typed("budget=paper", "calibration_domains=paper").calibration_domains
     assert list(config.hub) == DOMAINS
-    assert (config.samples, config.length) == (1024, 256)
+    assert (config.samples, config.group_samples, config.length) == (1024, 1024, 256)
     assert all(source.test is not None for source in config.hub.values())
 
 
@@ -448,23 +467,135 @@ def test_settings_of_tasks_that_make_no_sense(override: str, message: str) -> No
         typed(override)
 
 
-@pytest.mark.parametrize("option", [option for option in options() if option.startswith("model=")])
-def test_models_from_the_hub_default_to_bfloat16_and_the_others_run_on_a_cpu(option: str) -> None:
-    model = typed(option, *NEEDED.get(option, [])).model
-    from_hub = "/" in model.path and not model.path.startswith("/")
-    assert model.dtype is (Dtype.bfloat16 if from_hub else Dtype.float32)
-    assert model.name == option.removeprefix("model=")
+# ----------------------------------------------------------------------------------------------- models and budgets
+
+MODELS = [option for option in options() if option.startswith("model=")]
+REAL = [option for option in MODELS if option != "model=tiny"]
+BUDGETS = [option for option in options() if option.startswith("budget=")]
 
 
-def test_models_from_the_hub_choose_a_gpu_and_large_ones_low_rank_experts_unless_something_else_is_asked_for() -> None:
-    def chosen(*overrides: str) -> tuple[str, Freezing]:
+def of_model(option: str, *overrides: str) -> Config:
+    return typed(option, *NEEDED.get(option, []), *overrides)
+
+
+@pytest.mark.parametrize("option", MODELS)
+def test_every_budget_goes_with_every_model(option: str) -> None:
+    times = {}
+    for budget in BUDGETS:
+        config = of_model(option, budget)
+        times[budget] = plan(config, locate_architecture(config.model), device="h100").seconds
+        assert option == f"model={config.model.name}"
+        assert budget == f"budget={config.budget.name}"
+        if option in REAL and budget != "budget=toy":
+            assert config.calibration_domains.source is TextSource.hub
+            assert min(config.retrain.length, *config.eval.lengths) >= 1024
+            assert config.retrain.corpus.chosen is CorpusSource.hub
+            assert config.retrain.corpus.hub.path == "HuggingFaceFW/fineweb-edu"
+    assert times["budget=minutes"] < times["budget=hours"] < times["budget=paper"]
+
+
+@pytest.mark.parametrize("option", REAL)
+def test_a_real_model_composes_a_real_run(option: str) -> None:
+    config = of_model(option)
+    assert config.budget.name == "hours"
+    assert config.retrain.length == 2048
+    assert config.retrain.corpus.hub.streaming
+    assert 39e6 < sum(stage.tokens for stage in config.retrain.stages.values()) < 41e6
+    assert config.eval.lengths == [2048]
+    assert {name: entry.lengths for name, entry in config.eval.sets.items()} == {
+        "wikitext2_raw": [2048],
+        "lambada": [2048],
+    }
+    assert config.eval.tasks == ["piqa", "arc_easy", "hellaswag", "winogrande", "sciq"]
+    assert config.model.dtype is None
+
+
+def test_the_embedded_model_composes_a_toys_run() -> None:
+    config = typed()
+    assert config.budget.name == "toy"
+    assert config.calibration_domains.source is TextSource.embedded
+    assert (config.calibration_domains.samples, config.retrain.length, config.eval.lengths) == (32, 256, [256])
+    assert config.retrain.corpus.chosen is CorpusSource.domains
+    assert (config.eval.tasks, config.eval.windows) == ([], 12)
+    stage = config.retrain.stages["experts"]
+    assert (stage.tokens, stage.batch, stage.learning_rate) == (131072, 8, 1.5e-3)
+    assert (config.trainer.accelerator, config.trainer.precision, config.model.dtype) == (
+        "cpu",
+        "32-true",
+        Dtype.float32,
+    )
+
+
+def test_a_budget_makes_no_stage_and_an_override_goes_before_it() -> None:
+    assert typed("model=llama2-7b", "budget=paper", "retrain=none").retrain.stages == {}
+    own = typed("model=llama2-7b", "retrain=none", "+retrain.stages={mine:{tokens:4096,batch:2,train:{norms:full}}}")
+    assert list(own.retrain.stages) == ["mine"]
+    more = typed("model=tinyllama", "budget=minutes", "retrain.stages.experts.tokens=1000000", "eval.windows=7")
+    assert (more.retrain.stages["experts"].tokens, more.retrain.stages["experts"].batch) == (1000000, 2)
+    assert (more.eval.windows, more.eval.task_limit) == (7, 20)
+    assert typed("budget.tokens=4096").retrain.stages["experts"].tokens == 4096
+    for budget in ("minutes", "hours", "paper"):
+        config = typed("model=tinyllama", f"budget={budget}", "retrain=two_stages")
+        assert sum(stage.tokens for stage in config.retrain.stages.values()) == config.budget.tokens
+
+
+def test_the_corpus_is_the_one_that_is_named() -> None:
+    own = ("calibration_domains=local", "calibration_domains.path=DIR")
+    assert typed("model=llama2-7b", "retrain.corpus.path=FILE").retrain.corpus.chosen is CorpusSource.local
+    assert typed("model=llama2-7b", "retrain.corpus.source=domains").retrain.corpus.chosen is CorpusSource.domains
+    assert typed("model=llama2-7b", *own).retrain.corpus.chosen is CorpusSource.domains
+    paper = typed("model=llama2-7b", "experiment=paper_1_8").retrain.corpus.hub
+    assert (paper.path, paper.config) == ("gmongaras/SlimPajama-627B_Reupload", None)
+
+
+def test_size_decides_how_experts_are_trained_unless_something_else_is_asked_for(build: Build, tmp_path: Path) -> None:
+    def chosen(*overrides: str) -> tuple[str, Freezing, float]:
         config = typed(*overrides)
-        return config.trainer.accelerator, config.retrain.stages["experts"].train.experts
+        stage = config.retrain.stages["experts"]
+        return config.trainer.accelerator, stage.train.experts, stage.learning_rate
 
-    assert chosen() == ("cpu", Freezing.full)
-    assert chosen("model=tinyllama") == ("gpu", Freezing.full)
-    assert chosen("model=llama2-7b", "moe.experts=8") == ("gpu", Freezing.lora)
-    assert chosen("model=llama2-7b", "experiment=dive_plus") == ("gpu", Freezing.lora)
-    assert chosen("model=llama2-7b", "retrain=default", "trainer=cpu") == ("cpu", Freezing.full)
+    assert chosen() == ("cpu", Freezing.full, 1.5e-3)
+    assert chosen("model=smollm2-135m") == ("auto", Freezing.full, 5e-4)
+    assert chosen("model=tinyllama") == ("auto", Freezing.full, 2e-4)
+    assert chosen("model=llama2-7b", "moe.experts=8") == ("gpu", Freezing.lora, 2e-4)
+    assert chosen("model=llama2-7b", "experiment=dive_plus") == ("gpu", Freezing.lora, 2e-4)
+    assert chosen("model=llama2-7b", "retrain=full", "trainer=cpu") == ("cpu", Freezing.full, 2e-4)
+    assert chosen("model=tinyllama", "retrain=lora") == ("auto", Freezing.lora, 2e-4)
     assert typed("model=llama2-7b", "trainer=ddp").trainer.devices == 8
     assert typed("model=llama2-7b", "experiment=paper_1_8").retrain == typed("experiment=paper_1_8").retrain
+
+    build("llama").config.save_pretrained(tmp_path)
+    local = ("model=local", f"model.path={tmp_path}")
+    assert chosen(*local) == ("auto", Freezing.full, 1.5e-3)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    large = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    (tmp_path / "config.json").write_text(json.dumps(settings | large))
+    assert chosen(*local) == ("auto", Freezing.lora, 2e-4)
+
+
+def test_the_device_decides_what_is_left_to_it() -> None:
+    config = typed("model=smollm2-135m")
+    for gpu, found in ((True, ("gpu", "bf16-mixed", Dtype.bfloat16)), (False, ("cpu", "32-true", Dtype.float32))):
+        settled = config.settled(gpu=gpu)
+        assert (settled.trainer.accelerator, settled.trainer.precision, settled.model.dtype) == found
+        assert settled.settled(gpu=not gpu) == settled
+    on_cpu = typed("model=llama2-7b", "trainer=cpu").settled(gpu=True)
+    assert (on_cpu.trainer.accelerator, on_cpu.model.dtype) == ("cpu", Dtype.float32)
+    assert typed("model=tinyllama", "trainer=fsdp").settled(gpu=True).model.dtype is Dtype.float32  # it shards one type
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ((), 1),  # 8 × 256
+        (("model=llama2-7b",), 32),  # 64 × 2048: two sequences a pass
+        (("model=llama2-7b", "trainer.devices=8", "trainer=ddp"), 4),
+        (("model=llama2-7b", "trainer.pass_tokens=100"), 64),  # never less than a sequence
+        (("model=llama2-7b", "trainer.accumulation=8"), 8),
+        (("model=llama2-7b", "trainer.accumulation=8", "retrain.stages.experts.accumulation=16"), 16),
+        (("model=llama2-7b", "retrain.stages.experts.batch=3"), 3),  # two do not divide it
+    ],
+)
+def test_a_step_is_cut_into_passes_that_fit(overrides: tuple[str, ...], passes: int) -> None:
+    config = typed(*overrides)
+    assert config.accumulation(config.retrain.stages["experts"]) == passes

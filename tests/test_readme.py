@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,20 @@ def test_command_composes(command: str) -> None:
         ]
     register_schema(name, schema)
     with initialize_config_dir(str(CONF), version_base=None):
-        to_typed(compose(name, overrides), schema)
+        here = ["model.path=embedded" if override == "model.path=DIR" else override for override in overrides]
+        to_typed(compose(name, here), schema)
+
+
+@pytest.mark.parametrize("domains", [None, "my texts, all"])
+def test_make_real_composes(domains: str | None) -> None:
+    asked = ["make", "--dry-run", "real", *([f"DOMAINS={domains}"] if domains else [])]
+    done = subprocess.run(asked, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.replace("\\\n", " ").partition("-m dive.train")[2])
+    register_schema("config", Config)
+    with initialize_config_dir(str(CONF), version_base=None):
+        config = to_typed(compose("config", words), Config)
+    assert config.model.path.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert config.calibration_domains.path == domains
 
 
 def test_linked_files_exist() -> None:

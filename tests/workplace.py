@@ -88,7 +88,12 @@ class Workplace:
     def __init__(self, root: Path, model: Path, domains: Path) -> None:
         self.root = root
         self.settings = [
+            "budget=toy",
+            "eval=default",
+            "trainer.accelerator=cpu",
+            "trainer.precision=32-true",
             "model=local",
+            "model.dtype=float32",
             f"model.path={model}",
             "calibration_domains=local",
             f"calibration_domains.path={domains}",

@@ -3,7 +3,8 @@
 Shapes: n domains.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,6 +132,34 @@ def adjusted_rand_index(one: Sequence[Sequence[str]], other: Sequence[Sequence[s
     expected = ours * theirs / total if total else 0.0
     largest = (ours + theirs) / 2
     return 1.0 if largest == expected else (both - expected) / (largest - expected)
+
+
+def favourite_groups(share: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """Domains by the expert that gets most of their tokens; share: {domain: (E,)}."""
+    found: dict[int, list[str]] = {}
+    for domain, shares in share.items():
+        found.setdefault(int(np.argmax(shares)), []).append(domain)
+    return list(found.values())
+
+
+def routing_overlap(
+    by_layer: Mapping[str, ArrayLike], groups: Sequence[Sequence[str]]
+) -> tuple[float | None, float | None]:
+    """How alike two domains are routed, Σ_e min(p_e, q_e): 1 if equally, 0 if they share no expert.
+
+    Args:
+        by_layer: {domain: (L, E)}, shares of its tokens.
+
+    Returns:
+        Mean over layers and pairs of domains of one group, and of different groups; none where there is no such pair.
+    """
+    group = {domain: number for number, members in enumerate(groups) for domain in members}
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for one, other in itertools.combinations([domain for domain in by_layer if domain in group], 2):
+        alike = np.minimum(by_layer[one], by_layer[other]).sum(axis=-1).mean()
+        found[group[one] == group[other]].append(float(alike))
+    within, between = (float(np.mean(values)) if values else None for values in (found[True], found[False]))
+    return within, between
 
 
 def random_groups(domains: Sequence[str], *, experts: int, seed: int) -> list[list[str]]:

@@ -120,8 +120,8 @@ class Groups:
     members: list[list[str]]
     """One list an expert; one of all domains where experts do not begin with groups."""
     clustering: dict[str, Any] | None = None
-    """Of mined groups: matrix, tree, quality, measure, and ``agreement``, the adjusted Rand index between these groups and those
-    by the other measures; seconds."""
+    """Mined groups, whether experts begin with them or not: matrix, tree, quality, measure, and ``agreement``, the adjusted Rand
+    index between these groups and those by the other measures; seconds."""
 
     def together(self) -> list[list[str]]:
         """All domains as one group."""
@@ -145,14 +145,14 @@ def choose_groups(
         tokens: {domain: (N, T) int64} for calibration.
         measured: {domain: (N, T) int64}, other text of the domains, to measure pruned models on.
     """
-    names, experts = list(tokens), config.moe.experts
-    if config.grouping is None:
-        return Groups([names])
+    if config.grouping is Grouping.mined:
+        return mined_groups(run, config, model, tokens, measured)
+    names, members = list(tokens), [list(tokens)]
     if config.grouping is Grouping.random:
-        return Groups(random_groups(names, experts=experts, seed=config.seed))
-    if config.grouping is not Grouping.mined:
-        return Groups(given_groups(config.affinity.groups or [], names))
-    return mined_groups(run, config, model, tokens, measured)
+        members = random_groups(names, experts=config.moe.experts, seed=config.seed)
+    elif config.grouping is not None:
+        members = given_groups(config.affinity.groups or [], names)
+    return Groups(members, map_domains(run, config, model, tokens) if config.maps and len(names) > 2 else None)
 
 
 def given_groups(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[str]]:
@@ -180,28 +180,65 @@ def mined_groups(
     metric, chosen = pruning.score_metric, config.affinity.measure
     with run.stage("calibration"):
         statistics = calibrate(run, batch, model=model, tokens=tokens, taylor=metric is Metric.taylor)
-    scored: dict[str, Any] = {
-        "model": model,
-        "statistics": statistics,
-        "metric": metric,
-        "seed": config.seed if metric is Metric.random else 0,
+    scored = _scored(config, model, statistics, metric)
+    costly = scored | {
+        "width": pruning.width(model.channels),
+        "measured": measured,
+        "bias": pruning.compensation is not Compensation.none,
     }
-    kept = scored | {"width": pruning.width(model.channels)}
-    costly = kept | {"measured": measured, "bias": pruning.compensation is not Compensation.none}
     with run.stage("mining"):
-        matrices = {
-            Measure.perplexity: mine(run, batch, **costly)
-            if chosen is Measure.perplexity
-            else mine.find(run, **costly),
-            Measure.importance: compare_importance(run, **scored),
-            Measure.mask_overlap: compare_masks(run, **kept),
-        }
-        clustered = {
-            measure: group(run, matrix=matrix, experts=config.moe.experts, linkage=config.affinity.linkage)
-            for measure, matrix in matrices.items()
-            if matrix is not None
-        }
-    found = {measure: artifact.read("groups.json") for measure, artifact in clustered.items()}
+        mined = mine(run, batch, **costly) if chosen is Measure.perplexity else mine.find(run, **costly)
+        found = _clustered(run, config, model, scored, mined, chosen=chosen, groups=config.moe.experts)
+    found["seconds"] += statistics.seconds
+    return Groups(found["groups"], found)
+
+
+def map_domains(run: HasStages, config: Config, model: Dense, tokens: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Groups that importance would make, where experts begin otherwise: to be looked at beside what the experts serve.
+
+    From ``affinity.mapped`` calibration sequences of each domain, by FLAP's score, which needs their statistics alone.
+    """
+    few = {domain: matrix[: config.affinity.mapped] for domain, matrix in tokens.items()}
+    with run.stage("mining"):
+        statistics = calibrate(run, config.calibration_domains.batch, model=model, tokens=few, taylor=False)
+        scored = _scored(config, model, statistics, Metric.wifv)
+        groups = min(config.moe.experts, len(few))
+        found = _clustered(run, config, model, scored, None, chosen=Measure.importance, groups=groups)
+    found["seconds"] += statistics.seconds
+    return found
+
+
+def _scored(config: Config, model: Dense, statistics: Artifact, metric: Metric) -> dict[str, Any]:
+    """What every measure is taken of."""
+    seed = config.seed if metric is Metric.random else 0
+    return {"model": model, "statistics": statistics, "metric": metric, "seed": seed}
+
+
+def _clustered(
+    run: HasStages,
+    config: Config,
+    model: Dense,
+    scored: Mapping[str, Any],
+    mined: Artifact | None,
+    *,
+    chosen: Measure,
+    groups: int,
+) -> dict[str, Any]:
+    """:attr:`Groups.clustering` by the chosen measure; the seconds are those of its matrix.
+
+    Args:
+        mined: of :func:`mine`, if there is one.
+    """
+    matrices = {
+        Measure.perplexity: mined,
+        Measure.importance: compare_importance(run, **scored),
+        Measure.mask_overlap: compare_masks(run, **scored, width=config.pruning.width(model.channels)),
+    }
+    found: dict[Measure, dict[str, Any]] = {
+        measure: group(run, matrix=matrix, experts=groups, linkage=config.affinity.linkage).read("groups.json")
+        for measure, matrix in matrices.items()
+        if matrix is not None
+    }
     matrix = matrices[chosen]
     assert matrix is not None
     agreement = {
@@ -209,7 +246,5 @@ def mined_groups(
         for measure, other in found.items()
         if measure is not chosen
     }
-    members = found[chosen].pop("groups")
-    seconds = statistics.seconds + matrix.seconds
-    about = {"measure": chosen.value, "agreement": agreement, "seconds": seconds}
-    return Groups(members, found[chosen] | matrix.read(MATRIX) | about)
+    about = {"measure": chosen.value, "agreement": agreement, "seconds": matrix.seconds}
+    return {**found[chosen], **matrix.read(MATRIX), **about}

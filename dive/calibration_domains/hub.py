@@ -15,6 +15,7 @@ from typing import Any, Literal
 from dive.config import HubTextConfig
 from dive.connection import hub_answers
 from dive.errors import UserError
+from dive.model.chat import Chat
 
 # --------------------------------------------------------------------------------------------------- template
 
@@ -34,21 +35,34 @@ FIELD = re.compile(r"(?P<columns>[^\[\]{}]+)(?P<keys>(?:\[[^\[\]{}]+\])*)")
 COUNTED = re.compile(r"(?P<column>.+)-(?P<first>\d+)")
 
 
-def render(template: str, row: Mapping[str, object], *, where: str = "template") -> str | None:
+def render(
+    template: str, row: Mapping[str, object], *, where: str = "template", chat: Chat | None = None
+) -> str | None:
     """Put a row into words; :attr:`HubTextConfig.template` documents the syntax.
+
+    Args:
+        chat: what makes a document of a list of messages that is all there is in the template.
 
     Returns:
         None if the row lacks one of the values: null, an empty list, a position past it, a hidden answer.
 
     Raises:
-        UserError: the template is malformed, or does not fit the row; ``where`` names its override.
+        UserError: the template is malformed, or does not fit the row; ``where`` names its override. Or ``chat`` fails.
     """
     parts: list[str] = []
-    for literal, entry in _parse(template, where):
+    pieces = _parse(template, where)
+    for literal, entry in pieces:
         parts.append(literal)
         if entry is None:
             continue
-        text = _words(_look_up(entry, row, where), entry, where)
+        value = _look_up(entry, row, where)
+        if chat is not None and isinstance(value, list) and value and isinstance(value[0], Mapping):
+            if (literal, len(pieces)) != ("", 1):
+                raise UserError(
+                    f"{where}: {entry.written} is a conversation, and has to be all there is in the template"
+                )
+            return chat(value, f"{where}: {entry.written}")
+        text = _words(value, entry, where)
         if text is None:
             return None
         parts.append(text)
@@ -153,6 +167,7 @@ def hub_texts(
     seed: int | None = None,
     shuffle_buffer: int = 10_000,
     keep_empty: bool = False,
+    chat: Chat | None = None,
 ) -> Iterator[str]:
     """Texts of one data set, one a row; it is opened at once, and its rows are read as they are asked for.
 
@@ -163,6 +178,7 @@ def hub_texts(
         seed: of a random order; the data set's own order if None. Neighbouring rows often share a passage.
         shuffle_buffer: rows held to shuffle a stream.
         keep_empty: whether empty texts count, as in WikiText's blank lines; otherwise they are left out.
+        chat: of :func:`render`.
 
     Raises:
         UserError: the data set cannot be found or read, or its rows do not fit the template.
@@ -175,13 +191,15 @@ def hub_texts(
             if source.streaming
             else rows.shuffle(seed=seed, keep_in_memory=True)
         )
-    return _texts(rows, source, split, where, keep_empty)
+    return _texts(rows, source, split, where, keep_empty, chat)
 
 
-def _texts(rows: Any, source: HubTextConfig, split: str, where: str, keep_empty: bool) -> Iterator[str]:
+def _texts(
+    rows: Any, source: HubTextConfig, split: str, where: str, keep_empty: bool, chat: Chat | None
+) -> Iterator[str]:
     count = 0
     for row in rows:
-        text = render(source.template, row, where=f"{where}.template")
+        text = render(source.template, row, where=f"{where}.template", chat=chat)
         if text is not None and (keep_empty or text.strip()):
             count += 1
             yield text

@@ -8,28 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dive.errors import UserError
+from dive.model.chat import Chat
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 
 
-def read_documents(file: Path, *, field: str, where: str) -> list[str]:
+def read_documents(file: Path, *, field: str, where: str, chat: Chat | None = None) -> list[str]:
     """Documents of one file: a jsonl line or parquet row each; a txt file is one document.
 
     Args:
         file: .jsonl, .txt or .parquet; a byte order mark at the start of the first two is no text.
         field: text column of jsonl and parquet.
         where: override to name in errors.
+        chat: what makes a document of a list of messages in that column; there may be none without it.
 
     Raises:
-        UserError: the file cannot be read as what its name says, or lacks the column, or holds no text.
+        UserError: the file cannot be read as what its name says, or lacks the column, or holds no text; or ``chat`` fails.
     """
     try:
         if not file.is_file() and file.exists():  # reading a pipe would wait for a writer
             raise UserError(f"{where}: {printable(file)} is not a file")
         if file.suffix == ".parquet":
-            documents = _read_parquet(file, field, where)
+            documents = _read_parquet(file, field, where, chat)
         elif file.suffix == ".jsonl":
-            documents = _read_jsonl(file, field, where)
+            documents = _read_jsonl(file, field, where, chat)
         elif file.suffix == ".txt":
             documents = [file.read_text(encoding="utf-8-sig")]
             if "\0" in documents[0]:
@@ -46,7 +48,7 @@ def read_documents(file: Path, *, field: str, where: str) -> list[str]:
     return documents
 
 
-def _read_jsonl(file: Path, field: str, where: str) -> list[str]:
+def _read_jsonl(file: Path, field: str, where: str, chat: Chat | None) -> list[str]:
     documents = []
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
@@ -56,17 +58,20 @@ def _read_jsonl(file: Path, field: str, where: str) -> list[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: {file}:{number} is not JSON ({getattr(error, 'msg', error)})") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            value = row.get(field) if isinstance(row, dict) else None
+            if chat is not None and isinstance(value, list):
+                value = chat(value, f"{where}: {file}:{number}")
+            if not isinstance(value, str):
                 columns = sorted(row) if isinstance(row, dict) else type(row).__name__
                 raise UserError(
                     f"{where}: {file}:{number} has no text column {field!r} (it has {columns}); set the column's name by the "
                     f"override `text_field` beside the path"
                 )
-            if not _encodable(row[field]):
+            if not _encodable(value):
                 raise UserError(
                     f"{where}: {file}:{number} has half a surrogate pair (\\ud800 to \\udfff), which is no character"
                 )
-            documents.append(row[field])
+            documents.append(value)
     return documents
 
 
@@ -78,7 +83,7 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _read_parquet(file: Path, field: str, where: str) -> list[str]:
+def _read_parquet(file: Path, field: str, where: str, chat: Chat | None) -> list[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -89,6 +94,11 @@ def _read_parquet(file: Path, field: str, where: str) -> list[str]:
         values = pyarrow.parquet.read_table(file, columns=[field])[field].to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(f"{where}: {file} is not a readable parquet file ({str(error).splitlines()[0]})") from error
+    if chat is not None:
+        values = [
+            chat(value, f"{where}: {file}, row {number}") if isinstance(value, list) else value
+            for number, value in enumerate(values, start=1)
+        ]
     if not all(value is None or isinstance(value, str) for value in values):
         raise UserError(f"{where}: column {field!r} of {file} is not text")
     return [value for value in values if value]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dive.errors import UserError
+from dive.model.chat import Conversation
 from dive.store import identity
 
 
@@ -26,17 +27,17 @@ def _(value: Tensor) -> str:
 Tokenize = Callable[[str], list[int]]
 
 PIECE = 8000
-"""Characters; a longer document counts as several, so that a book is not tokenised for one crop of it."""
+"""Characters; a longer document counts as several, so that a book is not tokenised for one crop of it. A conversation is one:
+a cut could fall into a special token."""
 
 
 def pieces(documents: Sequence[str]) -> list[str]:
-    """Documents of at most :data:`PIECE` characters."""
-    return [
-        d[start : start + PIECE]
+    """Documents of at most :data:`PIECE` characters, and whole conversations."""
+    parts = (
+        [d] if isinstance(d, Conversation) else [d[start : start + PIECE] for start in range(0, len(d), PIECE)]
         for d in documents
-        for start in range(0, len(d), PIECE)
-        if d[start : start + PIECE].strip()
-    ]
+    )
+    return [part for some in parts for part in some if part.strip()]
 
 
 RESERVE = 5
@@ -176,6 +177,8 @@ def evaluation_windows(
 
 def _beginning(document: str, tokenize: Tokenize, wanted: int) -> list[int]:
     """Tokens of a document from its start, at least ``wanted`` if it has so many; a very long one is not tokenised whole."""
+    if isinstance(document, Conversation):
+        return tokenize(document)
     characters = 64 * wanted
     while True:
         tokens = tokenize(document[:characters])

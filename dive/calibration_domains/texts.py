@@ -11,6 +11,7 @@ from typing import Literal
 from dive.calibration_domains.local import domain_directories, passed_over, read_documents, split_file
 from dive.config import CalibrationDomainsConfig, EvalSetConfig, HubTextConfig, TextSource
 from dive.errors import UserError
+from dive.model.chat import Chat, Conversation, passages
 from dive.store import identity
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,12 @@ def domain_names(config: CalibrationDomainsConfig) -> list[str]:
     return list(config.domains or config.hub)
 
 
-def load_domains(config: CalibrationDomainsConfig, *, seed: int) -> list[DomainTexts]:
+def load_domains(config: CalibrationDomainsConfig, *, seed: int, chat: Chat | None = None) -> list[DomainTexts]:
     """Texts of every domain, train and test.
 
     Args:
         seed: of the order in which hub data sets are read.
+        chat: what makes documents of lists of messages; there may be none without it.
 
     Raises:
         UserError: a domain is unknown, unreadable or empty.
@@ -74,7 +76,9 @@ def load_domains(config: CalibrationDomainsConfig, *, seed: int) -> list[DomainT
             DomainTexts(
                 name,
                 *(
-                    read_documents(split_file(directory, split, where=where), field=config.text_field, where=where)
+                    read_documents(
+                        split_file(directory, split, where=where), field=config.text_field, where=where, chat=chat
+                    )
                     for split in ("train", "test")
                 ),
             )
@@ -83,8 +87,8 @@ def load_domains(config: CalibrationDomainsConfig, *, seed: int) -> list[DomainT
     return [
         DomainTexts(
             name,
-            train=hub_documents(config.hub[name], "train", where=f"{where}.hub.{name}", seed=seed),
-            test=hub_documents(config.hub[name], "test", where=f"{where}.hub.{name}", seed=None),
+            train=hub_documents(config.hub[name], "train", where=f"{where}.hub.{name}", seed=seed, chat=chat),
+            test=hub_documents(config.hub[name], "test", where=f"{where}.hub.{name}", seed=None, chat=chat),
         )
         for name in (config.domains or config.hub)
     ]
@@ -97,25 +101,29 @@ def hub_documents(
     where: str,
     seed: int | None,
     keep_empty: bool = False,
+    chat: Chat | None = None,
 ) -> list[str]:
     """Documents of the ``train`` or ``test`` split of a hub data set, at most :data:`HUB_DOCUMENTS`.
 
     Args:
         seed: of the order in which they are read; their own order if none.
         keep_empty: keep blank documents, which count where a text is joined from its lines.
+        chat: as in :func:`load_domains`.
 
     Raises:
         UserError: it cannot be reached, or holds no text.
     """
     from dive.calibration_domains.hub import hub_texts
 
-    return list(
-        itertools.islice(hub_texts(source, which, where=where, seed=seed, keep_empty=keep_empty), HUB_DOCUMENTS)
-    )
+    texts = hub_texts(source, which, where=where, seed=seed, keep_empty=keep_empty, chat=chat)
+    return list(itertools.islice(texts, HUB_DOCUMENTS))
 
 
-def load_eval_set(name: str, config: EvalSetConfig) -> list[str]:
+def load_eval_set(name: str, config: EvalSetConfig, *, chat: Chat | None = None) -> list[str]:
     """Documents of a named evaluation set, blank ones included where it comes from the hub.
+
+    Args:
+        chat: as in :func:`load_domains`.
 
     Raises:
         UserError: it cannot be read.
@@ -123,22 +131,24 @@ def load_eval_set(name: str, config: EvalSetConfig) -> list[str]:
     where = f"eval.sets.{name}"
     if config.source is TextSource.hub:
         assert config.hub is not None
-        return hub_documents(config.hub, "test", where=f"{where}.hub", seed=None, keep_empty=True)
+        return hub_documents(config.hub, "test", where=f"{where}.hub", seed=None, keep_empty=True, chat=chat)
     assert config.path is not None
     if config.source is TextSource.embedded:
         from dive.calibration_domains.embedded import embedded_texts
 
         return embedded_texts([config.path])[config.path][1]
-    return read_documents(Path(config.path).expanduser(), field=config.text_field, where=where)
+    return read_documents(Path(config.path).expanduser(), field=config.text_field, where=where, chat=chat)
 
 
 def fingerprint(documents: Iterable[str]) -> str:
-    """SHA-256 over the documents in order."""
+    """SHA-256 over the documents in order; a conversation is none of the text that it is written as."""
     digest = hashlib.sha256()
     for document in documents:
         encoded = document.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
+        if isinstance(document, Conversation):  # makes other tokens; no text is as long as this
+            digest.update(b"\xff" * 8 + fingerprint(document.spoken).encode())
     return digest.hexdigest()
 
 
@@ -180,4 +190,4 @@ def refuse_overlap(training: frozenset[str], test: Sequence[str], *, name: str) 
 
 
 def _normal(document: str) -> str:
-    return " ".join(document.casefold().split())
+    return " ".join(" ".join(passages(document)).casefold().split())

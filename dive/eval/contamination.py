@@ -20,13 +20,14 @@ from dive.calibration_domains.texts import Documents, DomainTexts
 from dive.config import EvalConfig
 from dive.eval.evaluate import EvaluationTexts
 from dive.eval.tasks import Task, TaskSuite
+from dive.model.chat import passages
 from dive.store import HasStore, Place, step, write_json
 
 log = logging.getLogger(__name__)
 
 Hashes: TypeAlias = NDArray[np.uint64]
 Document: TypeAlias = Sequence[str]
-"""The passages of one document; a plain text is one passage."""
+"""The passages of one document; a plain text is one passage, a conversation has one a message."""
 
 WORD = re.compile(r"[^\W_]+")
 GAP = re.compile(r"[\W_]")
@@ -214,12 +215,12 @@ def look_for_overlap(
         tasks: {"tasks/<name>": questions}
     """
     evaluation: dict[str, Sequence[Document]] = {
-        name: [[document] for document in documents.items[:DOCUMENTS]] for name, documents in texts.items()
+        name: [passages(document) for document in documents.items[:DOCUMENTS]] for name, documents in texts.items()
     }
     evaluation |= {name: [*itertools.islice(task.documents(), DOCUMENTS)] for name, task in tasks.items()}
     cut = {name: sum(sum(map(len, row)) > CHARACTERS for row in rows) for name, rows in evaluation.items()}
     evaluation = {name: [*map(_beginning, rows)] for name, rows in evaluation.items()}
-    sources = {name: ([document] for document in documents.items) for name, documents in training.items()}
+    sources = {name: (passages(document) for document in documents.items) for name, documents in training.items()}
     found: dict[str, Any] = {"ngram": ngram, "domains": {}, "sets": {}, "tasks": {}}
     for key, overlap in find_overlap(sources, evaluation, n=ngram).items():
         overlap.cut = cut[key]

@@ -13,6 +13,7 @@ from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_ov
 from dive.config import EvalConfig
 from dive.errors import UserError
 from dive.eval.perplexity import geometric_mean, perplexity
+from dive.model.chat import Chat, Conversation
 from dive.progress import track
 from dive.store import identity
 
@@ -43,11 +44,13 @@ def evaluation_texts(
     tokenize: Tokenize,
     *,
     corpus: Sequence[str] = (),
+    chat: Chat | None = None,
 ) -> EvaluationTexts:
     """Cut the test texts into windows.
 
     Args:
         corpus: retraining documents beside the domains' own.
+        chat: what makes documents of lists of messages in ``eval.sets``.
 
     Raises:
         UserError: a text is too short, unreadable, or stands in the training text.
@@ -64,10 +67,10 @@ def evaluation_texts(
             for d in domains
         }
     for name, entry in config.sets.items():
-        documents = load_eval_set(name, entry)
+        documents = load_eval_set(name, entry, chat=chat)
         refuse_overlap(training, documents, name=f"eval.sets.{name}")
         texts.documents["sets"][name] = documents
-        if entry.separator is not None:
+        if entry.separator is not None and not any(isinstance(document, Conversation) for document in documents):
             documents = [entry.separator.join(documents)]
         for length in entry.lengths:
             texts.sets[f"{name}@{length}"] = evaluation_windows(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dive.errors import UserError
+from dive.model.chat import Conversation
 from dive.model.load import document_tokens
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def continue_text(
 ) -> str:
     """Print the prompt and its continuation as the tokens come.
 
-    The prompt is cut into tokens like every document in training and evaluation: begun by the boundary token.
+    The prompt is cut into tokens like every document in training and evaluation: begun by the boundary token. Of a
+    conversation what is spoken is printed, and the answer, which ends where the model's generation_config says.
 
     Args:
         temperature: of the sampling; 0 takes the likeliest token each time.
@@ -91,6 +93,8 @@ def continue_text(
             f"max_new_tokens ({max_new_tokens}) and the prompt's {len(ids)} tokens exceed the model's {positions} positions; "
             "lower max_new_tokens or shorten the prompt"
         )
+    if chats := isinstance(prompt, Conversation):
+        print(*prompt.spoken, sep="\n")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     torch.manual_seed(seed)
     batch = torch.tensor([ids], device=model.device)
@@ -99,7 +103,7 @@ def continue_text(
         attention_mask=torch.ones_like(batch),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=chats, skip_special_tokens=True),
         **({"do_sample": False} | sampling),
     )
     text: str = tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)

@@ -22,10 +22,11 @@ def token_nll(model: "PreTrainedModel", windows: Tensor, *, batch: int) -> tuple
     total, count = 0.0, 0
     for rows in windows.split(batch):
         ids = rows.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nll = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        total += float(nll)
-        count += ids[:, 1:].numel()
+        logits = model(input_ids=ids, use_cache=False).logits
+        # A window at a time: the softmax of a large vocabulary is as large again as the logits.
+        for found, wanted in zip(logits[:, :-1], ids[:, 1:], strict=True):
+            total += float(functional.cross_entropy(found.float(), wanted, reduction="sum"))
+            count += len(wanted)
     return total, count
 
 

@@ -73,6 +73,11 @@ def tables(results: Results) -> dict[str, tuple[list[str | int], list[list[Any]]
         made["affinity/groups"] = (["expert", "domains"], members)
     mined = results.affinity
     if mined is not None:
+        if mined.groups is not None and mined.groups != results.groups:
+            made["affinity/mapped"] = (
+                ["group", "domains"],
+                [[n, ", ".join(group)] for n, group in enumerate(mined.groups)],
+            )
         for measure, matrix in (("perplexity", mined.perplexity), ("similarity", mined.similarity)):
             if matrix is not None:
                 rows = [[domain, *row] for domain, row in zip(mined.domains, matrix, strict=True)]

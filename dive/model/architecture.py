@@ -11,10 +11,13 @@ from typing import Any, NoReturn
 from dive.config import ArchitectureConfig, ModelConfig
 from dive.errors import UserError, one_line
 from dive.model.families import check_family, twin_of
+from dive.model.gguf import read_gguf
 from dive.model.headers import DEQUANTISE
 
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 """Directory of the model that comes with the package."""
+GGUF = ".gguf"
+"""How files of llama.cpp's format are named."""
 
 FIGURES = (
     "vocab_size",
@@ -32,14 +35,14 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
-    """Figures of the configured model: of its directory's config.json, of ``model.architecture``, or of the cache's config.json.
+    """Figures of the configured model: of its directory or GGUF file, of ``model.architecture``, or of the cache's config.json.
 
     Never asks the hub.
 
     Raises:
         UserError: neither is there, config.json cannot be read or lacks a figure, the two differ, or the family is unknown.
     """
-    found = _config_directory(model)
+    found = _local_or_cached(model)
     if found is None:
         if model.architecture is None:
             raise UserError(
@@ -60,17 +63,17 @@ def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
     return architecture
 
 
-def local_directory(path: str, where: str = "model.path") -> Path | None:
-    """The directory that names a model, or none where it is a hub id.
+def local_model(path: str, where: str = "model.path") -> Path | None:
+    """The directory or GGUF file that names a model, or none where it is a hub id.
 
     Imports nothing heavy: a command calls it first, so that a slip of the pen is said at once.
 
     Args:
-        path: ``embedded``, a directory, or a hub id.
+        path: ``embedded``, a directory, a GGUF file, or a hub id.
         where: override to name in errors.
 
     Raises:
-        UserError: it is meant as a directory, and there is none, or it cannot be read, or holds no config.json.
+        UserError: it is meant as a directory or file, and there is none, or it cannot be read, or holds no config.json.
     """
     if path == "embedded":
         return EMBEDDED
@@ -79,7 +82,9 @@ def local_directory(path: str, where: str = "model.path") -> Path | None:
         if directory.is_dir():
             os.listdir(directory)  # raises where it cannot be read
             if not (directory / "config.json").is_file():
-                raise UserError(f"{where}={path}: no config.json in this directory")
+                raise UserError(f"{where}={path}: no config.json in this directory{name_a_gguf(directory, where)}")
+            return directory
+        if directory.is_file() and directory.suffix == GGUF:
             return directory
     except OSError as error:
         raise UserError(
@@ -87,13 +92,21 @@ def local_directory(path: str, where: str = "model.path") -> Path | None:
         ) from error
     except RuntimeError as error:  # ~nobody
         raise UserError(f"{where}={path}: no such directory ({error})") from error
+    if directory.suffix == GGUF:
+        raise UserError(f"{where}={path}: no such file")
     if directory.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise UserError(f"{where}={path}: no such directory")
     return None
 
 
-def read_settings(directory: Path, named: str) -> dict[str, Any]:
-    """What a directory's config.json holds.
+def name_a_gguf(directory: Path, where: str) -> str:
+    """What is added to the error of a directory that is no model, but holds GGUF files."""
+    files = sorted(directory.glob(f"*{GGUF}"))
+    return f"; one of the GGUF files there is chosen by {where}={files[0]}" if files else ""
+
+
+def read_settings(place: Path, named: str) -> dict[str, Any]:
+    """What a directory's config.json holds, or would hold of a GGUF file.
 
     Args:
         named: what to begin errors with: ``model.path=DIR``.
@@ -101,8 +114,10 @@ def read_settings(directory: Path, named: str) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is no JSON object, or is of quantised weights.
     """
+    if place.is_file():
+        return dict(read_gguf(place, named).settings)
     try:
-        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((place / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{named}: config.json cannot be read ({one_line(error)})") from error
     if not isinstance(found, dict):
@@ -168,10 +183,10 @@ def check_figures(settings: Mapping[str, Any], named: str) -> None:
         refuse("head_dim" if settings.get("head_dim") else "hidden_size", "of an even number of channels for each head")
 
 
-def _config_directory(model: ModelConfig) -> Path | None:
-    directory = local_directory(model.path)
-    if directory is not None or model.architecture is not None:
-        return directory  # model.architecture is checked against the model's own once that is loaded
+def _local_or_cached(model: ModelConfig) -> Path | None:
+    place = local_model(model.path)
+    if place is not None or model.architecture is not None:
+        return place  # model.architecture is checked against the model's own once that is loaded
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)

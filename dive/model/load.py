@@ -1,4 +1,4 @@
-"""Loading dense models from the package, a directory or the hub."""
+"""Loading dense models from the package, a directory, a GGUF file or the hub."""
 
 import copy
 import hashlib
@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,14 @@ from dive.connection import hub_answers
 from dive.errors import UserError, one_line
 from dive.model.architecture import (
     check_figures,
-    local_directory,
+    local_model,
+    name_a_gguf,
     read_settings,
     refuse_quantised,
 )
+from dive.model.chat import Conversation
 from dive.model.families import KNOWN, SUPPORTED, check_supported, twin_of, unsupported
+from dive.model.gguf import Gguf, dequantise, read_gguf
 from dive.model.headers import (
     INDEX,
     WEIGHTS,
@@ -33,6 +36,7 @@ from dive.model.headers import (
     refuse_unexpected,
     weight_files,
 )
+from dive.store import HasStore, Store, WithStore
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,17 +49,19 @@ class DenseSource:
     """A dense model that was found, its configuration read, its weights not yet loaded."""
 
     path: str
-    """Directory or hub id."""
+    """Directory, hub id, or GGUF file."""
     revision: str | None
     config: "PretrainedConfig"
     fingerprint: str
-    """SHA-256 of the configuration, tokenizer and weight files, or the hub's commit hash."""
+    """SHA-256 of the configuration, tokenizer and weight files or of the GGUF file, or the hub's commit hash."""
     dtype: str
     """Element type the weights will be loaded in, or ``auto``."""
     offline: bool
     """Whether the hub is left alone: a directory, or no network."""
     where: str = "model.path"
     """Override that named it, for messages."""
+    gguf: Gguf | None = None
+    """The file, where it is one."""
 
     @property
     def channels(self) -> int:
@@ -74,7 +80,7 @@ def locate_dense(
     """Find a dense model and read its configuration, without its weights.
 
     Args:
-        path: ``embedded``, a directory, or a hub id.
+        path: ``embedded``, a directory, a GGUF file, or a hub id.
         revision: commit, branch or tag on the hub.
         dtype: recorded for the weights' loading.
         where: override to name in errors.
@@ -86,22 +92,26 @@ def locate_dense(
     from transformers import AutoConfig
 
     named = f"{where}={path}"
-    directory = local_directory(path, where)
+    directory = local_model(path, where)
     location = path if directory is None else str(directory)
     offline = directory is None and not hub_answers()
     stored: dict[str, Stored] = {}
+    gguf = read_gguf(directory, named) if directory is not None and directory.is_file() else None
     if directory is not None:
-        settings = read_settings(directory, named)
+        settings = read_settings(directory, named) if gguf is None else dict(gguf.settings)
         family = settings.get("model_type")
         if family not in SUPPORTED and not any_family:
             raise UserError(unsupported(path, family))
         if family in KNOWN:
             check_figures(settings, named)
-        stored = check_files(directory, named)
+        stored = check_files(directory, named) if gguf is None else {}
     try:
-        config = AutoConfig.from_pretrained(
-            location, revision=revision, local_files_only=offline, trust_remote_code=False
-        )
+        if gguf is not None:
+            config = gguf.config(named)
+        else:
+            config = AutoConfig.from_pretrained(
+                location, revision=revision, local_files_only=offline, trust_remote_code=False
+            )
         if not any_family:
             check_supported(config, path)
     except UserError:
@@ -119,14 +129,30 @@ def locate_dense(
     if config.model_type in KNOWN:
         check_figures(config.to_dict(), named)
         _check_model(config, stored, named)
+    if gguf is not None:
+        gguf.check(config, named)
+        log.info("%s: %s; what its weights had beyond is lost", path, gguf.precision)
     if directory is None:
         fingerprint = f"{path}@{getattr(config, '_commit_hash', None) or revision}"
     else:
         try:
-            fingerprint = fingerprint_directory(directory)
+            fingerprint = fingerprint_directory(directory) if gguf is None else gguf.fingerprint()
         except OSError as error:
             raise UserError(f"{named}: {error.filename} cannot be read ({error.strerror})") from error
-    return DenseSource(location, revision, config, fingerprint, dtype, directory is not None or offline, where)
+    return DenseSource(location, revision, config, fingerprint, dtype, directory is not None or offline, where, gguf)
+
+
+def in_safetensors(source: DenseSource, run: HasStore) -> DenseSource:
+    """The model as a directory or on the hub: a GGUF file is de-quantised into the store, once for each element type.
+
+    Raises:
+        UserError: the store takes it not, or the tokenizer in the file cannot be read.
+    """
+    if source.gguf is None:
+        return source
+    dtype = str(source.config.dtype).removeprefix("torch.") if source.dtype == "auto" else source.dtype
+    made = dequantise(run, source.gguf, source.config, file=source.fingerprint, dtype=dtype)
+    return replace(source, path=str(made.path))
 
 
 def _check_model(config: "PretrainedConfig", stored: Mapping[str, Stored], named: str) -> None:
@@ -178,7 +204,8 @@ def check_files(directory: Path, named: str) -> dict[str, Stored]:
                 f"\"from transformers import *; m = AutoModelForCausalLM.from_pretrained('{directory}', dtype='auto'); "
                 f"m.save_pretrained('NEW'); AutoTokenizer.from_pretrained('{directory}').save_pretrained('NEW')\""
             )
-        raise UserError(f"{named}: no weights: a *.safetensors file is missing")
+        hint = name_a_gguf(directory, named.partition("=")[0])
+        raise UserError(f"{named}: no weights: a *.safetensors file is missing{hint}")
     read_headers(shards, named)
     index = directory / INDEX
     if index.is_file():
@@ -207,7 +234,7 @@ def _model_files(directory: Path) -> list[Path]:
     return sorted(
         file
         for file in directory.iterdir()
-        if file.suffix in (".safetensors", ".json", ".model") and file.name != "recipe.json"
+        if file.suffix in (".safetensors", ".json", ".model", ".jinja") and file.name != "recipe.json"
     )
 
 
@@ -360,19 +387,23 @@ def load_dense(
     revision: str | None = None,
     dtype: torch.dtype | str = torch.float32,
     device: str = "auto",
+    store: str = "outputs/store",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a dense model and its tokenizer.
 
     Args:
-        path: a directory, a hub id, or ``embedded`` for the model that comes with the package.
+        path: a directory, a GGUF file, a hub id, or ``embedded`` for the model that comes with the package.
         revision: commit, branch or tag on the hub.
         dtype: of the weights, or ``auto`` for the checkpoint's own.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        store: directory that a GGUF file is de-quantised into.
 
     Raises:
         UserError: it cannot be found, read or turned into a Mixture-of-Experts.
     """
-    source = locate_dense(path, revision)
+    source = locate_dense(path, revision, dtype=str(dtype).removeprefix("torch."))
+    if source.gguf is not None:
+        source = in_safetensors(source, WithStore(Store(Path(store))))
     tokenizer = load_tokenizer(source)
     return load_weights(source, dtype=dtype, device=resolve_device(device)), tokenizer
 
@@ -380,8 +411,9 @@ def load_dense(
 def document_tokens(tokenizer: Any, document: str) -> list[int]:
     """Tokens of one document as language models are trained on it: a boundary token, then the text.
 
-    The boundary is the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing.
+    The boundary is the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing. A conversation has
+    none but what its chat template writes.
     """
     boundary = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if boundary is None else [boundary, *ids]
+    return ids if boundary is None or isinstance(document, Conversation) else [boundary, *ids]

@@ -1,20 +1,25 @@
 """A model as a recipe: what tells it apart, and how to get it. Nothing is loaded before a step needs its weights."""
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from dive.config import Load, ModelConfig
-from dive.model.load import DenseSource, load_weights, locate_dense, resolve_device
+from dive.model.load import DenseSource, in_safetensors, load_weights, locate_dense, resolve_device
 from dive.model.streamed import load_streamed
-from dive.store import Artifact, identity, key_of
+from dive.store import Artifact, HasStore, identity, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Make = Callable[[], "PreTrainedModel"]
+LoadDense = Callable[[DenseSource], "PreTrainedModel"]
 
 
 class Model(Protocol):
@@ -71,6 +76,14 @@ class Slot:
     def clear(self) -> None:
         """Let go of the model."""
         self._key = self._model = None
+        give_back()
+
+
+def give_back() -> None:
+    """Give the system the memory of what nobody uses any more."""
+    gc.collect()  # Lightning's objects hold each other in circles: a trained model and Adam's states would stay
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps gigabytes between what is still in use
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(slots=True)
@@ -79,7 +92,7 @@ class Dense:
 
     source: DenseSource
     device: torch.device
-    make: Make
+    make: LoadDense
     """Loads the weights."""
     slot: Slot = field(default_factory=Slot)
     """For the models assembled from it."""
@@ -92,11 +105,16 @@ class Dense:
         Raises:
             UserError: it is not there, not readable, or of no supported family; or the device does not exist.
         """
+        assert config.dtype is not None, "settled by the device"
         source = locate_dense(config.path, config.revision, dtype=config.dtype.value)
         device = resolve_device(config.device)
         dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
         load = load_streamed if config.load is Load.streamed else load_weights
-        return cls(source, device, lambda: load(source, dtype=dtype, device=device))
+        return cls(source, device, partial(load, dtype=dtype, device=device))
+
+    def in_safetensors(self, run: HasStore) -> "Dense":
+        """The same, with weights and tokenizer where steps can read them: see :func:`dive.model.load.in_safetensors`."""
+        return replace(self, source=in_safetensors(self.source, run))
 
     @property
     def key(self) -> str:
@@ -129,7 +147,7 @@ class Dense:
 
     def load(self) -> "PreTrainedModel":
         if self._model is None:
-            self._model = self.make()
+            self._model = self.make(self.source)
         return self._model
 
 

@@ -139,6 +139,7 @@ def build_experts(
             before = float((place.partial / "seconds").read_text())
     wanted = model.source.config.num_hidden_layers
     if len(finished) < wanted:
+        model.slot.clear()  # measured already
         numbers = itertools.count(len(finished))  # enumerate would hold a layer while the next is built
         known = map(read_layer, finished)
         for layer in build_layers(model.load(), tokens, pruning, moe, batch=batch, seed=seed, finished=known):

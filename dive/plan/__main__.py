@@ -8,16 +8,15 @@ from dive.config import Config
 
 def main(config: Config) -> None:
     """Print the plan; nothing is loaded, asked for or written."""
-    from dive.model.architecture import locate_architecture
+    from dive.budgets import budget_line, plan_here
     from dive.plan.capacity import Capacity, here
-    from dive.plan.stages import plan
     from dive.plan.table import full_text
     from dive.progress import show
 
-    planned = plan(config, locate_architecture(config.model))
+    planned = plan_here(config)
     named = planned.job.device.memory
     on_this_disk = here(Path(config.store), Path("outputs"), device=named)
-    show(*full_text(planned, on_this_disk if named is None else Capacity(device=named)))
+    show(budget_line(planned), *full_text(planned, on_this_disk if named is None else Capacity(device=named)))
 
 
 if __name__ == "__main__":

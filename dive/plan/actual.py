@@ -1,5 +1,6 @@
 """What a run took, beside what was planned."""
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ class Meter:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._planned = {stage.name for stage in plan.stages}
+        self._peak = 0
         self.stages: dict[str, SpentStage] = {}
 
     def record(self, stage: str, artifact: Artifact) -> None:
@@ -32,15 +34,22 @@ class Meter:
         found = self.stages.setdefault(name, none)
         found.seconds += seconds
         found.reused = found.reused and reused
-        found.host_bytes = peak_host()
+        found.host_bytes = max(found.host_bytes, self._peak_since_last())
         found.device_bytes = max(found.device_bytes, _peak_device_since_last())
         found.disk_bytes += sum(state.st_size for _, state in files_below(directory))
 
+    def _peak_since_last(self) -> int:
+        peak = peak_host()
+        self._peak = max(self._peak, peak)
+        with contextlib.suppress(OSError):  # Linux alone: elsewhere it is the peak from the process's start on
+            Path("/proc/self/clear_refs").write_text("5")
+        return peak
+
     def summary(self) -> Spent:
-        """For the results; ``host_bytes`` of a stage is this process's peak from its start to the end of the stage."""
+        """For the results; ``host_bytes`` of a stage is this process's peak within it."""
         stages = list(self.stages.values())
         return Spent(
-            host_bytes=max([peak_host(), *(stage.host_bytes for stage in stages)]),
+            host_bytes=max(self._peak, peak_host()),
             device_bytes=max((stage.device_bytes for stage in stages), default=0),
             disk_bytes=sum(stage.disk_bytes for stage in stages),
             seconds=sum(stage.seconds for stage in stages),
@@ -61,7 +70,7 @@ class Meter:
 
 
 def peak_host() -> int:
-    """Peak resident memory of this process so far, bytes."""
+    """Peak resident memory of this process since its start or since it was last set back, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -134,7 +134,8 @@ def _remedy(plan: Plan, stage: Stage, place: str, largest: str, short: float) ->
     if stage.kind == "retrained" and (too_long or of_a_pass > short):
         ways = []
         if plan.job.micro_batch(config.retrain.stages[stage.name]) > 1:
-            ways.append("raise trainer.accumulation")
+            cut = config.retrain.stages[stage.name].accumulation or config.trainer.accumulation
+            ways.append("lower trainer.pass_tokens" if cut is None else "raise trainer.accumulation")
         if not config.trainer.gradient_checkpointing:
             ways.append("set trainer.gradient_checkpointing=true")
         if ways:

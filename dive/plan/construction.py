@@ -42,6 +42,23 @@ def solve(s: Shapes) -> int:
     return 2 * s.hidden * s.channels * s.width + s.width**3 // 3 + 2 * s.hidden * s.width**2
 
 
+def eliminate(s: Shapes) -> int:
+    """FLOPs of choosing one expert's channels by elimination (float64): factor and inverse, weights, updates of both."""
+    f, d, gone = s.channels, s.hidden, s.channels - s.width
+    return f**3 + 2 * d * f**2 + 2 * gone * (f**2 + d * f)
+
+
+def eliminate_moved(s: Shapes, block: int) -> int:
+    """Bytes that these updates read and write: the inverse and the weights, and products as large, once a block."""
+    updates = -(-(s.channels - s.width) // block)
+    return updates * 4 * 8 * (s.channels**2 + s.hidden * s.channels)
+
+
+def eliminate_bytes(s: Shapes) -> int:
+    """What they hold (float64): moments, factor, inverse and its update; weights and theirs."""
+    return 8 * (4 * s.channels**2 + 2 * s.hidden * s.channels)
+
+
 def moment_bytes(s: Shapes) -> int:
     """One group's second moments (float32)."""
     return 4 * s.channels**2
@@ -59,17 +76,23 @@ def router_fit(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
     return errors + settings.steps * min(settings.batch, tokens) * 4 * s.router
 
 
+def router_fit_moved(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
+    """Bytes that its steps gather from all sampled rows, and read again twice."""
+    return settings.steps * min(settings.batch, tokens) * s.hidden * 4 * 4
+
+
 def refine(s: Shapes, settings: Refinement, tokens: int, length: int) -> int:
     """FLOPs of one layer's refinement, without the solves of :func:`refine_solves`.
 
-    Errors of every expert on every token, channels and second moments of each expert's own tokens, each time; gradient steps;
-    and the rebuilt layer's forward pass, whose output feeds the next.
+    Channels, second moments and cross moments of each expert's own tokens, each time; gradient steps; the dense FFN's targets
+    of both tracks, attention of the second, and the rebuilt layer's forward pass, whose output feeds the next. Routers are fitted
+    beside (:func:`router_fit`).
     """
-    errors = tokens * 2 * s.experts * s.expert
     channels = tokens * 2 * (s.ffn - s.hidden * s.channels)  # gate and up
     steps = settings.steps * settings.batch * 3 * 2 * settings.active * s.expert
-    prefix = tokens * flops.sparse_layer(s, length, active=s.top_k)
-    return settings.derivations * (errors + channels + moments(s, tokens)) + steps + prefix
+    cross = tokens * 2 * s.hidden * s.channels
+    prefix = tokens * (flops.sparse_layer(s, length, active=s.top_k) + 2 * s.ffn)
+    return settings.derivations * (channels + cross + moments(s, tokens)) + steps + prefix
 
 
 def refine_solves(s: Shapes, settings: Refinement) -> int:
@@ -89,6 +112,6 @@ def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:
 
 
 def refine_device_bytes(s: Shapes, settings: Refinement) -> int:
-    """Second moments of one expert, and what the gradient steps hold: experts, gradients and Adam's states in float32."""
+    """What deriving an expert holds, or the gradient steps: experts, gradients and Adam's states in float32."""
     activations = settings.batch * settings.active * (4 * s.width + 3 * s.hidden) * 4
-    return max(moment_bytes(s), s.experts * s.expert * 16 + activations)
+    return max(2 * moment_bytes(s) + eliminate_bytes(s), s.experts * s.expert * 16 + activations)

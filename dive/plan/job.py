@@ -12,6 +12,7 @@ from dive.config import (
     Dtype,
     Load,
     StageConfig,
+    TaskConfig,
 )
 from dive.errors import require
 from dive.plan.parameters import Shapes, shapes
@@ -40,6 +41,7 @@ class Job:
     def dtype(self) -> str:
         """Element type of the weights."""
         stated = self.config.model.dtype
+        assert stated is not None, "settled by the device"
         return self.architecture.dtype if stated is Dtype.auto else stated.value
 
     @property
@@ -88,11 +90,6 @@ class Job:
         """Whether routers are fitted to the experts' errors."""
         return self.config.moe.distils
 
-    @property
-    def sequences(self) -> int:
-        """Calibration sequences of all domains."""
-        return self.domains * self.config.calibration_domains.samples
-
     def building_sequences(self, groups: int, *, experts: int) -> int:
         """Calibration sequences of the groups that so many experts are built from; groups yet to be mined count as equal.
 
@@ -123,6 +120,17 @@ class Job:
         of_domains = [(self.domains * windows, length) for length in config.lengths]
         return of_domains + [(windows, length) for entry in config.sets.values() for length in entry.lengths]
 
+    @property
+    def tasks(self) -> list[tuple[int, int]]:
+        """(sequences, tokens of each) of every task: each question with each of its answers."""
+        config, taken = self.config.eval, self.config.plan
+        found = []
+        for name in config.tasks:
+            own = config.task_settings.get(name, TaskConfig())
+            questions = own.limit or config.task_limit or taken.questions
+            found.append((questions * taken.answers, taken.question_tokens * (1 + (own.shots or 0))))
+        return found
+
     # -------------------------------------------------------------------------------------------------------- retraining
 
     def steps(self, stage: StageConfig) -> int:
@@ -131,7 +139,7 @@ class Job:
 
     def micro_batch(self, stage: StageConfig) -> int:
         """Sequences of one forward pass on one device."""
-        return stage.batch // ((stage.accumulation or self.config.trainer.accumulation) * self.world)
+        return stage.batch // (self.config.accumulation(stage) * self.world)
 
 
 def describe_job(config: Config, architecture: ArchitectureConfig, name: str) -> Job:
@@ -147,7 +155,7 @@ def describe_job(config: Config, architecture: ArchitectureConfig, name: str) ->
         name = "cpu" if config.trainer.accelerator == "cpu" else "h100"
     require(name in config.plan.devices, f"plan.device={name}: plan.devices has none of this name")
     return Job(
-        config=config,
+        config=config.settled(gpu=config.plan.devices[name].memory is not None),
         architecture=architecture,
         shapes=shapes(architecture, config),
         domains=len(domain_names(config.calibration_domains)),

@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Freezing, Mode, StageConfig, Storage
+from dive.config import SHARD_BYTES, Freezing, Metric, Mode, StageConfig, Storage, Strategy
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -16,10 +16,12 @@ PROCESS = 0.55e9
 """Bytes of host memory of a process that has imported everything, before it loads a model."""
 RETAINED = 0.15e9
 """Bytes that the C library keeps of what earlier stages gave back; measured, and the same for small and large models."""
+SCATTERED = 0.1
+"""Of what comes and goes in training on a CPU, what the C library loses between pieces; measured, on models of 4 to 135 M."""
 CONTEXT = 0.6e9
 """Bytes of device memory that CUDA and its libraries take for themselves."""
-LOGITS = 12
-"""Bytes of every logit at the peak of the loss: two float32 copies and the logarithm of the softmax."""
+LOSS_CHUNK = 2**20
+"""Of :mod:`dive.retrain.loss`, which the plan does not import: it imports torch."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,14 @@ def _memory(job: Job, rest: dict[str, float], host: dict[str, float] | None = No
     return found
 
 
+def dequantising(job: Job) -> Memory:
+    """The mapped file stays in memory where there is room, which is not counted."""
+    s = job.shapes
+    largest = max(s.vocabulary * s.hidden, s.hidden * s.channels)
+    shard = min(float(s.dense * job.weight), float(max(SHARD_BYTES, job.weight * largest)))
+    return _memory(job, {}, {"a shard": shard, "a tensor in float32, twice": 8.0 * largest}, first=True)
+
+
 def _attention(job: Job) -> float:
     """Numbers a token, at the peak of an attention block: queries and keys before and after RoPE, values, output."""
     s = job.shapes
@@ -79,15 +89,13 @@ def dense_model(job: Job) -> float:
     return float(job.weight * s.dense)
 
 
-def calibration(job: Job) -> Memory:
-    """One pass of the dense model over all domains, layer after layer."""
+def calibration(job: Job, *, sequences: int) -> Memory:
+    """One pass of the dense model over so many sequences of all domains, layer after layer."""
     s, domains = job.shapes, job.config.calibration_domains
     tokens = domains.batch * domains.length
     statistics = job.domains * s.layers * s.channels * 16
     rest = {"dense model": dense_model(job), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
-    return _memory(
-        job, rest, {"hidden states": _hidden(job, job.sequences), "statistics": float(statistics)}, first=True
-    )
+    return _memory(job, rest, {"hidden states": _hidden(job, sequences), "statistics": float(statistics)}, first=True)
 
 
 def _extra(job: Job) -> float:
@@ -105,12 +113,22 @@ def mining(job: Job) -> Memory:
     s, domains = job.shapes, job.config.calibration_domains
     tokens = min(domains.batch, job.config.affinity.samples) * domains.length
     masks = job.domains * s.layers * s.channels * (1 + 16)
-    rest = {
-        "dense model": float(job.weight * s.dense),
-        "activations": dense_layer(job, tokens) + tokens * job.weight * s.channels,
-        "logits": float(tokens * s.vocabulary * LOGITS),
-    }
+    layer = dense_layer(job, tokens) + tokens * job.weight * s.channels
+    rest = {"dense model": float(job.weight * s.dense)} | _pass(job, layer, tokens, domains.length)
     return _memory(job, rest, {"masks and statistics": float(masks)}, first=True)
+
+
+def _pass(job: Job, layer: float, tokens: int, length: int) -> dict[str, float]:
+    """A forward pass that is measured: a layer's activations, or later all logits and one window's softmax in float32.
+
+    Args:
+        layer: bytes of the activations.
+        length: tokens of a window.
+    """
+    s = job.shapes
+    softmax = length * s.vocabulary * (4 if job.weight == 4 else 8)  # a copy in float32 before it
+    logits = tokens * (s.vocabulary + 2 * s.hidden) * job.weight + softmax
+    return {"activations": layer} if layer > logits else {"logits": float(logits)}
 
 
 def building(job: Job, *, experts: int, groups: int, sequences: int, refined: construction.Refinement | None) -> Memory:
@@ -121,6 +139,8 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
+    if job.config.pruning.metric is Metric.obs:
+        solve = max(solve, construction.eliminate_bytes(s))
     errors = min(2048, sampled) * job.weight * (3 * s.channels + 4 * s.hidden)
     fit = sampled * s.hidden * 4 * 2
     stacking = layer * 5 / 3  # gate and up expert by expert and then in one, beside the down projections
@@ -144,35 +164,45 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
 
 def evaluation(job: Job) -> Memory:
     """The Mixture-of-Experts beside the dense model, which stays loaded; weights reach a GPU by way of the host."""
-    s, batch = job.shapes, job.config.eval.batch
-    tokens = max(min(batch, windows) * length for windows, length in job.evaluation_windows)
-    rest = _both(job) | {
-        "activations": max(dense_layer(job, tokens), sparse_layer(job, tokens, s.top_k)),
-        "logits": float(tokens * s.vocabulary * LOGITS),
-    }
-    # Of the dense model all at once, of the experts two layers'.
-    loading = max(s.dense if job.on_gpu else 0, 2 * s.experts * s.expert)
-    return _memory(job, rest, {"loading": float(loading * job.weight)})
+    s, config = job.shapes, job.config
+    passes = [(min(config.eval.batch, windows) * length, length) for windows, length in job.evaluation_windows]
+    # The harness takes the softmax of a whole pass.
+    passes += [(config.eval.batch * length, config.eval.batch * length) for _, length in job.tasks]
+    largest = [
+        _pass(job, max(dense_layer(job, tokens), sparse_layer(job, tokens, s.top_k)), tokens, length)
+        for tokens, length in passes
+    ]
+    rest = max(largest, key=lambda item: sum(item.values()))
+    # Of the dense model all at once; of the experts two layers', or what was trained.
+    kept = sum(trained(s, [stage.train for stage in config.retrain.stages.values()]).values())
+    loading = {"loading": float(max(2 * s.experts * s.expert * job.weight, kept * job.trained_weight))}
+    if job.on_gpu:
+        loading["loading"] = max(loading["loading"], float(job.weight * s.dense))
+        return _memory(job, _both(job) | rest, loading)
+    return _memory(job, _both(job) | (rest if sum(rest.values()) > sum(loading.values()) else loading))
 
 
 def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False) -> dict[str, float]:
     """The dense model and its Mixture-of-Experts, as the latter rests in a stage of training, in evaluation or in the export."""
-    s, moe = job.shapes, job.config.moe
+    s, moe, config = job.shapes, job.config.moe, job.config
     found = {"dense model": float(job.weight * s.dense)}
-    if job.config.retrain.storage is Storage.materialised or exported:
-        return found | {"Mixture-of-Experts": float(job.weight * (s.total + s.biases))}
-    own = s.shared + s.biases + s.layers * s.router
-    slices = moe.construction in ("plain", "upcycle") and not job.refits
-    own += 0 if slices else s.layers * s.experts * s.expert // 3
-    if stage is not None:  # what it leaves frozen is the dense model's
-        own -= s.layers * s.attention if stage.train.attention is Freezing.frozen else 0
-        frozen = Freezing.frozen in (stage.train.embeddings, stage.train.head)
-        own -= s.vocabulary * s.hidden * (1 if s.tied else 2) if frozen else 0
-    return found | {
-        "Mixture-of-Experts": float(job.weight * own),
-        "indices": 8.0 * s.layers * s.experts * s.width,
-        "one layer's gathered experts": float(job.weight * s.experts * s.expert // 3),
-    }
+    indexed = config.retrain.storage is Storage.indexed and not exported
+    own = s.total + s.biases
+    if indexed:
+        slices = moe.construction in ("plain", "upcycle") and not job.refits
+        own -= s.layers * s.experts * (s.expert if slices else s.expert * 2 // 3)
+    whole = config.trainer.strategy in (Strategy.single, Strategy.ddp)
+    if stage is not None and (
+        indexed or (stage.teacher.wanted and whole)
+    ):  # what it leaves frozen is the dense model's
+        own -= s.layers * s.attention if stage.train.attention is not Freezing.full else 0
+        own -= s.vocabulary * s.hidden if stage.train.embeddings is not Freezing.full else 0
+        own -= s.vocabulary * s.hidden if stage.train.head is not Freezing.full and not s.tied else 0
+    found["Mixture-of-Experts"] = float(job.weight * own)
+    if indexed:
+        found["indices"] = 8.0 * s.layers * s.experts * s.width
+        found["one layer's gathered experts"] = float(job.weight * s.experts * s.expert // 3)
+    return found
 
 
 def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memory:
@@ -189,48 +219,66 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
     learned = sum(trained(s, [stage.train]).values())
     rest = _both(job, stage) | {
         "adapters": float(extra * job.trained_weight + masters * (4 - job.weight)),
-        "gradients": float(learned * job.trained_weight),
         "Adam": float(2 * learned * job.trained_weight),
-        "activations": saved_activations(job, stage, tokens),
-        "logits": float(tokens * s.vocabulary * LOGITS),
     }
+    # Gradients come as activations go, and go before the next pass.
+    forward = saved_activations(job, stage, tokens) | _loss(job, stage, tokens)
+    backward = {"gradients": float(learned * job.trained_weight)}
+    if config.trainer.gradient_checkpointing:
+        backward |= saved_activations(job, stage, tokens)
+    rest |= forward if sum(forward.values()) > sum(backward.values()) else backward
     compute = BYTES[job.training_dtype]
     if compute != job.weight:
         rest["weights cast"] = float(compute * s.total)
-    if stage.teacher.wanted:
-        rest["teacher"] = dense_layer(job, tokens) + tokens * s.vocabulary * LOGITS
     processes = config.trainer.devices
     found = _memory(job, rest)
+    if not job.on_gpu:
+        found.host["allocator"] += SCATTERED * sum(size for name, size in rest.items() if name not in _both(job, stage))
     if processes > 1:
         found.host = {f"{name} × {processes} processes": size * processes for name, size in found.host.items()}
     return found
 
 
-def saved_activations(job: Job, stage: StageConfig, tokens: int) -> float:
-    """What the forward pass keeps for the backward pass, and the latter's working set of one layer, in bytes.
+def _loss(job: Job, stage: StageConfig, tokens: int) -> dict[str, float]:
+    """Logits, which their gradients are written over, the softmaxes of a chunk of them, and what the teacher adds."""
+    s = job.shapes
+    compute = BYTES[job.training_dtype]
+    chunk = min(LOSS_CHUNK, job.config.retrain.length * s.vocabulary)
+    parts = {"logits": float(tokens * s.vocabulary * compute + chunk * 4 * (6 if stage.teacher.logits else 3))}
+    if stage.teacher.wanted:
+        hidden = (s.layers + 1) * s.hidden * tokens * (job.weight + 4) if stage.teacher.hidden else 0  # and distances
+        parts["teacher"] = float(hidden + max(dense_layer(job, tokens), tokens * s.vocabulary * job.weight))
+    return parts
 
-    Norms keep their inputs in the residual stream's type; a router and a block of experts keep what is listed here,
-    by grouped products; on a CPU experts without dropout keep less (:mod:`dive.moe.cpu_experts`). With gradient
-    checkpointing a layer's input is kept, and one layer's at a time.
+
+def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, float]:
+    """What the forward pass keeps for the backward pass, in bytes; with checkpointing layers' inputs, and one layer's.
+
+    Norms keep their inputs in the residual stream's type. A router and a block of experts keep what is listed here, by grouped
+    products; on a CPU experts without dropout keep less (:mod:`dive.moe.cpu_experts`).
     """
     s, config = job.shapes, job.config
     compute = BYTES[job.training_dtype]
     residual = max(compute, job.trained_weight)
     active = s.experts if stage.mode is Mode.dense else s.top_k
     weights_trained = stage.train.experts is not Freezing.frozen
+    adapted = stage.train.experts is Freezing.lora
+    dropping = adapted and config.retrain.lora.dropout > 0
     norms_trained = stage.train.norms is not Freezing.frozen
     of_residual = (3 + 2 * norms_trained) * s.hidden
     of_attention = 2 * (s.queries + s.keys)
-    of_experts = active * ((2 + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
-    if weights_trained and stage.train.experts is Freezing.lora:
+    if job.on_gpu or dropping or config.retrain.storage is Storage.indexed:
+        of_experts = active * ((2 + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
+    else:
+        of_experts = active * 3 * s.width
+    if adapted:
         of_experts += active * 3 * s.rank
-        if config.retrain.lora.dropout > 0:
-            of_experts += active * (2 * s.hidden + s.width)
+    if dropping:
+        of_experts += active * (2 * s.hidden + s.width)
     layer = tokens * (residual * of_residual + compute * (of_attention + of_experts))
-    working = tokens * compute * active * (3 * s.width + 3 * s.hidden)
     if config.trainer.gradient_checkpointing:
-        return s.layers * tokens * residual * s.hidden + layer + working
-    return s.layers * layer + working
+        return {"activations": float(s.layers * tokens * residual * s.hidden + layer)}
+    return {"activations": float(s.layers * layer)}
 
 
 def export(job: Job) -> Memory:

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
+from dive.config import ArchitectureConfig, Config, DeviceConfig, Metric, StageConfig
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
 from dive.plan.parameters import reached, trained
-from dive.results import PRUNED, RECONSTRUCTED
+from dive.results import DEQUANTISED, PRUNED, RECONSTRUCTED
 
 
 @dataclass(slots=True)
@@ -123,10 +123,12 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
         UserError: the pruning ratio leaves no channel, or a calibration domain is unknown.
     """
     job = describe_job(config, architecture, device or config.plan.device)
-    s = job.shapes
-    stages: list[Stage] = []
+    s, domains = job.shapes, config.calibration_domains
+    stages = [_dequantising(job)] if config.model.path.endswith(".gguf") else []
     if config.mines:
-        stages += [_calibration(job), _mining(job)]
+        stages += [_calibration(job, "calibration", domains.samples), _mining(job)]
+    elif config.maps and job.domains > 2:
+        stages.append(_calibration(job, "mining", min(config.affinity.mapped, domains.samples)))
     refined = construction.refinement(config)
     one_shot = s.experts == 1 and refined is None
     if one_shot or not job.streamed:  # one pruned expert is there to be measured
@@ -174,16 +176,23 @@ def _sum(*parts: tuple[str, float]) -> dict[str, float]:
     return {kind: count for kind, count in found.items() if count}
 
 
-def _calibration(job: Job) -> Stage:
+def _dequantising(job: Job) -> Stage:
+    """Its arithmetic is not counted: it takes less than writing."""
+    written = float(job.shapes.dense * job.weight)
+    return Stage(DEQUANTISED, "dequantised", 0, {}, memory.dequantising(job), moved=written, written=written)
+
+
+def _calibration(job: Job, name: str, samples: int) -> Stage:
+    """Statistics of so many sequences of each domain."""
     s, domains = job.shapes, job.config.calibration_domains
-    tokens = job.sequences * domains.length
-    passes = math.ceil(domains.samples / domains.batch) * job.domains
+    tokens = job.domains * samples * domains.length
+    passes = math.ceil(samples / domains.batch) * job.domains
     return Stage(
-        "calibration",
+        name,
         "statistics",
         tokens,
         {job.dtype: tokens * s.layers * flops.dense_layer(s, domains.length)},
-        memory.calibration(job),
+        memory.calibration(job, sequences=job.domains * samples),
         moved=float(passes * s.dense * job.weight),
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(job.domains * s.layers * s.channels * 16),
@@ -210,12 +219,20 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
     sequences = job.building_sequences(groups, experts=experts)
     tokens = sequences * domains.length
     parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
-    if job.refits:
+    if job.refits and refined is None:
         parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
         parts.append(("float64", float(s.layers * experts * construction.solve(s))))
+    moved = float(math.ceil(sequences / domains.batch) * s.dense * job.weight)
     if job.distils and experts > 1:
         sampled = min(moe.distillation.tokens, tokens)
-        parts.append(("float32", float(s.layers * construction.router_fit(s, moe.distillation, sampled))))
+        fits = refined.derivations if refined is not None else 1
+        parts.append(("float32", float(s.layers * fits * construction.router_fit(s, moe.distillation, sampled))))
+        moved += s.layers * fits * construction.router_fit_moved(s, moe.distillation, sampled)
+    pruning = job.config.pruning
+    if pruning.metric is Metric.obs:
+        eliminations = s.layers * experts * (refined.derivations if refined is not None else 1)
+        parts.append(("float64", float(eliminations * construction.eliminate(s))))
+        moved += eliminations * construction.eliminate_moved(s, pruning.obs_block)
     if refined is not None:
         parts.append(("float32", float(s.layers * construction.refine(s, refined, tokens, domains.length))))
         parts.append(("float64", float(s.layers * construction.refine_solves(s, refined))))
@@ -226,7 +243,7 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         tokens,
         _sum(*parts),
         memory.building(job, experts=experts, groups=groups, sequences=sequences, refined=refined),
-        moved=float(math.ceil(sequences / domains.batch) * s.dense * job.weight),
+        moved=moved,
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(s.layers * of_layer),
     )
@@ -264,7 +281,7 @@ def _evaluation(job: Job) -> Stage:
     s, config = job.shapes, job.config
     pruned = s.dense - s.layers * (s.ffn - s.expert)
     count = tokens = 0.0
-    for windows, length in job.evaluation_windows:
+    for windows, length in [*job.evaluation_windows, *job.tasks]:
         each = windows * length
         sparse = flops.sparse_forward(s, length, active=s.top_k)
         single = flops.head(s) + s.layers * (flops.attention(s, length) + 2 * s.expert + 2 * s.hidden)
@@ -275,7 +292,7 @@ def _evaluation(job: Job) -> Stage:
     models = 1 + len(config.retrain.stages)
     count += models * windows * length * (flops.sparse_forward(s, length, active=s.top_k) - flops.head(s))
     tokens += models * windows * length
-    passes = sum(math.ceil(windows / config.eval.batch) for windows, _ in job.evaluation_windows)
+    passes = sum(math.ceil(windows / config.eval.batch) for windows, _ in [*job.evaluation_windows, *job.tasks])
     return Stage(
         "evaluation",
         "evaluation",
@@ -289,4 +306,4 @@ def _evaluation(job: Job) -> Stage:
 def _export(job: Job) -> Stage:
     s = job.shapes
     size = float(job.exported_weight * (s.total + s.biases))
-    return Stage("export", "export", 0, {}, memory.export(job), moved=4 * size, written=size)
+    return Stage("export", "export", 0, {}, memory.export(job), moved=16 * size, written=size)

@@ -95,6 +95,12 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
         ),
         ("least squares, one expert", construction.solve(s), construction.solve_bytes(s), 0.0),
         (f"least squares, {s.experts} experts", s.experts * construction.solve(s), construction.solve_bytes(s), 0.0),
+        (
+            f"elimination, {s.experts} experts",
+            s.experts * construction.eliminate(s),
+            construction.eliminate_bytes(s),
+            0.0,
+        ),
         ("router", construction.router_fit(s, moe.distillation, sampled), 0.0, 0.0),
     ]
     if settings is not None:
@@ -158,6 +164,11 @@ def notes(plan: Plan) -> list[str]:
     if job.config.eval.windows is None:
         found.append(
             f"eval.windows=null: {job.config.plan.windows} windows of each text taken for granted (plan.windows)"
+        )
+    if job.tasks:
+        sequences = count(sum(number for number, _ in job.tasks))
+        found.append(
+            f"eval.tasks: {sequences} sequences taken for granted (plan.questions, answers and question_tokens)"
         )
     if not job.on_gpu and "float16" in job.dtype + job.training_dtype:
         found.append(f"{job.dtype} on a CPU is slow: model.dtype=float32, or trainer=gpu plan.device=h100")

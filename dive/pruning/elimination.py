@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dive.errors import UserError
 
+PANEL = 8
+"""The inverse is brought up to date whenever this part of the channels, one in so many, is gone."""
 RIDGES = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """What stands in for a ridge that leaves the system singular: the smallest larger one that mends it."""
 
@@ -50,24 +52,40 @@ def eliminate(
         weights = (cross.to(down.device).double() + strength * weights) @ inverse
     else:
         weights = weights.clone()
-    kept = torch.ones(len(gram), dtype=torch.bool, device=down.device)
-    remaining = len(gram)
+    left = torch.arange(len(gram), device=down.device)
+    bound = torch.zeros(len(gram), dtype=torch.bool, device=down.device) if always is None else always.to(down.device)
+    while len(left) > width:  # H is brought up to date, and rid of the channels that are gone, a panel of blocks at a time
+        size = min(block * max(len(left) // (PANEL * block), 1), len(left) - width)
+        here = _panel(weights, inverse, size, block, bound[left])
+        left, weights, inverse = left[here], weights[:, here], inverse[here][:, here]
+    kept = torch.zeros(len(gram), dtype=torch.bool)
+    kept[left.cpu()] = True
+    return kept
+
+
+def _panel(weights: Tensor, inverse: Tensor, size: int, block: int, always: Tensor) -> Tensor:
+    """Which channels are left after ``size`` of them went; ``weights`` and ``inverse`` become those of the others.
+
+    Until the end H is the ``inverse`` less Rᵀ U, the rows of all blocks so far and what each took away: one large product in
+    place of many thin ones, of which only the diagonal and the rows of the next block are wanted earlier.
+    """
     tiny = torch.finfo(torch.float64).tiny
-    while remaining > width:
-        scores = weights.square().sum(dim=0) / inverse.diagonal().clamp_min(tiny)
-        scores[~kept] = torch.inf
-        if always is not None:
-            scores[always.to(scores.device)] = torch.inf
-        count = min(block, remaining - width)
-        gone = torch.argsort(scores, stable=True)[:count]
-        rows = inverse[gone]
-        update = torch.linalg.solve(rows[:, gone], rows)
-        weights -= weights[:, gone] @ update
-        inverse -= rows.T @ update
+    here = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    diagonal = inverse.diagonal().clone()
+    rows, updates = inverse.new_empty(2, size, len(inverse))
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        scores = weights.square().sum(dim=0) / diagonal.clamp_min(tiny)
+        gone = torch.argsort(scores.masked_fill_(~here | always, torch.inf), stable=True)[: stop - start]
+        found = inverse[gone] - rows[:start, gone].T @ updates[:start]
+        update = torch.linalg.solve(found[:, gone], found)
+        torch.addmm(weights, weights[:, gone], update, alpha=-1.0, out=weights)
+        diagonal -= (found * update).sum(dim=0)
+        rows[start:stop], updates[start:stop] = found, update
         weights[:, gone] = 0.0
-        kept[gone] = False
-        remaining -= count
-    return kept.cpu()
+        here[gone] = False
+    torch.addmm(inverse, rows.T, updates, alpha=-1.0, out=inverse)
+    return here
 
 
 def _factor(gram: Tensor, mean: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

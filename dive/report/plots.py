@@ -34,11 +34,11 @@ class Plot:
 
 def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
     """Affinity matrix (n, n) with rows and columns in the order of the dendrogram beside it; groups colour the labels."""
-    mined, groups = results.affinity, results.groups or []
+    mined = results.affinity
     if mined is None or mined.tree is None or len(mined.domains) < 2:
         return None
     values = np.array(mined.similarity) if mined.perplexity is None else affinity(mined.perplexity)
-    domains, tree = mined.domains, np.array(mined.tree)
+    domains, tree, groups = mined.domains, np.array(mined.tree), mined.groups or results.groups or []
     n = len(domains)
     size = max(4.5, 0.32 * n)
     figure = Figure(figsize=(size * 1.6, size), layout="constrained")
@@ -63,10 +63,15 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
     for tick, i in zip(right.get_yticklabels(), order, strict=True):
         if domains[i] in group_of:
             tick.set_color(colours(group_of[domains[i]] % 10))
-    right.set_xlabel("measured on")
-    right.set_ylabel("pruned on [group]")
-    right.set_title("Domain affinity: best perplexity for a domain / perplexity of this pruned model", fontsize=9)
-    figure.colorbar(image, ax=right, label="affinity (1 = as good as the best)")
+    if mined.perplexity is None:
+        right.set_ylabel("domain [group]")
+        right.set_title(f"Domain affinity: {mined.measure}", fontsize=9)
+        figure.colorbar(image, ax=right, label="similarity (1 = the same)")
+    else:
+        right.set_xlabel("measured on")
+        right.set_ylabel("pruned on [group]")
+        right.set_title("Domain affinity: best perplexity for a domain / perplexity of this pruned model", fontsize=9)
+        figure.colorbar(image, ax=right, label="affinity (1 = as good as the best)")
     return figure
 
 

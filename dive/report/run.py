@@ -60,6 +60,7 @@ def write_report(directory: Path) -> Path:
         plan=plan_rows(results),
         contaminated=contaminated_rows(results),
         own_groups=has_own_groups(results),
+        mined_groups=group_rows(results),
         calibration_tokens=sum(n * length for n, length in (results.run.samples.calibration or {}).values()),
         seconds=computing_seconds(results),
         has_curves=bool(curves),
@@ -240,15 +241,35 @@ def figures(results: Results, curves: Sequence[dict[str, Any]]) -> dict[str, Any
     }
 
 
+def mined_groups(results: Results) -> list[list[str]]:
+    """Groups of the affinity map; an older run's are those its experts began with."""
+    mined = results.affinity
+    return [] if mined is None else mined.groups or results.groups or []
+
+
+def group_rows(results: Results) -> list[dict[str, Any]]:
+    """For each group of the affinity map its domains, and the experts that get most of their tokens."""
+    share = results.share
+    return [
+        {
+            "number": number,
+            "domains": members,
+            "experts": sorted({int(np.argmax(share[domain])) for domain in members if domain in share}),
+        }
+        for number, members in enumerate(mined_groups(results))
+    ]
+
+
 def affinity_figure(results: Results) -> dict[str, Any] | None:
     """Affinities (n, n), the cross-domain perplexities they come from if they do, and the tree; none if nothing was mined."""
     mined = results.affinity
     if mined is None:
         return None
     domains = mined.domains
-    figure: dict[str, Any] = {"domains": domains, "perplexity": mined.perplexity, "tree": None}
+    groups = mined_groups(results)
+    figure: dict[str, Any] = {"domains": domains, "groups": groups, "perplexity": mined.perplexity, "tree": None}
     figure["affinity"] = mined.similarity if mined.perplexity is None else affinity(mined.perplexity).tolist()
-    group = {domain: number for number, members in enumerate(results.groups or []) for domain in members}
+    group = {domain: number for number, members in enumerate(groups) for domain in members}
     if mined.tree is None:
         figure["order"] = sorted(range(len(domains)), key=lambda i: group.get(domains[i], len(domains)))
         return figure

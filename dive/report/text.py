@@ -99,6 +99,11 @@ def _domains_of_experts(results: Results) -> list[str]:
     return ["## Share of a domain's tokens that each expert gets, the largest three", "", *listed, ""] if listed else []
 
 
+def lost(precision: str) -> str:
+    """What is said of a model that came from a GGUF file."""
+    return f"The dense model was de-quantised from a GGUF file ({precision}): what its weights had beyond that is lost."
+
+
 def model_card(results: Results) -> str:
     """README.md of an export: what it is, the domains of each expert, results, configuration."""
     config, settings, counts = results.run.config, results.settings, results.parameters
@@ -121,6 +126,7 @@ def model_card(results: Results) -> str:
         f"{settings['moe.experts']} experts, {settings['moe.top_k']} active per token; each is the dense model's FFN with "
         f"{settings['pruning.ratio']:.0%} of its channels pruned. Made by pruning and reconstruction after DIVE "
         "(ACL 2025, arXiv 2506.09351).",
+        *([] if results.run.precision is None else ["", lost(results.run.precision)]),
         "",
         "| parameters | dense | total | active | trained |",
         "| --- | --- | --- | --- | --- |",

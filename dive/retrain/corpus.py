@@ -21,6 +21,7 @@ from dive.calibration_domains.sampling import Tokenize, token_blocks
 from dive.calibration_domains.texts import fingerprint
 from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig
 from dive.errors import require
+from dive.model.chat import Chat
 from dive.store import identity
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,19 @@ def domain_blocks(
 
 
 def hub_blocks(
-    source: HubTextConfig, tokenize: Tokenize, *, length: int, seed: int, buffer: int, where: str
+    source: HubTextConfig,
+    tokenize: Tokenize,
+    *,
+    length: int,
+    seed: int,
+    buffer: int,
+    where: str,
+    chat: Chat | None = None,
 ) -> Iterator[Tensor]:
     """Blocks of a streamed hub corpus, its documents shuffled within a buffer; starts over at the end.
+
+    Args:
+        chat: what makes documents of lists of messages.
 
     Raises:
         UserError: the corpus cannot be reached.
@@ -71,7 +82,7 @@ def hub_blocks(
 
     pending: list[int] = []
     for round_ in itertools.count():
-        for document in hub_texts(source, "train", where=where, seed=seed + round_, shuffle_buffer=buffer):
+        for document in hub_texts(source, "train", where=where, seed=seed + round_, shuffle_buffer=buffer, chat=chat):
             pending += tokenize(document)
             while len(pending) >= length:
                 yield torch.tensor(pending[:length])
@@ -105,12 +116,14 @@ def open_corpus(
     tokenize: Tokenize,
     *,
     seed: int,
+    chat: Chat | None = None,
 ) -> Corpus:
     """The configured corpus.
 
     Args:
         domains: {domain: train documents}.
         local: documents of a local corpus, see :func:`local_documents`.
+        chat: what makes documents of the lists of messages of a hub corpus.
     """
     corpus = config.corpus
     length = config.length
@@ -125,6 +138,7 @@ def open_corpus(
             seed=seed,
             buffer=corpus.shuffle_buffer,
             where="retrain.corpus.hub",
+            chat=chat,
         )
         return Corpus(f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}", hub)
     if corpus.chosen is CorpusSource.local:
@@ -135,8 +149,11 @@ def open_corpus(
     return Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", evenly)
 
 
-def local_documents(config: CorpusConfig) -> list[str]:
+def local_documents(config: CorpusConfig, *, chat: Chat | None = None) -> list[str]:
     """Documents of a local corpus: of a file, or of all jsonl, txt and parquet files below a directory; else none.
+
+    Args:
+        chat: what makes documents of lists of messages.
 
     Raises:
         UserError: nothing there, or a file cannot be read.
@@ -147,4 +164,5 @@ def local_documents(config: CorpusConfig) -> list[str]:
     where = "retrain.corpus.path"
     files = text_files(config.path, where=where)
     require(bool(files), f"{where}={config.path}: no {', '.join(SUFFIXES)} file there")
-    return [document for file in files for document in read_documents(file, field=config.text_field, where=where)]
+    read = partial(read_documents, field=config.text_field, where=where, chat=chat)
+    return [document for file in files for document in read(file)]

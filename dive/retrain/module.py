@@ -13,7 +13,6 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
@@ -23,8 +22,9 @@ from dive.model.families import decoder_layers
 from dive.moe.plug import routers
 from dive.retrain.corpus import BlockRange, Blocks
 from dive.retrain.curve import Curve
+from dive.retrain.loss import next_token_loss
 from dive.retrain.schedule import learning_rate_share
-from dive.retrain.teacher import hidden_distance, logit_distance
+from dive.retrain.teacher import hidden_distance
 from dive.retrain.training import Training
 
 
@@ -148,11 +148,7 @@ class MoERetraining(lightning.LightningModule):
             router.recording = True
         wants_hidden = self.stage.teacher.hidden > 0
         output = self.model(input_ids=ids, use_cache=False, output_hidden_states=wants_hidden)
-        logits = output.logits[:, :-1].flatten(0, 1).float()
-        text = functional.cross_entropy(logits, ids[:, 1:].flatten())
-        loss = text
-        for teacher in self.teacher:
-            loss = self._learn_from(teacher, ids, loss, logits, output.hidden_states)
+        loss, text = self._loss(ids, output.logits, output.hidden_states)
         for router in plugged:
             router.recording = False
             penalty = router.take_penalty()
@@ -167,24 +163,21 @@ class MoERetraining(lightning.LightningModule):
         self.text_loss.update(text.detach())
         return loss
 
-    def _learn_from(
-        self, teacher: PreTrainedModel, ids: Tensor, loss: Tensor, logits: Tensor, hidden: tuple[Tensor, ...] | None
-    ) -> Tensor:
-        """The loss with the teacher's part: logits (B · (T − 1), V), hidden states of every layer where they are wanted."""
-        settings = self.stage.teacher
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=settings.hidden > 0)
-        if settings.logits:
-            distance = logit_distance(
-                logits,
-                wanted.logits[:, :-1].flatten(0, 1),
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-            )
-            loss = (1.0 - settings.logits) * loss + settings.logits * distance
-        if hidden is not None:
+    def _loss(self, ids: Tensor, logits: Tensor, hidden: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+        """(loss, the text's part of it); of logits (B, T, V), which are written over, and hidden states of every layer."""
+        settings, wanted = self.stage.teacher, None
+        for teacher in self.teacher:
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=hidden is not None)
+        theirs = wanted.logits if wanted is not None and settings.logits else None
+        loss, text = next_token_loss(logits, ids, theirs, settings)
+        if hidden is not None and wanted is not None:
             loss = loss + settings.hidden * hidden_distance(hidden[1:], wanted.hidden_states[1:])
-        return loss
+        return loss, text
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning keeps the gradients through the next forward pass
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._learning_rate = float(optimizer.param_groups[0]["lr"])  # after the step it is the next one's

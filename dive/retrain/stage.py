@@ -61,7 +61,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
     training = Training.of(config, name)
     execution = Execution(
         trainer=config.trainer,
-        accumulation=config.retrain.stages[name].accumulation or config.trainer.accumulation,
+        accumulation=config.accumulation(config.retrain.stages[name]),
         resume=config.retrain.resume,
         checkpoint_every=config.retrain.checkpoint_every,
         log_every=config.retrain.log_every,

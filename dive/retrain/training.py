@@ -56,7 +56,7 @@ class Training:
         lora = settings.lora if any(map(_adapts, until)) else LoRAConfig()  # adapters stay, in every stage after theirs
         balanced = stage.mode is Mode.sparse and stage.balance > 0
         world = config.trainer.devices * config.trainer.num_nodes
-        cut = [stage.accumulation or config.trainer.accumulation, world]
+        cut = [config.accumulation(stage), world]
         return cls(
             name=name,
             stage=effective(stage, length=settings.length),

@@ -58,6 +58,11 @@ def check_devices(config: TrainerConfig) -> None:
     if config.accelerator not in ("gpu", "cuda"):
         return
     present = torch.cuda.device_count()
+    if not present:
+        raise UserError(
+            f"trainer.accelerator={config.accelerator}: torch finds no GPU on this machine; trainer=cpu runs it all the same, "
+            "and `python -m dive.plan` with it says for how long"
+        )
     if present < config.devices:
         raise UserError(
             f"trainer.devices ({config.devices}) of accelerator {config.accelerator!r} are asked for, {present} are here; "

@@ -12,8 +12,10 @@ from dive.affinity.grouping import (
     cluster_distances,
     cluster_domains,
     distances,
+    favourite_groups,
     group_domains,
     random_groups,
+    routing_overlap,
     silhouette,
     similarity_distances,
 )
@@ -190,3 +192,20 @@ def test_similarities_become_distances() -> None:
     assert np.array_equal(found, found.T)
     groups = cluster_distances(found, ["a", "b", "c"], experts=2).groups
     assert groups == [["a", "b"], ["c"]]
+
+
+SHARE = {"a": [0.6, 0.4], "b": [0.9, 0.1], "c": [0.2, 0.8]}
+
+
+def test_domains_by_the_expert_that_gets_most_of_their_tokens() -> None:
+    assert favourite_groups(SHARE) == [["a", "b"], ["c"]]
+    assert favourite_groups({"a": [0.5, 0.5], "b": [0.4, 0.6]}) == [["a"], ["b"]]  # the first of two alike
+
+
+def test_routing_that_two_domains_have_in_common_by_hand() -> None:
+    # Layer 0: a and b have min(0.6, 0.9) + min(0.4, 0.1) = 0.7, a and c 0.2 + 0.4 = 0.6, b and c 0.2 + 0.1 = 0.3; layer 1: all 1.
+    by_layer = {domain: [shares, [0.5, 0.5]] for domain, shares in SHARE.items()}
+    within, between = routing_overlap(by_layer, [["a", "b"], ["c"]])
+    assert within == pytest.approx((0.7 + 1) / 2)
+    assert between == pytest.approx(((0.6 + 1) / 2 + (0.3 + 1) / 2) / 2)
+    assert routing_overlap(by_layer, [["a"], ["b"]]) == (None, pytest.approx(0.85))  # c is in no group

@@ -191,7 +191,7 @@ def test_the_table_has_a_method_a_line_and_tokens_as_columns() -> None:
 
 @pytest.fixture
 def command(workplace: Workplace, tmp_path: Path) -> list[str]:
-    own = ("model", "calibration_domains", "logger", "pruning", "retrain.stages", "retrain=")
+    own = ("model", "budget", "eval=", "calibration_domains", "logger", "pruning", "retrain.stages", "retrain=")
     settings = [s for s in workplace.settings if not s.startswith(own) or s.startswith("calibration_domains.l")]
     return [
         *("--model", str(workplace.root / "dense"), "--domains", str(workplace.root / "domains")),

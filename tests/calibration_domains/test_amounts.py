@@ -57,7 +57,7 @@ def test_as_much_as_a_group_has_is_taken(overrides: list[str]) -> None:
 @pytest.mark.parametrize("given", [[], ["calibration_domains.group_samples=256"]])
 @pytest.mark.parametrize("affinity", [[], ["affinity=mined"], ["affinity=random"], ["affinity=published/llama2_75"]])
 def test_the_papers_amounts_are_there(given: list[str], affinity: list[str]) -> None:
-    config = composed(["calibration_domains=paper", *affinity, *given])
+    config = composed(["budget=paper", "calibration_domains=paper", *affinity, *given])
     check_amounts(config, list(config.calibration_domains.hub))
 
 

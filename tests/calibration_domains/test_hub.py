@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerFast
 
 from dive import connection
 from dive.calibration_domains import hub
@@ -21,6 +23,7 @@ from dive.cli import CONF
 from dive.config import HubTextConfig
 from dive.connection import hub_answers
 from dive.errors import UserError
+from dive.model.chat import Conversation, conversation
 
 WHERE = "calibration_domains.hub.toy"
 
@@ -119,6 +122,32 @@ def test_a_seed_gives_an_order_that_repeats(toy: Path, streaming: bool) -> None:
     assert sorted(shuffled) == sorted(plain)
     assert list(hub_texts(source, "train", where=WHERE, seed=1)) == shuffled
     assert list(hub_texts(source, "train", where=WHERE, seed=2)) != shuffled
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_conversations(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast, streaming: bool) -> None:
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat"}]
+    write_parquet(tmp_path / "set" / "train.parquet", [{"messages": said, "id": 1}, {"messages": [], "id": 2}])
+    source = HubTextConfig(path=str(tmp_path / "set"), template="{messages}", streaming=streaming)
+    (found,) = hub_texts(source, "train", where=WHERE, chat=partial(conversation, chat_tokenizer))
+    assert isinstance(found, Conversation)
+    assert found == "<s>user: hi</s>assistant: the cat</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "column", "message"),
+    [
+        ("Talk: {messages}", [{"role": "user", "content": "hi"}], "has to be all there is in the template"),
+        ("{messages}{id}", [{"role": "user", "content": "hi"}], "has to be all there is in the template"),
+        ("{messages}", [{"from": "human", "value": "hi"}], r"\{messages\}: message 1 needs a text under each"),
+    ],
+)
+def test_conversations_that_do_not_fit(
+    chat_tokenizer: PreTrainedTokenizerFast, template: str, column: list[Any], message: str
+) -> None:
+    chat = partial(conversation, chat_tokenizer)
+    with pytest.raises(UserError, match=f"^here: .*{message}"):
+        render(template, {"messages": column, "id": 1}, where="here", chat=chat)
 
 
 def test_empty_texts_and_rows_that_lack_a_value_are_left_out(tmp_path: Path) -> None:

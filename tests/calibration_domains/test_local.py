@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from dive.calibration_domains.local import (
     domain_directories,
@@ -19,6 +21,7 @@ from dive.calibration_domains.local import (
     text_files,
 )
 from dive.errors import UserError
+from dive.model.chat import Conversation, conversation
 from tests.workplace import environment
 
 WHERE = "calibration_domains"
@@ -223,3 +226,35 @@ def test_text_files_of_a_folder(tmp_path: Path) -> None:
     assert text_files(str(tmp_path), where=WHERE) == [below / "b.txt"]
     assert text_files(str(below / "b.txt"), where=WHERE) == [below / "b.txt"]
     assert text_files(str(tmp_path / "nothing"), where=WHERE) == []
+
+
+def test_a_column_of_conversations(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = partial(conversation, chat_tokenizer)
+    said: list[object] = [{"role": "user", "content": "hi ½"}, {"role": "assistant", "content": "the cat"}]
+    rows: list[object] = [{"talk": said}, {"talk": []}, {"talk": "plain"}]
+    files = [
+        jsonl(tmp_path / "a.jsonl", *rows),
+        parquet(tmp_path / "a.parquet", {"talk": [said, None, []]}),
+    ]
+    for file in files:
+        first, *others = read_documents(file, field="talk", where=WHERE, chat=chat)
+        assert first == "<s>user: hi ½</s>assistant: the cat</s>"
+        assert isinstance(first, Conversation)
+        assert others == (["plain"] if file.suffix == ".jsonl" else [])
+        with pytest.raises(UserError, match=r"no text column 'talk'|is not text"):
+            read(file, "talk")
+
+
+def test_the_row_of_a_malformed_conversation_is_named(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = partial(conversation, chat_tokenizer)
+    rows: list[list[object]] = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": None}]]
+    file = jsonl(tmp_path / "a.jsonl", *({"text": row} for row in rows))
+    with pytest.raises(UserError, match=rf"^{WHERE}: {file}:2: message 1 needs"):
+        read_documents(file, field="text", where=WHERE, chat=chat)
+    file = parquet(tmp_path / "a.parquet", {"text": rows})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=rf"^{WHERE}: {file}, row 2: message 1 needs"):
+        read_documents(file, field="text", where=WHERE, chat=chat)
+    file = jsonl(tmp_path / "b.jsonl")
+    file.write_text('{"text": [{"role": "user", "content": "\\ud800"}]}')
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        read_documents(file, field="text", where=WHERE, chat=chat)

@@ -13,6 +13,7 @@ from dive.calibration_domains.sampling import (
     token_blocks,
 )
 from dive.errors import UserError
+from dive.model.chat import Conversation
 
 
 def tokenize(text: str) -> list[int]:
@@ -199,3 +200,19 @@ def test_blocks_are_the_documents_in_random_order_again_and_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(blocks, again, strict=True))
     other = list(islice(token_blocks(documents, tokenize, length=3, seed=1), 60))
     assert any(not torch.equal(a, b) for a, b in zip(blocks, other, strict=True))
+
+
+def test_a_conversation_is_never_cut_before_its_tokens_are() -> None:
+    said = Conversation("ab" * PIECE)
+    assert pieces([said, "c" * (PIECE + 1), Conversation(" ")]) == [said, "c" * PIECE, "c"]
+    assert isinstance(pieces([said])[0], Conversation)
+    asked: list[str] = []
+
+    def whole(text: str) -> list[int]:
+        asked.append(text)
+        return tokenize(text)
+
+    found = evaluation_windows([said], whole, length=4, windows=2, name="talk")
+    assert found.tolist() == [[97, 98, 97, 98]] * 2
+    assert asked == [said]
+    assert isinstance(asked[0], Conversation)

@@ -17,6 +17,7 @@ from dive.calibration_domains.texts import (
 )
 from dive.config import CalibrationDomainsConfig, EvalSetConfig, HubTextConfig, TextSource
 from dive.errors import UserError
+from dive.model.chat import Conversation
 
 
 @pytest.fixture
@@ -141,3 +142,18 @@ def test_evaluation_text_in_the_training_text_is_refused(leak: str) -> None:
 @pytest.mark.parametrize("train", [[], ["Yes."], [f"{LONG} And more."], [LONG[:-5]]])
 def test_other_or_short_text_is_accepted(train: list[str]) -> None:
     refuse_overlap(training_documents(train), [LONG, "Yes."], name="law")
+
+
+def test_a_conversation_is_not_the_text_that_it_is_written_as() -> None:
+    text = "<s>user: hi</s>"
+    written = [[text], [Conversation(text, ["hi"])], [Conversation(text, ["h", "i"])], [text, "hi"]]
+    assert len({fingerprint(documents) for documents in written}) == 4
+    assert fingerprint(written[1]) == fingerprint([Conversation(text, ["hi"])])
+
+
+def test_conversations_overlap_by_what_is_spoken_in_them() -> None:
+    spoken = ["how long does a lease of a flat last?", "a year"]
+    training = training_documents([Conversation("be kind. " + spoken[0], spoken), Conversation("x" * 40, ["hi"])])
+    refuse_overlap(training, [Conversation("x" * 40, ["hi"])], name="short")  # too short to tell
+    with pytest.raises(UserError, match="1 of 2 evaluation documents"):
+        refuse_overlap(training, [Conversation("another prompt", spoken), "other"], name="same")

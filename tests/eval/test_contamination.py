@@ -13,6 +13,7 @@ from dive.eval import contamination as module
 from dive.eval.contamination import contamination, find_overlap, ngrams
 from dive.eval.evaluate import EvaluationTexts
 from dive.eval.tasks import TaskSuite
+from dive.model.chat import Conversation
 from tests.workplace import Bench
 
 
@@ -54,6 +55,16 @@ def test_ngrams_do_not_cross_passages_or_documents() -> None:
     evaluation = {"e": [["b c d"], ["f g h"], ["a b c"], ["e f"]]}
     assert find_overlap(training, evaluation, n=3)["e"].found == 1
     assert find_overlap(training, evaluation, n=2)["e"].found == 4  # bc, gh, ab, ef
+
+
+def test_what_a_chat_template_adds_is_no_overlap(tmp_path: Path) -> None:
+    system = "system: you are a helpful assistant who answers in one word. user: "
+    talks = [["a b c", "d e"], ["a b c d", "x"], ["f g h"]]
+    train, *test = (Conversation(system + " ".join(spoken), spoken) for spoken in talks)
+    texts = EvaluationTexts(documents={"domains": {"talk": list(test)}, "sets": {}})
+    domains = [DomainTexts("talk", train=[train], test=list(test))]
+    found = contamination(Bench(tmp_path), EvalConfig(ngram=3), domains, texts, TaskSuite())["domains"]["talk"]
+    assert (found["ngrams"], found["ngrams_found"], found["found"]) == (3, 1, 1)  # abc of abc bcd fgh
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])

@@ -318,3 +318,12 @@ def test_document_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     assert document_tokens(bare, "the cat") == plain
     assert document_tokens(bare, "") == []
+
+
+def test_the_chat_template_is_part_of_a_models_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    prints = [fingerprint_directory(tmp_path)]
+    for template in ("{{ messages }}", "{{ messages[0] }}"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        prints.append(fingerprint_directory(tmp_path))
+    assert len(set(prints)) == 3

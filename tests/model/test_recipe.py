@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dive.config import PruningConfig, Storage
-from dive.model.load import locate_dense
+from dive.model.load import DenseSource, locate_dense
 from dive.model.recipe import Dense, Slot
 from dive.moe.build import ONE_EXPERT, build_experts
 from dive.moe.mixture import Mixture
@@ -32,7 +32,7 @@ def dense(build: Build, directory: Path, dtype: str = "float32", **settings: int
         build("llama", **settings).save_pretrained(directory)
     loads: list[int] = []
 
-    def make() -> PreTrainedModel:
+    def make(_: DenseSource) -> PreTrainedModel:
         loads.append(1)
         return build("llama", **settings)
 
@@ -84,3 +84,18 @@ def test_the_slot_lets_go_before_it_makes() -> None:
     for name in ("a", "b"):
         slot.get(name, lambda name=name: Model(name))  # type: ignore[misc, arg-type, return-value]
     assert order == ["make a", "drop a", "make b"]
+
+
+def test_a_model_in_a_circle_goes_with_the_slots() -> None:
+    """As Lightning leaves it: references alone would keep it."""
+
+    class Circle:
+        def __init__(self) -> None:
+            self.own, self.weights = self, torch.zeros(4)
+
+    slot, left = Slot(), Circle()
+    gone = weakref.ref(left.weights)
+    del left
+    assert gone() is not None
+    slot.clear()
+    assert gone() is None

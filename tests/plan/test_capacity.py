@@ -8,13 +8,16 @@ from dive.errors import UserError
 from dive.model.architecture import locate_architecture
 from dive.plan.capacity import Capacity, here, refuse, shortages
 from dive.plan.stages import Plan, plan
-from tests.model.test_architecture import typed
+from tests.model.test_architecture import with_toy_texts
 
 
 def planned(*overrides: str) -> Plan:
     stages = [] if any(o.startswith(("experiment=", "retrain=")) for o in overrides) else ["retrain=two_stages"]
-    config = typed(*stages, *overrides)
+    config = with_toy_texts(*stages, *overrides)
     return plan(config, locate_architecture(config.model))
+
+
+LARGE = ("model=llama2-7b", "trainer=gpu", "trainer.accumulation=1")
 
 
 def test_with_room_for_all_nothing_is_short() -> None:
@@ -27,14 +30,14 @@ def test_unknown_room_is_not_held_against_a_run() -> None:
 
 
 def test_too_little_memory_names_what_fills_it_and_the_override() -> None:
-    found = shortages(planned("model=llama2-7b", "plan.device=h100"), Capacity(device=20e9))
+    found = shortages(planned(*LARGE), Capacity(device=20e9))
     assert len(found) == 1
     assert "device memory" in found[0]
     assert "there is 20 GB" in found[0]
     assert "trainer.accumulation" in found[0]
     with pytest.raises(UserError, match=r"plan\.enforce=false"):
-        refuse(planned("model=llama2-7b", "plan.device=h100"), Capacity(device=20e9))
-    refuse(planned("model=llama2-7b", "plan.device=h100", "plan.enforce=false"), Capacity(device=20e9))
+        refuse(planned(*LARGE), Capacity(device=20e9))
+    refuse(planned(*LARGE, "plan.enforce=false"), Capacity(device=20e9))
 
 
 def test_weights_in_float32_on_a_small_host() -> None:
@@ -67,9 +70,11 @@ def test_what_lies_in_the_store_is_not_written_again() -> None:
 
 
 def test_a_pass_that_is_too_large_is_to_be_cut_up() -> None:
-    model = ("model=llama2-13b", "retrain=lora")
+    model = ("model=llama2-13b", "retrain=lora", "trainer=gpu", "trainer.accumulation=1")
     # Both models fit. With the activations of 8 sequences they do not.
     assert "raise trainer.accumulation" in shortages(planned(*model), Capacity(device=80e9))[0]
+    cut = planned(*model[:3], "retrain.length=1024")
+    assert "lower trainer.pass_tokens" in shortages(cut, Capacity(device=80e9))[0]
     assert shortages(planned(*model, "trainer.accumulation=8"), Capacity(device=80e9)) == []
     assert "lower moe.experts" in shortages(planned(*model), Capacity(device=60e9))[0]
 
@@ -79,7 +84,7 @@ def test_a_pass_that_is_as_small_as_can_be() -> None:
     it = planned(*small, "retrain.length=2048")
     peak = max(stage.memory.device_peak for stage in it.stages)
     assert "; set retrain=lora" in shortages(it, Capacity(device=peak - 1e8))[0]
-    less = planned(*small[:3], "retrain.length=2048", "trainer.gradient_checkpointing=false")
+    less = planned(*small[:3], "retrain.length=4096", "trainer.gradient_checkpointing=false")
     peak = max(stage.memory.device_peak for stage in less.stages)
     assert "; set trainer.gradient_checkpointing=true" in shortages(less, Capacity(device=peak - 1e8))[0]
 
@@ -88,7 +93,7 @@ def test_a_pass_that_is_as_small_as_can_be() -> None:
     ("overrides", "remedy"),
     [
         (["calibration_domains.samples=4096"], "lower calibration_domains.samples, or set moe=plain"),
-        (["calibration_domains=paper"], "lower calibration_domains.group_samples, or set moe=plain"),
+        (["budget=paper", "calibration_domains=paper"], "lower calibration_domains.group_samples, or set moe=plain"),
     ],
 )
 def test_text_that_does_not_fit_the_host_is_to_be_less(overrides: list[str], remedy: str) -> None:

@@ -30,6 +30,15 @@ def test_least_squares(llama: Shapes) -> None:
     assert construction.solve_bytes(llama) == 8 * (f * f + d * f + w * w + f * w + d * w)
 
 
+def test_elimination(llama: Shapes) -> None:
+    d, f, gone = 4096, 11008, 8256
+    # Cholesky factor and the inverse from it, weights times the inverse, then rank-16 updates of both
+    assert construction.eliminate(llama) == f**3 + 2 * d * f * f + 516 * 2 * 16 * f * (f + d)
+    assert gone == 516 * 16
+    assert construction.eliminate_moved(llama, 16) == 516 * 4 * 8 * f * (f + d)
+    assert construction.eliminate_bytes(llama) == 4 * 8 * f * f + 2 * 8 * d * f
+
+
 def test_router(llama: Shapes) -> None:
     settings = DistillationConfig(tokens=2048, steps=10, batch=512)
     errors = 2048 * (6 * 4096 * 11008 + 8 * 6 * 4096 * 2752)
@@ -39,15 +48,16 @@ def test_router(llama: Shapes) -> None:
 def test_refinement(llama: Shapes) -> None:
     settings = Refinement(derivations=3, steps=10, batch=64, active=2)
     d, f, w, n, length = 4096, 11008, 2752, 1000, 256
-    one_round = n * 8 * 6 * d * w + n * 4 * d * f + n * 2 * f * f
+    one_round = n * 4 * d * f + n * 2 * d * f + n * 2 * f * f  # gate and up, cross and second moments
     steps = 10 * 64 * 2 * 3 * 6 * d * w  # forward, and twice that backward
-    forward = n * (2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w)
+    forward = n * (2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w + 6 * d * f)  # and the dense FFN's target
     assert construction.refine(llama, settings, n, length) == 3 * one_round + steps + forward
     assert construction.refine_solves(llama, settings) == 3 * 8 * construction.solve(llama)
     # dense and rebuilt states, what the dense FFN made and the next inputs in float32; the rebuilt prefix in bfloat16
     assert construction.refine_host_bytes(llama, n, 2) == n * d * (4 * 4 + 2)
-    more = construction.refine_device_bytes(llama, replace(settings, batch=128))
-    assert more - construction.refine_device_bytes(llama, settings) == 64 * 2 * (4 * w + 3 * d) * 4
+    held, more = (construction.refine_device_bytes(llama, replace(settings, batch=n)) for n in (100_000, 100_064))
+    assert construction.refine_device_bytes(llama, settings) == 2 * 4 * f * f + construction.eliminate_bytes(llama)
+    assert more - held == 64 * 2 * (4 * w + 3 * d) * 4
 
 
 def test_refinement_of_a_configuration() -> None:

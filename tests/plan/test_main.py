@@ -4,15 +4,19 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dive.cli import PACKAGE
+from dive.config import Strategy
 from dive.model.architecture import locate_architecture
 from dive.plan.stages import plan
 from dive.plan.table import construction_rows
-from tests.model.test_architecture import typed
+from dive.units import duration, size
+from tests.model.test_architecture import PUBLISHED, typed
 from tests.workplace import environment
 
 DOCS = (PACKAGE.parent / "docs" / "cost.md").read_text(encoding="utf-8")
@@ -30,6 +34,16 @@ def test_the_plan_of_a_hub_model_needs_no_network_and_leaves_nothing_behind(tmp_
     for figure in ("1.1 B dense", "3.385 B with", "719.8 M active", "21.36 M trained", "21,358,592", "720,896"):
         assert figure in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_budget_is_named_and_the_next_one_planned_with_the_same_overrides(tmp_path: Path) -> None:
+    overrides = ("model=smollm2-135m", "budget=minutes", "trainer=cpu", "moe.experts=4")
+    first, *_ = command("-m", "dive.plan", *overrides, cwd=tmp_path).stdout.splitlines()
+    config = typed(*(o.replace("minutes", "hours") for o in overrides))
+    next_one = duration(plan(config, locate_architecture(config.model)).seconds)
+    assert first == f"budget   minutes; budget=hours trains on 40 M tokens and takes about {next_one}"
+    first, *_ = command("-m", "dive.plan", cwd=tmp_path).stdout.splitlines()
+    assert first == "budget   toy"
 
 
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
@@ -83,3 +97,35 @@ def test_the_documents_tables_are_what_its_commands_print(line: str, rows: list[
 
 def test_there_are_tables() -> None:
     assert len(tables()) == 2
+
+
+ONE, EIGHT = {}, {"accelerator": "gpu", "devices": 8, "strategy": Strategy.ddp, "precision": "bf16-mixed"}
+CPU = {"accelerator": "cpu", "precision": "32-true", "gradient_checkpointing": False}
+COLUMNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "`minutes`, a CPU core": ("minutes", "cpu", CPU),
+    "`minutes`, H100": ("minutes", "h100", ONE),
+    "`hours`, H100": ("hours", "h100", ONE),
+    "`hours`, 8 × H100": ("hours", "h100", EIGHT),
+    "`paper`, H100": ("paper", "h100", ONE),
+    "`paper`, 8 × H100": ("paper", "h100", EIGHT),
+}
+"""{heading: (budget, device, what the trainer is changed to)}"""
+
+
+def models_and_budgets() -> list[str]:
+    """Lines of the table, as the plan has them."""
+    rows = [f"| model | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
+    for name in sorted(PUBLISHED, key=lambda name: PUBLISHED[name]):
+        composed = {budget: typed(f"model={name}", f"budget={budget}") for budget in ("minutes", "hours", "paper")}
+        cells = []
+        for budget, device, changes in COLUMNS.values():
+            config = composed[budget]
+            config = replace(config, trainer=replace(config.trainer, **changes))
+            found = plan(config, locate_architecture(config.model), device=device)
+            cells.append(f"{duration(found.seconds)}, {size(found.device or found.host)}")
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_models_and_budgets_is_the_plans() -> None:
+    assert "\n".join(models_and_budgets()) in DOCS

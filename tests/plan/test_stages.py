@@ -6,12 +6,12 @@ from dive.config import DeviceConfig
 from dive.model.architecture import locate_architecture
 from dive.plan.memory import Memory
 from dive.plan.stages import Plan, Stage, plan, seconds
-from tests.model.test_architecture import typed
+from tests.model.test_architecture import with_toy_texts
 
 
 def planned(*overrides: str) -> Plan:
     stages = [] if any(o.startswith(("experiment=", "retrain=")) for o in overrides) else ["retrain=two_stages"]
-    config = typed(*stages, *overrides)
+    config = with_toy_texts(*stages, *overrides)
     return plan(config, locate_architecture(config.model))
 
 
@@ -19,8 +19,13 @@ def by_name(it: Plan) -> dict[str, Stage]:
     return {stage.name: stage for stage in it.stages}
 
 
-def test_tokens_that_choose_their_experts_are_not_mined() -> None:
-    assert list(by_name(planned())) == ["pruned", "reconstructed", "router", "experts", "evaluation", "export"]
+def test_where_tokens_choose_their_experts_affinity_is_mapped_from_a_few_sequences() -> None:
+    stages = by_name(planned())
+    assert list(stages) == ["mining", "pruned", "reconstructed", "router", "experts", "evaluation", "export"]
+    assert stages["mining"].tokens == 16 * 4 * 256
+    assert stages["mining"].operations < 0.01 * sum(stage.operations for stage in stages.values())
+    assert "mining" not in by_name(planned("affinity.mapped=0"))
+    assert "mining" not in by_name(planned("moe.experts=1"))
 
 
 def test_tokens_of_a_run_that_mines() -> None:
@@ -43,19 +48,29 @@ def test_tokens_of_a_run_that_mines() -> None:
     assert stages["evaluation"].tokens == (5 + 3) * 16 * 12 * 256
 
 
+def test_tasks_are_sequences_of_every_model() -> None:
+    without = by_name(planned())["evaluation"]
+    asked = ("eval.tasks=[a,b]", "eval.task_limit=10", "+eval.task_settings={b:{shots:3,limit:7}}")
+    more = by_name(planned(*asked, "plan.answers=4", "plan.question_tokens=50"))["evaluation"]
+    sequences = 4 * (10 * 50 + 7 * (1 + 3) * 50)
+    assert more.tokens - without.tokens == 5 * sequences  # dense, pruned, reconstructed and two stages
+    assert more.memory.host_peak > without.memory.host_peak
+
+
 def test_given_groups_are_not_mined() -> None:
-    stages = by_name(planned("calibration_domains=paper", "affinity=published/tinyllama_50"))
-    assert "mining" not in stages
+    stages = by_name(planned("budget=paper", "calibration_domains=paper", "affinity=published/tinyllama_50"))
+    assert stages["mining"].tokens == 24 * 4 * 256  # the map alone
     assert "calibration" not in stages
     # 1024 sequences a group, split evenly: 8 domains × 128, 1 × 1024, 3 × 341 + 1, ...
     assert stages["reconstructed"].tokens == 8 * 1024 * 256
 
 
 def test_text_that_experts_are_built_from() -> None:
-    stages = by_name(planned("calibration_domains=paper"))  # 1024 sequences for each expert, of all 24 domains together
+    paper = ("budget=paper", "calibration_domains=paper")
+    stages = by_name(planned(*paper))  # 1024 sequences for each expert, of all 24 domains together
     assert stages["pruned"].tokens == 1024 * 256
     assert stages["reconstructed"].tokens == 8 * 1024 * 256
-    few = by_name(planned("calibration_domains=paper", "calibration_domains.domains=[c4,race]", "moe.experts=4"))
+    few = by_name(planned(*paper, "calibration_domains.domains=[c4,race]", "moe.experts=4"))
     assert few["reconstructed"].tokens == 2 * 1024 * 256  # there is no more
     assert few["pruned"].tokens == 1024 * 256
     assert by_name(planned("moe.experts=4"))["pruned"].tokens == 16 * 32 * 256  # without a limit all there is
@@ -77,7 +92,7 @@ def test_a_stage_is_rounded_up_to_whole_steps() -> None:
 
 
 def test_disk() -> None:
-    it = planned("model=tinyllama", "experiment=paper_1_8", "trainer=cpu")
+    it = planned("model=tinyllama", "experiment=paper_1_8", "trainer=cpu", "model.dtype=bfloat16")
     stages = by_name(it)
     assert stages["calibration"].written == 16 * 22 * 5632 * 16  # 16 embedded domains, mean and deviations in float64
     layer = 8 * 3 * 2048 * 2816 * 2 + 2 * 8 * 2048 * 2 + 8 * 5632  # experts, router and bias, masks
@@ -107,8 +122,8 @@ def test_seconds() -> None:
 
 def test_training_divides_by_the_processes() -> None:
     one, eight = (
-        planned("model=tinyllama", "affinity=mined", "trainer=gpu"),
-        planned("model=tinyllama", "affinity=mined", "trainer=ddp", "trainer.devices=8"),
+        planned("model=tinyllama", "affinity=mined", "trainer=gpu", "retrain.stages.experts.batch=16"),
+        planned("model=tinyllama", "affinity=mined", "trainer=ddp", "retrain.stages.experts.batch=16"),
     )
     first, second = by_name(one)["experts"], by_name(eight)["experts"]
     assert second.operations == first.operations

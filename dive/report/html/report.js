@@ -1,8 +1,16 @@
 "use strict";
 
-const groupOf = new Map(data.groups.flatMap((members, number) => members.map((domain) => [domain, number])));
-const groupInk = (domain) => (data.groups.length > 1 && groupOf.has(domain) ? colour(groupOf.get(domain), data.groups.length) : "currentColor");
-const groupName = (domain) => (data.groups.length > 1 && groupOf.has(domain) ? `${domain} · ${groupOf.get(domain)}` : domain);
+const grouping = (groups) => {
+  const of = new Map(groups.flatMap((members, number) => members.map((domain) => [domain, number])));
+  const known = (domain) => groups.length > 1 && of.has(domain);
+  return {
+    of,
+    ink: (domain) => (known(domain) ? colour(of.get(domain), groups.length) : "currentColor"),
+    name: (domain) => (known(domain) ? `${domain} · ${of.get(domain)}` : domain),
+  };
+};
+const mined = grouping(data.affinity?.groups ?? []);
+const { of: groupOf, ink: groupInk, name: groupName } = data.groups.length > 1 ? grouping(data.groups) : mined;
 
 /* ---- routing: domain × expert, layer by layer */
 
@@ -68,9 +76,9 @@ if (data.affinity) {
   figure("affinity", (width) => {
     const room = tree ? Math.min(180, Math.max(96, width * 0.17)) : 0;
     const heatmap = matrix({
-      label: "affinity between domains", rows: names.map(groupName), columns: names, width: width - room, cell: 20, rowHeight,
+      label: "affinity between domains", rows: names.map(mined.name), columns: names, width: width - room, cell: 20, rowHeight,
       value: (i, j) => affinity[order[i]][order[j]], shade: (v) => (v - low) / (1 - low || 1), text: (v) => d3.format(".2f")(v), fontSize: 9,
-      rowInk: (d) => groupInk(names[d]), columnInk: (d) => groupInk(names[d]), xLabel: perplexity ? "measured on" : "domain", yLabel: perplexity ? "pruned on · group" : "domain · group",
+      rowInk: (d) => mined.ink(names[d]), columnInk: (d) => mined.ink(names[d]), xLabel: perplexity ? "measured on" : "domain", yLabel: perplexity ? "pruned on · group" : "domain · group",
       title: (i, j, v) => (perplexity ? `pruned on ${names[i]}, measured on ${names[j]}\naffinity ${show(v)}\nperplexity ${show(perplexity[order[i]][order[j]])}` : `${names[i]} and ${names[j]}\nsimilarity ${show(v)}`),
     });
     const nodes = [heatScale(perplexity ? "affinity" : "similarity", show(low), "1")];
@@ -78,7 +86,7 @@ if (data.affinity) {
     const height = Number(heatmap.getAttribute("height"));
     const marginTop = height - 8 - rowHeight * names.length;
     const far = d3.max(tree, (link) => d3.max(link.distance));
-    const branches = tree.flatMap((link, number) => link.at.map((at, k) => ({ at, distance: link.distance[k], number, ink: link.group === "" ? "currentColor" : colour(Number(link.group), data.groups.length) })));
+    const branches = tree.flatMap((link, number) => link.at.map((at, k) => ({ at, distance: link.distance[k], number, ink: link.group === "" ? "currentColor" : colour(Number(link.group), data.affinity.groups.length) })));
     const dendrogram = Plot.plot({
       width: room, height, marginTop, marginBottom: 8, marginLeft: 8, marginRight: 14, style: { fontSize: "10px", background: "transparent" },
       x: { domain: [far * 1.04, 0], label: null, axis: "top", ticks: 2, tickFormat: "~g" },
@@ -103,7 +111,7 @@ if (data.affinity) {
       matrix({
         label: "perplexity pruned on one domain, measured on another", rows: names, columns: names, width, cell: 20, rowHeight,
         value: (i, j) => perplexity[order[i]][order[j]], shade: (v) => (Math.log(v) - least) / (largest - least || 1), text: (v) => d3.format(v >= 1000 ? ".2~s" : ".3~r")(v), fontSize: 9,
-        rowInk: (d) => groupInk(names[d]), columnInk: (d) => groupInk(names[d]), xLabel: "measured on", yLabel: "pruned on",
+        rowInk: (d) => mined.ink(names[d]), columnInk: (d) => mined.ink(names[d]), xLabel: "measured on", yLabel: "pruned on",
         title: (i, j, v) => `pruned on ${names[i]}, measured on ${names[j]}\nperplexity ${show(v)}`,
       }),
     ]);
