@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+STRIPS = 8
+"""Of rows of a Gram matrix: of so many, 1/2 + 1/(2 · so many) of the square is computed."""
+
 
 @dataclass(slots=True)
 class ChannelStatistics:
@@ -113,10 +116,21 @@ def batch_statistics(
         count=len(values),
         mean=mean.double()[None],
         squared_deviations=variance.double()[None] * len(values),
-        second_moment=(values.T @ values)[None] if second_moment else None,
+        second_moment=gram(values)[None] if second_moment else None,
         inputs=None if inputs is None else inputs[None],
         coactivation=_coactivation(values, active_channels)[None] if active_channels else None,
     )
+
+
+def gram(rows: Tensor) -> Tensor:
+    """XᵀX (F, F) of rows X (T, F): what lies above its diagonal, in :data:`STRIPS`, and the mirror image of that."""
+    width = rows.shape[1]
+    found = rows.new_empty(width, width)
+    for start in range(0, width, strip := -(-width // STRIPS)):
+        here = slice(start, start + strip)
+        torch.mm(rows[:, here].T, rows[:, start:], out=found[here, start:])
+        found[start + strip :, here] = found[here, start + strip :].T
+    return found
 
 
 def _coactivation(channels: Tensor, active: int) -> Tensor:

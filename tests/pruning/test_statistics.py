@@ -14,7 +14,7 @@ import dive
 from dive.errors import UserError
 from dive.model.families import ffn_modules
 from dive.pruning.calibrate import Calibration
-from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled_rows, stack_layers
+from dive.pruning.statistics import ChannelStatistics, batch_statistics, gram, sampled_rows, stack_layers
 
 Tokens = Callable[..., Tensor]
 
@@ -151,6 +151,12 @@ def test_what_was_not_asked_for_is_not_kept(build: Callable[..., PreTrainedModel
     with_all = dive.collect_statistics(build(), {"a": tokens(2, 8)})["a"]
     assert (found + with_all).second_moment is None
     assert (found + with_all).inputs is None
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 19, 64])
+def test_a_gram_matrix_is_that_of_all_its_strips(width: int) -> None:
+    rows = torch.randn(30, width, generator=torch.Generator().manual_seed(width))
+    torch.testing.assert_close(gram(rows), rows.T @ rows, rtol=1e-5, atol=1e-5)
 
 
 def test_adding_anything_else_is_refused() -> None:
