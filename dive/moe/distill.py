@@ -51,12 +51,12 @@ def fit_router(inputs: Tensor, errors: Tensor, settings: DistillationConfig, *, 
     with torch.enable_grad():
         for step in range(settings.steps):
             chosen = torch.randint(len(rows), (min(settings.batch, len(rows)),), generator=generator).to(rows.device)
-            logits = rows[chosen] @ weight.T
+            logits = rows.index_select(0, chosen) @ weight.T
             if step < settings.steps // 3:
-                entropy = functional.cross_entropy(logits, targets[chosen], reduction="none")
+                entropy = functional.cross_entropy(logits, targets.index_select(0, chosen), reduction="none")
                 loss = (entropy * worth[chosen]).sum() / worth[chosen].sum()
             else:
-                loss = (torch.softmax(logits, dim=-1) * relative[chosen]).sum(dim=-1).mean()
+                loss = (torch.softmax(logits, dim=-1) * relative.index_select(0, chosen)).sum(dim=-1).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
