@@ -106,7 +106,7 @@ def _check_groups(count: int, moe: MoEConfig) -> None:
     )
 
 
-@step("experts")
+@step("experts", version=2)
 def build_experts(
     place: Place,
     run: HasStore,

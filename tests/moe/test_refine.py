@@ -25,9 +25,10 @@ from dive.moe.build import build_layers
 from dive.moe.constructions import refined
 from dive.moe.constructions.refined import derive_experts, first_assignment, renumbered, train_layer
 from dive.moe.distill import expert_errors
-from dive.moe.layer import ExpertLayer, expert_function, layer_output, likeliest_experts, selected_outputs
+from dive.moe.layer import ExpertLayer, expert_function, layer_output, likeliest_experts, pair_errors, selected_outputs
 from dive.moe.walk import LayerTokens
 from dive.pruning.calibrate import collect_statistics
+from dive.pruning.statistics import sampled_rows
 
 Build = Callable[..., PreTrainedModel]
 Tokens = Callable[..., Tensor]
@@ -89,6 +90,15 @@ def test_selected_outputs_are_the_experts_one_by_one(weights: FFN, inputs: Tenso
         for place in range(2):
             one = expert_function(layer, int(chosen[token, place]), weights.act)(rows[token : token + 1])[0]
             torch.testing.assert_close(found[token, place], one, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_of_pairs_are_the_experts_one_by_one(weights: FFN, inputs: Tensor) -> None:
+    wanted = outputs(weights, inputs)
+    layer = derive_experts(weights, inputs, wanted, torch.arange(TOKENS) % 3, PRUNING, experts=3, seed=0)
+    tokens, experts = torch.tensor([4, 0, 4, 9, 2]), torch.tensor([2, 0, 0, 2, 0])  # and none for expert 1
+    found = pair_errors(layer.gate_up, layer.down, weights.act, inputs, wanted, tokens=tokens, experts=experts)
+    every = expert_errors(inputs, wanted, [expert_function(layer, e, weights.act) for e in range(3)])
+    torch.testing.assert_close(found, every[tokens, experts], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -167,6 +177,43 @@ def test_one_expert_needs_no_router(weights: FFN, inputs: Tensor) -> None:
     refitted = refine(weights, inputs, targets, groups, PRUNING, settings(experts=1, rounds=2), seed=0)
     assert not trained.router.any()
     assert relative_error(trained, weights, inputs) < relative_error(refitted, weights, inputs)
+
+
+def test_a_step_goes_down_the_expected_error_of_the_two_likeliest_experts(
+    weights: FFN, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = outputs(weights, inputs)
+    start = derive_experts(weights, inputs, targets, torch.arange(TOKENS) % 3, PRUNING, experts=3, seed=0)
+    start.router = 0.3 * torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(3))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in start.tensors().items() if name != "masks"}
+    likeliest, chosen = (inputs @ leaves["router"].T).topk(2, dim=-1)
+    gates = torch.softmax(likeliest, dim=-1)
+    apart = selected_outputs(ExpertLayer(start.masks, **leaves), weights.act, inputs, chosen) - targets[:, None]
+    (apart.square().sum(dim=-1) * gates).sum(dim=-1).mean().backward()
+
+    step = RefinedConfig(steps=1, batch=TOKENS, balance=0.0)
+    monkeypatch.setattr(refined, "NEGLIGIBLE", 0.0)
+    trained = train_layer(start, weights.act, inputs, targets, step, top_k=1, seed=0).tensors()
+    for name, leaf in leaves.items():  # Adam's first step is the learning rate against the gradient's sign
+        assert leaf.grad is not None
+        sure = leaf.grad.abs() > 1e-3 * leaf.grad.abs().max()
+        assert torch.equal((trained[name] - leaf).sign()[sure], -leaf.grad.sign()[sure])
+
+    monkeypatch.undo()  # a second expert that is all but excluded is worth nothing, and what stands for it is never read
+    start.router = torch.tensor([100.0, -100.0, -100.0])[:, None] * torch.ones(HIDDEN)
+    sure = inputs[inputs.sum(dim=1) > 1.0]
+    found = train_layer(start, weights.act, sure, sure, step, top_k=1, seed=0)
+    assert torch.equal(found.down[1:], start.down[1:])
+    assert torch.equal(found.router, start.router)
+    assert not torch.equal(found.down[0], start.down[0])
+
+
+def test_an_expert_is_derived_from_so_many_of_its_tokens(weights: FFN, inputs: Tensor) -> None:
+    targets, everything = outputs(weights, inputs), torch.zeros(TOKENS, dtype=torch.int64)
+    some = sampled_rows(TOKENS, 300, seed=5)
+    found = derive_experts(weights, inputs, targets, everything, PRUNING, experts=1, most=300, seed=5)
+    expected = derive_experts(weights, inputs[some], targets[some], everything[:300], PRUNING, experts=1, seed=5)
+    torch.testing.assert_close(found.down, expected.down)
 
 
 def test_an_expert_without_tokens_starts_over(weights: FFN, inputs: Tensor) -> None:

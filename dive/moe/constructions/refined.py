@@ -4,6 +4,7 @@ Shapes: T tokens, D hidden width, F channels of the dense FFN, W channels of an 
 """
 
 import math
+from functools import partial
 
 import torch
 from scipy.cluster.vq import kmeans2
@@ -21,6 +22,7 @@ from dive.moe.layer import (
     expert_function,
     float32,
     likeliest_experts,
+    pair_errors,
     selected_outputs,
 )
 from dive.moe.walk import LayerTokens, TokenWalk
@@ -30,6 +32,10 @@ from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled
 
 WALK = TokenWalk
 KMEANS_TOKENS = 32768
+ROUND_TOKENS = 4
+"""Tokens a channel from which an expert is derived in the rounds before the last one: they only say which tokens it gets."""
+NEGLIGIBLE = 0.01
+"""Probability of a token's second expert below which a local step leaves it out: most tokens', once the router is sure."""
 
 
 def layer(weights: FFN, tokens: LayerTokens, pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
@@ -54,10 +60,11 @@ def layer(weights: FFN, tokens: LayerTokens, pruning: PruningConfig, moe: MoECon
     sample = sampled_rows(len(inputs), moe.distillation.tokens, seed=seed)
     device = weights.down.device
     for last in [False] * (settings.rounds if moe.experts > 1 else 0) + [True]:
-        found = derive_experts(weights, inputs, targets, assignment, pruning, experts=moe.experts, seed=seed)
+        most = None if last else ROUND_TOKENS * weights.down.shape[1]
+        found = derive_experts(weights, inputs, targets, assignment, pruning, experts=moe.experts, most=most, seed=seed)
         if moe.experts == 1:
             break
-        rows, wanted = inputs[sample].to(device), targets[sample].to(device)
+        rows, wanted = inputs.index_select(0, sample).to(device), targets.index_select(0, sample).to(device)
         errors = expert_errors(rows, wanted, [expert_function(found, e, weights.act) for e in range(moe.experts)])
         found.router = fit_router(rows, errors, moe.distillation, seed=seed)
         if not last:
@@ -94,9 +101,9 @@ def token_statistics(weights: FFN, inputs: Tensor, targets: Tensor, rows: Tensor
     merged = ChannelStatistics(0, torch.empty(0), torch.empty(0))
     cross = torch.zeros_like(weights.down)
     for part in rows.split(CHUNK):
-        channels = weights.channels(inputs[part].to(device))
+        channels = weights.channels(inputs.index_select(0, part).to(device))
         merged += batch_statistics(channels, second_moment=True, inputs=None)
-        cross += targets[part].to(device).T @ channels
+        cross += targets.index_select(0, part).to(device).T @ channels
     return merged, cross
 
 
@@ -108,11 +115,13 @@ def derive_experts(
     pruning: PruningConfig,
     *,
     experts: int,
+    most: int | None = None,
     seed: int,
 ) -> ExpertLayer:
-    """One pruned and refitted FFN for each expert's tokens; the routers are zero. One expert's moments are alive at a time.
+    """One pruned and refitted FFN for each expert's tokens, or of ``most`` of them; the routers are zero.
 
-    An expert with fewer tokens than channels to keep starts over from random ones, as k-means does.
+    One expert's moments are alive at a time. An expert with fewer tokens than channels to keep starts over from random ones,
+    as k-means does.
     """
     width = pruning.width(weights.down.shape[1])
     masks, gate_up, down = [], [], []
@@ -120,6 +129,8 @@ def derive_experts(
         rows = (assignment == expert).nonzero().squeeze(1)
         if len(rows) < width:
             rows = sampled_rows(len(inputs), max(len(inputs) // experts, 1), seed=seed + expert)
+        elif most is not None and len(rows) > most:
+            rows = rows[sampled_rows(len(rows), most, seed=seed + expert)]
         held = held_out(len(rows)) if pruning.ridge is None else torch.zeros(len(rows), dtype=torch.bool)
         statistics, cross = token_statistics(weights, inputs, targets, rows[~held])
         moment = _moment(statistics)
@@ -166,6 +177,7 @@ def train_layer(
 
     With K > 1 the loss is the squared error of the block's output. With K = 1 its gate is constant, so the loss is the
     expected error over the two likeliest experts, Σ p_k ‖y − expert_k(x)‖²: its minimum sends each token to the better one.
+    Where p_2 is less than :data:`NEGLIGIBLE` it is taken as 0, and only the likeliest expert runs.
 
     Args:
         inputs: (T, D) float32.
@@ -176,15 +188,16 @@ def train_layer(
     device = start.down.device
     experts = len(start.masks)
     scale = inputs.square().mean().sqrt().clamp_min(1e-12).to(device)
-    gate_up = start.gate_up.clone().requires_grad_()
-    down = start.down.clone().requires_grad_()
+    gate_up = [matrix.clone().requires_grad_() for matrix in start.gate_up]
+    down = [matrix.clone().requires_grad_() for matrix in start.down]
     router = (start.router * scale).requires_grad_()
     optimiser = torch.optim.Adam(
         [
-            {"params": [gate_up, down], "lr": settings.learning_rate},
+            {"params": [*gate_up, *down], "lr": settings.learning_rate},
             {"params": [router], "lr": settings.router_learning_rate},
         ],
         betas=(0.9, 0.95),
+        fused=True,
     )
     steps = settings.steps
 
@@ -193,7 +206,7 @@ def train_layer(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     energy = targets.square().sum(dim=-1).mean().clamp_min(1e-30).to(device)
-    training = ExpertLayer(masks=start.masks, gate_up=gate_up, down=down, router=router)
+    errors_of = partial(pair_errors, gate_up, down, act)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     batch = min(settings.batch, len(inputs))
@@ -202,18 +215,27 @@ def train_layer(
             if len(order) < batch:
                 order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
             rows, order = order[:batch], order[batch:]
-            x, y = inputs[rows].to(device), targets[rows].to(device)
+            x, y = inputs.index_select(0, rows).to(device), targets.index_select(0, rows).to(device)
             if experts == 1:
-                outputs = selected_outputs(training, act, x, torch.zeros(len(x), 1, dtype=torch.int64, device=device))
-                loss = (outputs[:, 0] - y).square().sum(dim=-1).mean() / energy
+                every = torch.arange(len(x), device=device)
+                loss = errors_of(x, y, tokens=every, experts=torch.zeros_like(every)).mean() / energy
             else:
                 logits = x / scale @ router.T
                 highest, chosen = logits.topk(max(top_k, 2), dim=-1)
                 gates = torch.softmax(highest, dim=-1)
-                outputs = selected_outputs(training, act, x, chosen)
                 if top_k == 1:
-                    errors = ((outputs - y[:, None]).square().sum(dim=-1) * gates).sum(dim=-1)
+                    close = (gates[:, 1] >= NEGLIGIBLE).nonzero().squeeze(1)
+                    found = errors_of(
+                        x,
+                        y,
+                        tokens=torch.cat([torch.arange(len(x), device=device), close]),
+                        experts=torch.cat([chosen[:, 0], chosen[close, 1]]),
+                    )
+                    errors, second = found.split([len(x), len(close)])
+                    errors = errors.index_add(0, close, gates[close, 1] * (second - errors[close]))
                 else:
+                    training = ExpertLayer(start.masks, torch.stack(gate_up), torch.stack(down), router)
+                    outputs = selected_outputs(training, act, x, chosen)
                     errors = ((outputs * gates[..., None]).sum(dim=1) - y).square().sum(dim=-1)
                 loss = errors.mean() / energy
                 if settings.balance:
@@ -225,5 +247,8 @@ def train_layer(
             optimiser.step()
             schedule.step()
     return ExpertLayer(
-        masks=start.masks, gate_up=gate_up.detach(), down=down.detach(), router=(router / scale).detach()
+        masks=start.masks,
+        gate_up=torch.stack(gate_up).detach(),
+        down=torch.stack(down).detach(),
+        router=(router / scale).detach(),
     )
