@@ -9,6 +9,11 @@ from dive.config import Config, DistillationConfig
 from dive.plan import flops
 from dive.plan.parameters import Shapes
 
+ROUND_TOKENS = 4
+"""Tokens a channel of an expert that all derivations but the last take, see :mod:`dive.moe.constructions.refined`."""
+PAIRS = 1.2
+"""Measured: a token's second expert is left out of a local step where the router all but excludes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
@@ -19,7 +24,9 @@ class Refinement:
     batch: int
     """Tokens a step."""
     active: int
-    """Experts a token meets in these steps."""
+    """Experts a token may meet in these steps."""
+    pairs: float
+    """Experts that it meets on average."""
 
 
 def refinement(config: Config) -> Refinement | None:
@@ -29,29 +36,24 @@ def refinement(config: Config) -> Refinement | None:
         return None
     several = config.moe.experts > 1
     rounds, active = (found.rounds, max(config.moe.top_k, 2)) if several else (0, 1)
-    return Refinement(derivations=rounds + 1, steps=found.steps, batch=found.batch, active=active)
+    pairs = PAIRS if several and config.moe.top_k == 1 else float(active)
+    return Refinement(derivations=rounds + 1, steps=found.steps, batch=found.batch, active=active, pairs=pairs)
 
 
 def moments(s: Shapes, tokens: int) -> int:
-    """FLOPs of the F × F second moments of N tokens (float32)."""
-    return 2 * tokens * s.channels**2
+    """FLOPs of the F × F second moments of N tokens (float32): what lies above the diagonal, in eight strips."""
+    return tokens * s.channels**2 * 9 // 8
+
+
+def eliminate(s: Shapes) -> int:
+    """FLOPs of choosing one expert's channels by elimination (float64): inverse and refit of all, then of ever fewer."""
+    f, w, d = s.channels, s.width, s.hidden
+    return f**3 + 2 * d * f**2 + 2 * (f**3 - w**3) // 3 + d * (f**2 - w**2)
 
 
 def solve(s: Shapes) -> int:
     """FLOPs of one expert's least squares (float64): W G_S, Cholesky factor, two triangular solves."""
     return 2 * s.hidden * s.channels * s.width + s.width**3 // 3 + 2 * s.hidden * s.width**2
-
-
-def eliminate(s: Shapes) -> int:
-    """FLOPs of choosing one expert's channels by elimination (float64): factor and inverse, weights, updates of both."""
-    f, d, gone = s.channels, s.hidden, s.channels - s.width
-    return f**3 + 2 * d * f**2 + 2 * gone * (f**2 + d * f)
-
-
-def eliminate_moved(s: Shapes, block: int) -> int:
-    """Bytes that these updates read and write: the inverse and the weights, and products as large, once a block."""
-    updates = -(-(s.channels - s.width) // block)
-    return updates * 4 * 8 * (s.channels**2 + s.hidden * s.channels)
 
 
 def eliminate_bytes(s: Shapes) -> int:
@@ -72,32 +74,30 @@ def solve_bytes(s: Shapes) -> int:
 
 def router_fit(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
     """FLOPs of one router: errors of every expert on the sampled tokens, then the fit."""
-    errors = tokens * (2 * s.ffn + 2 * s.experts * s.expert)
+    errors = tokens * 2 * s.experts * s.expert
     return errors + settings.steps * min(settings.batch, tokens) * 4 * s.router
 
 
-def router_fit_moved(s: Shapes, settings: DistillationConfig, tokens: int) -> int:
-    """Bytes that its steps gather from all sampled rows, and read again twice."""
-    return settings.steps * min(settings.batch, tokens) * s.hidden * 4 * 4
+def refine(s: Shapes, settings: Refinement, router: DistillationConfig, tokens: int, length: int) -> float:
+    """FLOPs of one layer's refinement, without :func:`refine_solves` and the dense layer's own forward pass.
 
-
-def refine(s: Shapes, settings: Refinement, tokens: int, length: int) -> int:
-    """FLOPs of one layer's refinement, without the solves of :func:`refine_solves`.
-
-    Channels, second moments and cross moments of each expert's own tokens, each time; gradient steps; the dense FFN's targets
-    of both tracks, attention of the second, and the rebuilt layer's forward pass, whose output feeds the next. Routers are fitted
-    beside (:func:`router_fit`).
+    For each derivation channels, second moments and targets' products with the channels of each expert's own tokens (all
+    derivations but the last take so many at most), and the router; gradient steps, whose backward pass needs no gradient of
+    the inputs; and of the rebuilt prefix the dense FFN, for the target, and the sparse layer, whose output feeds the next.
     """
-    channels = tokens * 2 * (s.ffn - s.hidden * s.channels)  # gate and up
-    steps = settings.steps * settings.batch * 3 * 2 * settings.active * s.expert
-    cross = tokens * 2 * s.hidden * s.channels
-    prefix = tokens * (flops.sparse_layer(s, length, active=s.top_k) + 2 * s.ffn)
-    return settings.derivations * (channels + cross + moments(s, tokens)) + steps + prefix
+    first = min(tokens, s.experts * ROUND_TOKENS * s.channels)
+    derived = tokens * 2 * s.ffn + moments(s, tokens)
+    derived += (settings.derivations - 1) * (first * 2 * s.ffn + moments(s, first))
+    if s.experts > 1:
+        derived += settings.derivations * router_fit(s, router, min(router.tokens, tokens))
+    steps = settings.steps * settings.batch * settings.pairs * 14 * s.hidden * s.width
+    prefix = tokens * (2 * s.ffn + flops.sparse_layer(s, length, active=s.top_k))
+    return derived + steps + prefix
 
 
-def refine_solves(s: Shapes, settings: Refinement) -> int:
-    """FLOPs of the least squares of one layer's refinement (float64)."""
-    return settings.derivations * s.experts * solve(s)
+def refine_solves(s: Shapes, settings: Refinement, *, eliminates: bool) -> int:
+    """FLOPs of the elimination, where channels are chosen by it, and least squares of one layer's refinement (float64)."""
+    return settings.derivations * s.experts * (solve(s) + (eliminate(s) if eliminates else 0))
 
 
 def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:

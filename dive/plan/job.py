@@ -11,6 +11,7 @@ from dive.config import (
     DeviceConfig,
     Dtype,
     Load,
+    Metric,
     StageConfig,
     TaskConfig,
 )
@@ -84,6 +85,11 @@ class Job:
     def refits(self) -> bool:
         """Whether second moments are taken and solved with."""
         return self.config.pruning.compensation is Compensation.least_squares
+
+    @property
+    def eliminates(self) -> bool:
+        """Whether channels are chosen by elimination."""
+        return self.config.pruning.metric is Metric.obs
 
     @property
     def distils(self) -> bool:

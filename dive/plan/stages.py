@@ -218,24 +218,20 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     sequences = job.building_sequences(groups, experts=experts)
     tokens = sequences * domains.length
-    parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
-    if job.refits and refined is None:
-        parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
-        parts.append(("float64", float(s.layers * experts * construction.solve(s))))
     moved = float(math.ceil(sequences / domains.batch) * s.dense * job.weight)
-    if job.distils and experts > 1:
-        sampled = min(moe.distillation.tokens, tokens)
-        fits = refined.derivations if refined is not None else 1
-        parts.append(("float32", float(s.layers * fits * construction.router_fit(s, moe.distillation, sampled))))
-        moved += s.layers * fits * construction.router_fit_moved(s, moe.distillation, sampled)
-    pruning = job.config.pruning
-    if pruning.metric is Metric.obs:
-        eliminations = s.layers * experts * (refined.derivations if refined is not None else 1)
-        parts.append(("float64", float(eliminations * construction.eliminate(s))))
-        moved += eliminations * construction.eliminate_moved(s, pruning.obs_block)
+    parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
     if refined is not None:
-        parts.append(("float32", float(s.layers * construction.refine(s, refined, tokens, domains.length))))
-        parts.append(("float64", float(s.layers * construction.refine_solves(s, refined))))
+        work = construction.refine(s, refined, moe.distillation, tokens, domains.length)
+        parts.append(("float32", s.layers * work))
+        parts.append(("float64", float(s.layers * construction.refine_solves(s, refined, eliminates=job.eliminates))))
+    elif job.refits:
+        each = construction.solve(s) + (construction.eliminate(s) if job.eliminates else 0)
+        parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
+        parts.append(("float64", float(s.layers * experts * each)))
+    if refined is None and job.distils and experts > 1:
+        sampled = min(moe.distillation.tokens, tokens)
+        work = construction.router_fit(s, moe.distillation, sampled) + sampled * 2 * s.ffn  # whose output is the target
+        parts.append(("float32", float(s.layers * work)))
     of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
     return Stage(
         name,

@@ -107,13 +107,13 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
         costs += [
             (
                 f"refinement: {settings.derivations} derivations, {settings.steps} steps of {settings.batch} tokens",
-                construction.refine(s, settings, tokens, domains.length),
+                construction.refine(s, settings, moe.distillation, tokens, domains.length),
                 construction.refine_device_bytes(s, settings),
                 construction.refine_host_bytes(s, tokens, job.weight),
             ),
             (
-                "least squares of the refinement",
-                construction.refine_solves(s, settings),
+                f"{'elimination and ' if job.eliminates else ''}least squares of the refinement",
+                construction.refine_solves(s, settings, eliminates=job.eliminates),
                 construction.solve_bytes(s),
                 0.0,
             ),

@@ -54,17 +54,20 @@ def eliminate(
         weights = weights.clone()
     left = torch.arange(len(gram), device=down.device)
     bound = torch.zeros(len(gram), dtype=torch.bool, device=down.device) if always is None else always.to(down.device)
-    while len(left) > width:  # H is brought up to date, and rid of the channels that are gone, a panel of blocks at a time
+    while (
+        len(left) > width
+    ):  # H is brought up to date, and rid of the channels that are gone, a panel of blocks at a time
         size = min(block * max(len(left) // (PANEL * block), 1), len(left) - width)
         here = _panel(weights, inverse, size, block, bound[left])
-        left, weights, inverse = left[here], weights[:, here], inverse[here][:, here]
+        left, weights = left[here], weights.index_select(1, here)
+        inverse = inverse.index_select(0, here).index_select(1, here)
     kept = torch.zeros(len(gram), dtype=torch.bool)
     kept[left.cpu()] = True
     return kept
 
 
 def _panel(weights: Tensor, inverse: Tensor, size: int, block: int, always: Tensor) -> Tensor:
-    """Which channels are left after ``size`` of them went; ``weights`` and ``inverse`` become those of the others.
+    """Numbers of the channels that are left after ``size`` of them went; ``weights`` and ``inverse`` become those of the others.
 
     Until the end H is the ``inverse`` less Rᵀ U, the rows of all blocks so far and what each took away: one large product in
     place of many thin ones, of which only the diagonal and the rows of the next block are wanted earlier.
@@ -85,7 +88,7 @@ def _panel(weights: Tensor, inverse: Tensor, size: int, block: int, always: Tens
         weights[:, gone] = 0.0
         here[gone] = False
     torch.addmm(inverse, rows.T, updates, alpha=-1.0, out=inverse)
-    return here
+    return here.nonzero().squeeze(1)
 
 
 def _factor(gram: Tensor, mean: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dive.config import Config, DistillationConfig, MoEConfig, PlainConfig, RefinedConfig
+from dive.moe.constructions.refined import ROUND_TOKENS
 from dive.plan import construction
 from dive.plan.construction import Refinement
 from dive.plan.parameters import Shapes, shapes
@@ -20,7 +21,8 @@ def llama() -> Shapes:
 
 def test_second_moments(llama: Shapes) -> None:
     assert construction.moment_bytes(llama) == 11008 * 11008 * 4 == 484_704_256  # 485 MB a layer and group
-    assert construction.moments(llama, 1000) == 2 * 1000 * 11008**2
+    # rows 1 to 8 of the eighths of a square of 8 × 8, from the diagonal on: 8 + 7 + ... + 1 = 36 of 64
+    assert construction.moments(llama, 1000) == 2 * 1000 * 11008**2 * 36 // 64
 
 
 def test_least_squares(llama: Shapes) -> None:
@@ -31,28 +33,37 @@ def test_least_squares(llama: Shapes) -> None:
 
 
 def test_elimination(llama: Shapes) -> None:
-    d, f, gone = 4096, 11008, 8256
-    # Cholesky factor and the inverse from it, weights times the inverse, then rank-16 updates of both
-    assert construction.eliminate(llama) == f**3 + 2 * d * f * f + 516 * 2 * 16 * f * (f + d)
-    assert gone == 516 * 16
-    assert construction.eliminate_moved(llama, 16) == 516 * 4 * 8 * f * (f + d)
+    d, f, w = 4096, 11008, 2752
+    # Cholesky factor and the inverse from it, weights times the inverse, then a rank-1 update of what is left for each channel
+    updates = sum(2 * left * (left + d) for left in range(w, f))
+    assert construction.eliminate(llama) == pytest.approx(f**3 + 2 * d * f * f + updates, rel=1e-3)
     assert construction.eliminate_bytes(llama) == 4 * 8 * f * f + 2 * 8 * d * f
 
 
 def test_router(llama: Shapes) -> None:
     settings = DistillationConfig(tokens=2048, steps=10, batch=512)
-    errors = 2048 * (6 * 4096 * 11008 + 8 * 6 * 4096 * 2752)
+    errors = 2048 * 8 * 6 * 4096 * 2752
     assert construction.router_fit(llama, settings, 2048) == errors + 10 * 512 * 4 * 8 * 4096
 
 
 def test_refinement(llama: Shapes) -> None:
-    settings = Refinement(derivations=3, steps=10, batch=64, active=2)
+    settings = Refinement(derivations=3, steps=10, batch=64, active=2, pairs=1.5)
+    router = DistillationConfig(tokens=2048, steps=10, batch=512)
     d, f, w, n, length = 4096, 11008, 2752, 1000, 256
-    one_round = n * 4 * d * f + n * 2 * d * f + n * 2 * f * f  # gate and up, cross and second moments
-    steps = 10 * 64 * 2 * 3 * 6 * d * w  # forward, and twice that backward
-    forward = n * (2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w + 6 * d * f)  # and the dense FFN's target
-    assert construction.refine(llama, settings, n, length) == 3 * one_round + steps + forward
-    assert construction.refine_solves(llama, settings) == 3 * 8 * construction.solve(llama)
+    one_round = n * 6 * d * f + construction.moments(llama, n) + construction.router_fit(llama, router, n)
+    assert construction.ROUND_TOKENS == ROUND_TOKENS
+    # forward; gradients of three matrices, and of what goes into the last
+    steps = 10 * 64 * 1.5 * (3 + 3 + 1) * 2 * d * w
+    forward = n * (6 * d * f + 2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w)
+    assert construction.refine(llama, settings, router, n, length) == 3 * one_round + steps + forward
+    both = construction.solve(llama) + construction.eliminate(llama)
+    assert construction.refine_solves(llama, settings, eliminates=True) == 3 * 8 * both
+    assert construction.refine_solves(llama, settings, eliminates=False) == 3 * 8 * construction.solve(llama)
+    most = 8 * 4 * f  # tokens of all rounds but the last
+    less = construction.refine(llama, settings, router, 3 * most, length) - construction.refine(
+        llama, replace(settings, derivations=2), router, 3 * most, length
+    )
+    assert less == most * 6 * d * f + construction.moments(llama, most) + construction.router_fit(llama, router, 2048)
     # dense and rebuilt states, what the dense FFN made and the next inputs in float32; the rebuilt prefix in bfloat16
     assert construction.refine_host_bytes(llama, n, 2) == n * d * (4 * 4 + 2)
     held, more = (construction.refine_device_bytes(llama, replace(settings, batch=n)) for n in (100_000, 100_064))
@@ -62,7 +73,9 @@ def test_refinement(llama: Shapes) -> None:
 
 def test_refinement_of_a_configuration() -> None:
     used = Config(moe=MoEConfig(refined=RefinedConfig(rounds=4, steps=6, batch=7), top_k=3))
-    assert construction.refinement(used) == Refinement(derivations=5, steps=6, batch=7, active=3)  # derived once more
+    assert construction.refinement(used) == Refinement(
+        derivations=5, steps=6, batch=7, active=3, pairs=3.0
+    )  # derived once more
     single = Config(moe=MoEConfig(experts=1, refined=RefinedConfig(rounds=4, steps=0)))
-    assert construction.refinement(single) == Refinement(derivations=1, steps=0, batch=4096, active=1)
+    assert construction.refinement(single) == Refinement(derivations=1, steps=0, batch=4096, active=1, pairs=1.0)
     assert construction.refinement(Config(moe=MoEConfig(plain=PlainConfig()))) is None
