@@ -6,12 +6,13 @@ r"""Time and operations of each part of building experts, against the dense laye
 
 Builds the experts of a few layers as a run with these overrides of `dive.train` does, from that run's calibration tokens, cut to
 --tokens. The functions that do the work are timed where they stand, each without those that it calls; layers that are not
-named stay dense. Operations are those of matrix products, as torch counts them. With one thread on a CPU the clock is the
+named stay dense. Operations are those of matrix products, attention and factorisations. With one thread on a CPU the clock is the
 process's own. Prints one table.
 """
 
 import argparse
 import functools
+import math
 import sys
 import tempfile
 import time
@@ -55,6 +56,9 @@ PARTS = {
 BARE, REST, WRITING = "bare forward pass", "the rest", "writing"
 OPERATIONS = {
     torch.ops.aten._grouped_mm: lambda rows, matrices, *_, **__: 2 * rows[0] * rows[1] * matrices[-1],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda queries, keys, *_, **__: (
+        4 * math.prod(queries) * keys[2]
+    ),
     torch.ops.aten.linalg_cholesky_ex: lambda shape, *_, **__: shape[0] ** 3 // 3,
     torch.ops.aten.cholesky_inverse: lambda shape, *_, **__: 2 * shape[0] ** 3 // 3,
     torch.ops.aten.cholesky_solve: lambda right, factor, *_, **__: 2 * factor[0] ** 2 * right[1],
@@ -185,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [(name, clock.seconds[name], clock.operations[name]) for name in order]
     for name, seconds, operations in [*rows, ("building, all of it", whole_seconds, whole_operations)]:
         of_time, of_work = seconds / clock.seconds[BARE], operations / clock.operations[BARE]
-        print(f"| {name} | {seconds:.2f} | {of_time:.2f} | {operations / 1e9:.1f} | {of_work:.2f} |")
+        print(f"| {name} | {seconds:.2f} | {of_time:.2f} | {operations / 1e9:.4g} | {of_work:.2f} |")
     return 0
 
 
