@@ -6,7 +6,7 @@ r"""Tokens/s of the one-pass calibration of all domains, against the dense model
 
 Weights and tokens are random. Bare forward passes are of the decoder alone (calibration needs no head), and with the head.
 ``moments`` is what ``pruning.metric`` needs and the pipeline's calibration collects; second moments, F² numbers of every layer
-and domain, are what least squares needs (2 F² operations a token and layer), and FFN inputs are for routers.
+and domain, are what least squares needs (9/8 F² operations a token and layer), and FFN inputs are for routers.
 
 Variants take turns over several rounds; printed are medians over the rounds, the ratio within a round. Prints one table.
 """
