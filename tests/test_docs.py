@@ -53,7 +53,8 @@ def test_a_command_composes(page: str, command: str) -> None:
     register_schema(name, schema)
     with initialize_config_dir(str(CONF), version_base=None):
         quoted = [re.sub(r"^prompt=(.*)$", r'prompt="\1"', override) for override in overrides]
-        found = ["model.path=embedded" if override == "model.path=my_model" else override for override in quoted]
+        here = ("model.path=my_model", "model.path=my_chat_model")
+        found = ["model.path=embedded" if override in here else override for override in quoted]
         to_typed(compose(name, [override for override in found if not override.startswith("hydra.")]), schema)
 
 

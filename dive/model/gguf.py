@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dive.config import SHARD_BYTES
 from dive.errors import UserError, one_line, require
+from dive.model.families import IN_GGUF
 from dive.model.headers import Stored, check_tensors
 from dive.store import HasStore, Place, step
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:  # the plan imports this without torch
     from torch import Tensor
     from transformers import PretrainedConfig
 
-ARCHITECTURES = ("llama", "qwen3")
-"""``general.architecture`` of files that are read; Mistral's say ``llama``."""
 ROPE_FREQUENCIES = "rope_freqs.weight"
 """(head_dim / 2,), what llama.cpp divides RoPE's frequencies by."""
 LLAMA3_ROPE = {
@@ -101,7 +100,7 @@ class Gguf:
             if name == ROPE_FREQUENCIES:
                 continue
             values = torch.tensor(dequantize(stored.data, stored.tensor_type))
-            if self.settings["model_type"] == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            if IN_GGUF[self.settings["model_type"]] and name.endswith(("attn_q.weight", "attn_k.weight")):
                 values = split_halves(values, head_dim=int(config.head_dim))
             yield names[name], values
 
@@ -164,12 +163,12 @@ def read_gguf(path: Path, named: str) -> Gguf:
         ) from error
     parts = values.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
     require(
-        parts < 2, f"{named}: one of {parts} parts of a model; join them by `llama-gguf-split --merge FIRST_PART FILE`"
+        parts < 2, f"{named}: one of {parts} parts of a model; join them by `gguf-split --merge FIRST_PART FILE`"
     )
     architecture = values.get(Keys.General.ARCHITECTURE)
     require(
-        architecture in ARCHITECTURES,
-        f"{named}: architecture {architecture!r} is not read from GGUF files; choose one of {', '.join(ARCHITECTURES)}",
+        architecture in IN_GGUF,
+        f"{named}: architecture {architecture!r} is not read from GGUF files; choose one of {', '.join(IN_GGUF)}",
     )
 
     def value(key: str) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dive.config import ArchitectureConfig, Config, DeviceConfig, Metric, StageConfig
+from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory

@@ -95,14 +95,13 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
         ),
         ("least squares, one expert", construction.solve(s), construction.solve_bytes(s), 0.0),
         (f"least squares, {s.experts} experts", s.experts * construction.solve(s), construction.solve_bytes(s), 0.0),
-        (
-            f"elimination, {s.experts} experts",
-            s.experts * construction.eliminate(s),
-            construction.eliminate_bytes(s),
-            0.0,
-        ),
-        ("router", construction.router_fit(s, moe.distillation, sampled), 0.0, 0.0),
     ]
+    solving = construction.solve_bytes(s)
+    if job.eliminates:
+        eliminating = construction.eliminate_bytes(s)
+        costs.append((f"elimination, {s.experts} experts", s.experts * construction.eliminate(s), eliminating, 0.0))
+        solving = max(solving, eliminating)
+    costs.append(("router", construction.router_fit(s, moe.distillation, sampled), 0.0, 0.0))
     if settings is not None:
         costs += [
             (
@@ -114,7 +113,7 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
             (
                 f"{'elimination and ' if job.eliminates else ''}least squares of the refinement",
                 construction.refine_solves(s, settings, eliminates=job.eliminates),
-                construction.solve_bytes(s),
+                solving,
                 0.0,
             ),
         ]

@@ -288,7 +288,7 @@ def without_layers(found: dict[str, Any], _: dict[str, np.ndarray]) -> None:
             altered(architecture="gemma3"),
             "architecture 'gemma3' is not read from GGUF files; choose one of llama, qwen3",
         ),
-        (altered(split__count=2), "one of 2 parts of a model; join them by `llama-gguf-split --merge"),
+        (altered(split__count=2), "one of 2 parts of a model; join them by `gguf-split --merge"),
         (altered(rope__scaling__type="yarn"), "RoPE scaling 'yarn' is not read"),
         (altered(expert_count=8), r"llama\.expert_count \(8\) is not read"),
         (altered(attention__sliding_window=16), r"llama\.attention\.sliding_window \(16\) is not read"),

@@ -72,7 +72,7 @@ def test_a_run_that_does_not_fit_is_refused_before_texts_are_read(tmp_path: Path
     done = command("-m", "dive.train", "eval.batch=65536", "eval.windows=65536", "logger=csv", cwd=tmp_path)
     assert done.returncode == 1
     assert re.match(
-        r"error: evaluation needs [0-9.]+ TB of host memory \(logits: .*\), there is .*lower eval.batch", done.stderr
+        r"error: evaluation needs [0-9.]+ [GT]B of host memory \(logits: .*\), there is .*lower eval.batch", done.stderr
     )
     assert not list((tmp_path / "outputs" / "store").iterdir())
 

@@ -28,6 +28,9 @@ SUPPORTED = tuple(name for twin in TWINS for name in twin.dense)
 KNOWN = (*SUPPORTED, *(twin.name for twin in TWINS))
 """``model_type`` of these and of what they become."""
 
+IN_GGUF: dict[str, bool] = {name: paired for twin in TWINS for name, paired in twin.in_gguf.items()}
+"""``general.architecture`` of GGUF files that can be read, see :attr:`Twin.in_gguf`."""
+
 
 def twin_of(model_type: str) -> Twin:
     """The twin that is called so, or that dense models called so become.

@@ -14,6 +14,7 @@ class Qwen3Moe(Twin):
 
     name = "qwen3_moe"
     dense = ("qwen3",)
+    in_gguf = {"qwen3": False}  # noqa: RUF012
     head_dim = 128
 
     def config(self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":

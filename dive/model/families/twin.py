@@ -26,6 +26,9 @@ class Twin(ABC):
     """``model_type`` of the dense models that become it."""
     head_dim: ClassVar[int | None] = None
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
+    in_gguf: ClassVar[dict[str, bool]]
+    """{``general.architecture`` of GGUF files that hold a dense model of this ``model_type``: whether neighbouring rows of query
+    and key projections are the pairs that RoPE turns, which in transformers are half a head apart}"""
 
     embeddings: ClassVar[str] = "model.embed_tokens"
     layers: ClassVar[str] = "model.layers"
