@@ -5,6 +5,7 @@ them; what contradicts another value is checked by hand. A check that fails rais
 to change; it runs when the composed configuration is turned into these objects, before anything is loaded.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -368,11 +369,20 @@ class AffinityConfig:
     complete linkage to groups of like size, as the published ones are."""
     samples: int = bounded(8, at_least=1, at_most=10**6)
     """``mined`` only: sequences per domain that measure each pruned model; drawn apart from the calibration ones."""
-    mapped: int = bounded(4, at_least=0, at_most=10**6)
-    """Calibration sequences per domain from which a run that mines no groups maps the domains' affinity, to be looked at beside
-    what its experts serve; 0 maps nothing."""
+    mapped: int = bounded(1024, at_least=0, at_most=10**9)
+    """Calibration tokens per domain from which a run that mines no groups maps the domains' affinity, to be looked at beside
+    what its experts serve: the beginnings of up to 16 sequences. 0 maps nothing."""
     groups: list[list[str]] | None = None
     """``published`` and ``given``: the domains of each expert."""
+
+    def mapped_of(self, samples: int, length: int) -> tuple[int, int]:
+        """(sequences, tokens of each) that ``mapped`` takes of a domain's ``samples`` sequences of ``length`` tokens.
+
+        Short beginnings of many sequences: 16 × 64 tokens have a map that correlates by 0.99 with that of 32 × 256, where
+        4 × 256 have one that correlates by 0.93 (embedded model, one seed).
+        """
+        sequences = min(samples, 16)
+        return sequences, min(math.ceil(self.mapped / sequences), length)
 
     def __post_init__(self) -> None:
         check_bounds(self, "affinity")

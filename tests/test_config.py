@@ -9,6 +9,7 @@ from dive.cli import composed
 from dive.config import (
     MAX_SEED,
     RESERVED_STAGES,
+    AffinityConfig,
     DeviceConfig,
     EvaluateConfig,
     Freezing,
@@ -164,3 +165,10 @@ def test_a_device_of_ones_own_is_held_to_bounds() -> None:
         UserError, match=r"plan\.devices\.mine\.utilisation \(2\.0\) must be at least 1e-06 and at most 1"
     ):
         PlanConfig(devices={"mine": DeviceConfig(**figures, utilisation=2.0)})
+
+
+def test_the_map_is_taken_from_the_beginnings_of_many_sequences() -> None:
+    affinity = AffinityConfig(mapped=1000)
+    assert affinity.mapped_of(32, 256) == (16, 63)  # 62.5 tokens of each
+    assert affinity.mapped_of(3, 256) == (3, 256)  # no more than there are
+    assert affinity.mapped_of(3, 2048) == (3, 334)

@@ -196,9 +196,12 @@ def mined_groups(
 def map_domains(run: HasStages, config: Config, model: Dense, tokens: Mapping[str, Tensor]) -> dict[str, Any]:
     """Groups that importance would make, where experts begin otherwise: to be looked at beside what the experts serve.
 
-    From ``affinity.mapped`` calibration sequences of each domain, by FLAP's score, which needs their statistics alone.
+    From ``affinity.mapped`` calibration tokens of each domain, by FLAP's score, which needs their statistics alone.
     """
-    few = {domain: matrix[: config.affinity.mapped] for domain, matrix in tokens.items()}
+    few = {}
+    for domain, matrix in tokens.items():
+        sequences, length = config.affinity.mapped_of(*matrix.shape)
+        few[domain] = matrix[:sequences, :length]
     with run.stage("mining"):
         statistics = calibrate(run, config.calibration_domains.batch, model=model, tokens=few, taylor=False)
         scored = _scored(config, model, statistics, Metric.wifv)

@@ -162,9 +162,7 @@ def read_gguf(path: Path, named: str) -> Gguf:
             f"{named}: no GGUF file, or a truncated one ({one_line(error)}); copy or fetch it again"
         ) from error
     parts = values.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
-    require(
-        parts < 2, f"{named}: one of {parts} parts of a model; join them by `gguf-split --merge FIRST_PART FILE`"
-    )
+    require(parts < 2, f"{named}: one of {parts} parts of a model; join them by `gguf-split --merge FIRST_PART FILE`")
     architecture = values.get(Keys.General.ARCHITECTURE)
     require(
         architecture in IN_GGUF,

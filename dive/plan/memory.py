@@ -89,13 +89,15 @@ def dense_model(job: Job) -> float:
     return float(job.weight * s.dense)
 
 
-def calibration(job: Job, *, sequences: int) -> Memory:
-    """One pass of the dense model over so many sequences of all domains, layer after layer."""
+def calibration(job: Job, *, sequences: int, length: int) -> Memory:
+    """One pass of the dense model over so many sequences of so many tokens of all domains, layer after layer."""
     s, domains = job.shapes, job.config.calibration_domains
-    tokens = domains.batch * domains.length
+    tokens = domains.batch * length
     statistics = job.domains * s.layers * s.channels * 16
     rest = {"dense model": dense_model(job), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
-    return _memory(job, rest, {"hidden states": _hidden(job, sequences), "statistics": float(statistics)}, first=True)
+    return _memory(
+        job, rest, {"hidden states": _hidden(job, sequences * length), "statistics": float(statistics)}, first=True
+    )
 
 
 def _extra(job: Job) -> float:
@@ -103,9 +105,9 @@ def _extra(job: Job) -> float:
     return 0.0 if job.weight == 4 else 4.0 * job.shapes.channels
 
 
-def _hidden(job: Job, sequences: int) -> float:
+def _hidden(job: Job, tokens: int) -> float:
     """Hidden states of all calibration tokens between two layers, on the host."""
-    return float(sequences * job.config.calibration_domains.length * job.shapes.hidden * job.weight)
+    return float(tokens * job.shapes.hidden * job.weight)
 
 
 def mining(job: Job) -> Memory:
@@ -154,7 +156,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
             dense_layer(job, tokens) + tokens * _extra(job), layer + solve, stacking, layer + errors + fit
         ),
     }
-    host = {"hidden states": _hidden(job, sequences)}
+    host = {"hidden states": _hidden(job, sequences * job.config.calibration_domains.length)}
     if refined is not None:
         rest["second moments"] = 0.0  # of one expert at a time, and counted there
         rest["refinement"] = float(construction.refine_device_bytes(s, refined))

@@ -126,9 +126,9 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     s, domains = job.shapes, config.calibration_domains
     stages = [_dequantising(job)] if config.model.path.endswith(".gguf") else []
     if config.mines:
-        stages += [_calibration(job, "calibration", domains.samples), _mining(job)]
+        stages += [_calibration(job, "calibration", domains.samples, domains.length), _mining(job)]
     elif config.maps and job.domains > 2:
-        stages.append(_calibration(job, "mining", min(config.affinity.mapped, domains.samples)))
+        stages.append(_calibration(job, "mining", *config.affinity.mapped_of(domains.samples, domains.length)))
     refined = construction.refinement(config)
     one_shot = s.experts == 1 and refined is None
     if one_shot or not job.streamed:  # one pruned expert is there to be measured
@@ -182,17 +182,17 @@ def _dequantising(job: Job) -> Stage:
     return Stage(DEQUANTISED, "dequantised", 0, {}, memory.dequantising(job), moved=written, written=written)
 
 
-def _calibration(job: Job, name: str, samples: int) -> Stage:
-    """Statistics of so many sequences of each domain."""
+def _calibration(job: Job, name: str, samples: int, length: int) -> Stage:
+    """Statistics of so many sequences of so many tokens of each domain."""
     s, domains = job.shapes, job.config.calibration_domains
-    tokens = job.domains * samples * domains.length
+    tokens = job.domains * samples * length
     passes = math.ceil(samples / domains.batch) * job.domains
     return Stage(
         name,
         "statistics",
         tokens,
-        {job.dtype: tokens * s.layers * flops.dense_layer(s, domains.length)},
-        memory.calibration(job, sequences=job.domains * samples),
+        {job.dtype: tokens * s.layers * flops.dense_layer(s, length)},
+        memory.calibration(job, sequences=job.domains * samples, length=length),
         moved=float(passes * s.dense * job.weight),
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(job.domains * s.layers * s.channels * 16),

@@ -68,7 +68,7 @@ def test_a_dense_layer_holds_what_was_planned(build: Build, channels: int) -> No
 
 def test_what_calibration_keeps_by_hand() -> None:
     job = job_of("model=tinyllama", "plan.device=h100", "calibration_domains.samples=10")
-    found = memory.calibration(job, sequences=16 * 10)
+    found = memory.calibration(job, sequences=16 * 10, length=256)
     assert found.device["dense model"] == 2 * 1_100_048_384
     assert found.host["hidden states"] == 16 * 10 * 256 * 2048 * 2  # 16 embedded domains
     assert found.host["statistics"] == 16 * 22 * 5632 * 2 * 8
@@ -157,7 +157,7 @@ def test_a_teacher_shares_what_is_frozen() -> None:
 
 
 def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:
-    found = memory.calibration(job_of("model=tinyllama", "trainer=cpu"), sequences=512)
+    found = memory.calibration(job_of("model=tinyllama", "trainer=cpu"), sequences=512, length=256)
     assert not found.device
     assert found.host["dense model"] == 4 * 1_100_048_384  # in float32
 

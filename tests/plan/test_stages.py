@@ -22,7 +22,7 @@ def by_name(it: Plan) -> dict[str, Stage]:
 def test_where_tokens_choose_their_experts_affinity_is_mapped_from_a_few_sequences() -> None:
     stages = by_name(planned())
     assert list(stages) == ["mining", "pruned", "reconstructed", "router", "experts", "evaluation", "export"]
-    assert stages["mining"].tokens == 16 * 4 * 256
+    assert stages["mining"].tokens == 16 * 16 * 64
     assert stages["mining"].operations < 0.01 * sum(stage.operations for stage in stages.values())
     assert "mining" not in by_name(planned("affinity.mapped=0"))
     assert "mining" not in by_name(planned("moe.experts=1"))
