@@ -112,6 +112,14 @@ def paper(size: Setting) -> list[str]:
     ]
 
 
+def dense(size: Setting) -> list[str]:
+    """Nothing pruned, whatever the setting, so that hardly any text is calibrated on; the FFN is one expert, to be retrained."""
+    return [
+        *("moe=plain", "moe.experts=1", "moe.top_k=1", "pruning=flap", "pruning.compensation=none", "pruning.ratio=0"),
+        "calibration_domains.samples=1",
+    ]
+
+
 def ours(size: Setting) -> list[str]:
     """The best recipe there is."""
     return ["experiment=dive_plus", f"moe.top_k={size.top_k}", f"pruning.ratio={size.ratio:g}"]
@@ -126,6 +134,7 @@ TOY = ("budget=toy", "eval=default")
 """The embedded model's figures for every model: the bench's own options say how much."""
 REFITTED = "pruning.compensation=least_squares"
 METHODS = {
+    "dense": Method("the dense model, retrained as ours is", dense),
     "flap": Method("FLAP, one expert", single("pruning=flap")),
     "flap_ls": Method("FLAP with least squares, one expert", single("pruning=flap", REFITTED)),
     "flap_ls_taught": Method(

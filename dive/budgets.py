@@ -1,5 +1,6 @@
 """What the next smaller and the next larger budget would cost: the same command line, composed and planned once more for each."""
 
+import json
 from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
@@ -26,7 +27,10 @@ def budget_line(planned: Plan) -> str:
     """The plan's budget, and what its neighbours would take on the same device; for a command that Hydra runs."""
     hydra = HydraConfig.get()
     places = [f"file://{source.path}" for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    overrides = [*hydra.overrides.task, *([f"hydra.searchpath=[{','.join(places)}]"] if places else [])]
+    searched = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+    if places:
+        searched = [f"hydra.searchpath=[{','.join(json.dumps(place) for place in places)}]"]
+    overrides = [*hydra.overrides.task, *searched]
     budget = planned.job.config.budget
     line = f"budget   {budget.name}"
     for name in filter(None, (budget.smaller, budget.larger)):

@@ -42,7 +42,6 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 # ${ratio_of_active:0.25,${moe.top_k}} in YAML: the pruning.ratio at which top_k experts have a quarter of the channels together.
 OmegaConf.register_new_resolver("ratio_of_active", lambda share, top_k: 1.0 - share / top_k, replace=True)
 OmegaConf.register_new_resolver("times", lambda one, other: one * other, replace=True)
-OmegaConf.register_new_resolver("less", lambda one, other: one - other, replace=True)
 
 
 def by_size(entries: Mapping[str, Any], *, _root_: DictConfig) -> Any:
@@ -61,7 +60,22 @@ def by_size(entries: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     return entries[max((start for start in entries if float(start) <= size), key=float)]
 
 
+def expert_tokens(*, _root_: DictConfig) -> int:
+    """``${expert_tokens:}`` in YAML: what the budget leaves after the stage that trains routers alone.
+
+    Raises:
+        UserError: nothing.
+    """
+    tokens, routers = _root_.budget.tokens, _root_.budget.router_tokens
+    if tokens <= routers:
+        raise UserError(
+            f"budget.tokens ({tokens}) must be more than budget.router_tokens ({routers}), which it includes; set both"
+        )
+    return int(tokens - routers)
+
+
 OmegaConf.register_new_resolver("by_size", by_size, replace=True)
+OmegaConf.register_new_resolver("expert_tokens", expert_tokens, replace=True)
 
 
 def register_schema(name: str, schema: type[Any]) -> None:

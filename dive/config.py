@@ -275,8 +275,9 @@ class PruningConfig:
     """How an FFN becomes narrower."""
 
     metric: Metric = Metric.wifv
-    ratio: float = bounded(0.75, above=0, below=1)
-    """Share of every FFN's channels that is removed, in (0, 1)."""
+    ratio: float = bounded(0.75, at_least=0, below=1)
+    """Share of every FFN's channels that is removed, in [0, 1). With 0 every expert is the whole FFN: ``moe=upcycle`` as it was
+    published, or by ``moe.experts=1`` the dense model itself, to retrain it like the others."""
     compensation: Compensation = Compensation.least_squares
     ridge: float | None = bounded(0.01, at_least=0, at_most=1000)
     """Ridge of least squares and of ``metric=obs``, as a share of the mean channel energy; keeps rare channels from
@@ -311,11 +312,13 @@ class PruningConfig:
         return Metric.wifv if self.metric is Metric.obs else self.metric
 
     def width(self, channels: int) -> int:
-        """Channels kept of ``channels``: (1 - ratio) · channels, rounded to the nearest multiple.
+        """Channels kept of ``channels``: (1 - ratio) · channels, rounded to the nearest multiple; all of them with a ratio of 0.
 
         Raises:
             UserError: the multiple leaves nothing, or everything.
         """
+        if self.ratio == 0:
+            return channels
         multiple = self.width_multiple
         width = round(channels * (1.0 - self.ratio) / multiple) * multiple
         require(
@@ -740,9 +743,37 @@ class CorpusConfig:
             return CorpusSource.local
         return CorpusSource.hub if self._names_hub else CorpusSource.domains
 
+    def or_else(self, general: HubTextConfig | None) -> "CorpusConfig":
+        """The same with ``calibration_domains.corpus`` where nothing else is named.
+
+        Raises:
+            UserError: what is said of a data set is said of none.
+        """
+        if (
+            general is None
+            or self.path is not None
+            or self.hub.path != ""
+            or self.source not in (None, CorpusSource.hub)
+        ):
+            require(
+                self.chosen is not CorpusSource.hub or self.hub.path != "",
+                "retrain.corpus.hub.path is needed with retrain.corpus.source=hub",
+            )
+            require(
+                self.chosen is CorpusSource.hub or self.shuffle_buffer == 10_000,
+                f"retrain.corpus.shuffle_buffer has no say with retrain.corpus.source={self.chosen.value}; take it away",
+            )
+            return self
+        require(
+            not self._names_hub,
+            f"retrain.corpus.hub.path is needed with the rest of retrain.corpus.hub; what is retrained on else, {general.path}, "
+            "is changed by calibration_domains.corpus",
+        )
+        return replace(self, source=CorpusSource.hub, hub=general)
+
     @property
     def _names_hub(self) -> bool:
-        return self.hub != HubTextConfig(path="") or self.shuffle_buffer != 10_000
+        return self.hub != HubTextConfig(path="")
 
     def __post_init__(self) -> None:
         chosen = self.chosen
@@ -759,8 +790,6 @@ class CorpusConfig:
                 )
         if chosen is CorpusSource.local:
             require(self.path is not None, "retrain.corpus.path is needed with retrain.corpus.source=local")
-        if chosen is CorpusSource.hub:
-            require(self.hub.path != "", "retrain.corpus.hub.path is needed with retrain.corpus.source=hub")
 
 
 class Storage(Enum):
@@ -1116,7 +1145,8 @@ class Config:
         accelerator = ("gpu" if gpu else "cpu") if trainer.accelerator == "auto" else trainer.accelerator
         on_gpu = accelerator != "cpu"
         precision = ("bf16-mixed" if on_gpu else "32-true") if trainer.precision == "auto" else trainer.precision
-        half = on_gpu and trainer.strategy is not Strategy.fsdp
+        full = precision == "32-true" or trainer.strategy is Strategy.fsdp or self.model.device.startswith("cpu")
+        half = on_gpu and not full
         dtype = self.model.dtype or (Dtype.bfloat16 if half else Dtype.float32)
         return replace(
             self,
@@ -1127,13 +1157,7 @@ class Config:
     def __post_init__(self) -> None:
         check_bounds(self)
         require(self.store.strip() != "", NO_STORE)
-        corpus = self.retrain.corpus
-        if (
-            corpus.source is None
-            and corpus.chosen is CorpusSource.domains
-            and self.calibration_domains.corpus is not None
-        ):
-            self.retrain = replace(self.retrain, corpus=replace(corpus, hub=self.calibration_domains.corpus))
+        self.retrain = replace(self.retrain, corpus=self.retrain.corpus.or_else(self.calibration_domains.corpus))
         construction = self.moe.construction
         if self.moe.refined is not None:
             self._check_refined(self.moe.refined)

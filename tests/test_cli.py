@@ -37,7 +37,7 @@ def command(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[st
         (["affinity=null"], "a group takes the name of one of its options"),
         (["model=gpt5"], "Could not find 'model/gpt5'"),
         (["moe.top_k=9"], "moe.top_k (9) must not exceed moe.experts (8)"),
-        (["pruning.ratio=1.0"], "pruning.ratio (1.0) must be above 0 and below 1"),
+        (["pruning.ratio=1.0"], "pruning.ratio (1.0) must be at least 0 and below 1"),
         (["trainer.devices=2"], "trainer.devices (2) needs a strategy"),
         (
             ["moe=upcycle", "moe.upcycle.router_init=distilled"],

@@ -31,7 +31,7 @@ from dive.retrain.stage import find_checkpoint
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PruningConfig(ratio=1.0), "pruning.ratio (1.0) must be above 0 and below 1"),
+        (lambda: PruningConfig(ratio=1.0), "pruning.ratio (1.0) must be at least 0 and below 1"),
         (lambda: PruningConfig(ridge=-1.0), "pruning.ridge (-1.0) must be at least 0 and at most 1000, or null"),
         (
             lambda: RetrainConfig(lora=LoRAConfig(alpha=0.0)),
@@ -172,3 +172,10 @@ def test_the_map_is_taken_from_the_beginnings_of_many_sequences() -> None:
     assert affinity.mapped_of(32, 256) == (16, 63)  # 62.5 tokens of each
     assert affinity.mapped_of(3, 256) == (3, 256)  # no more than there are
     assert affinity.mapped_of(3, 2048) == (3, 334)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "width"), [(0.75, 192), (0.76, 184), (0.0, 771)]
+)  # no multiple of 8 where all are kept
+def test_channels_kept(ratio: float, width: int) -> None:
+    assert PruningConfig(ratio=ratio).width(771) == width

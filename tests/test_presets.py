@@ -582,6 +582,11 @@ def test_the_device_decides_what_is_left_to_it() -> None:
     on_cpu = typed("model=llama2-7b", "trainer=cpu").settled(gpu=True)
     assert (on_cpu.trainer.accelerator, on_cpu.model.dtype) == ("cpu", Dtype.float32)
     assert typed("model=tinyllama", "trainer=fsdp").settled(gpu=True).model.dtype is Dtype.float32  # it shards one type
+    for full in (
+        "trainer.precision=32-true",
+        "model.device=cpu",
+    ):  # the other half would train, or compute here, in bfloat16
+        assert typed("model=smollm2-135m", "trainer=gpu", full).settled(gpu=True).model.dtype is Dtype.float32
 
 
 @pytest.mark.parametrize(

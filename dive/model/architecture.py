@@ -46,8 +46,8 @@ def locate_architecture(model: ModelConfig) -> ArchitectureConfig:
     if found is None:
         if model.architecture is None:
             raise UserError(
-                f"model.path={model.path} is not here, so its figures are unknown: set model.architecture (as conf/model/*.yaml "
-                "do), or model.path to a directory"
+                f"model.path={model.path} is not here, so its figures are unknown: `hf download {model.path} config.json` "
+                "fetches them; or set model.architecture (as conf/model/*.yaml do), or model.path to a directory"
             )
         check_family(model.architecture.model_type, model.path)
         return model.architecture

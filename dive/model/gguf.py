@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +140,7 @@ def parameter_shapes(config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
 
 
 def read_gguf(path: Path, named: str) -> Gguf:
-    """What a file says of its model, without reading its weights.
+    """What a file says of its model, without reading its weights; once, however often it is asked while the file stays as it is.
 
     Args:
         named: what to begin errors with: ``model.path=FILE``.
@@ -147,6 +148,12 @@ def read_gguf(path: Path, named: str) -> Gguf:
     Raises:
         UserError: the package gguf is missing; the file is none, truncated, a part of one, or of a model that is not read.
     """
+    state = path.stat()
+    return _read(path, named, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)  # a vocabulary takes seconds, and each size in the configuration asks
+def _read(path: Path, named: str, _changed: int, _size: int) -> Gguf:
     try:
         from gguf import GGUFReader, Keys
         from gguf.quants import dequantize

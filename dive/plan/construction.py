@@ -11,6 +11,10 @@ from dive.plan.parameters import Shapes
 
 ROUND_TOKENS = 4
 """Tokens a channel of an expert that all derivations but the last take, see :mod:`dive.moe.constructions.refined`."""
+KMEANS_TOKENS, KMEANS_ROUNDS = 32768, 10
+"""Tokens of a layer that k-means takes at most, and scipy's rounds, see :func:`first_assignment` there."""
+KMEANS_RATE = 1.5e9
+"""Bytes a second that scipy's k-means reads on one core; measured at hidden widths of 576 and 4096."""
 PAIRS = 1.2
 """Measured: a token's second expert is left out of a local step where the router all but excludes it."""
 
@@ -100,6 +104,11 @@ def refine_solves(s: Shapes, settings: Refinement, *, eliminates: bool) -> int:
     return settings.derivations * s.experts * (solve(s) + (eliminate(s) if eliminates else 0))
 
 
+def kmeans(s: Shapes, tokens: int) -> int:
+    """Bytes that k-means of one layer's inputs reads (float64): once for each centre it begins with, and once a round."""
+    return (s.experts + KMEANS_ROUNDS) * min(tokens, KMEANS_TOKENS) * s.hidden * 8
+
+
 def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:
     """Four of inputs, targets and what they are computed from (float32), and the rebuilt prefix's hidden states, of all tokens.
 
@@ -112,6 +121,11 @@ def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:
 
 
 def refine_device_bytes(s: Shapes, settings: Refinement) -> int:
-    """What deriving an expert holds, or the gradient steps: experts, gradients and Adam's states in float32."""
+    """What deriving an expert holds, or the gradient steps: experts before and after, gradients and Adam's states in float32.
+
+    With K > 1 all experts are stacked in each step, which takes a copy of them more.
+    """
     activations = settings.batch * settings.active * (4 * s.width + 3 * s.hidden) * 4
-    return max(2 * moment_bytes(s) + eliminate_bytes(s), s.experts * s.expert * 16 + activations)
+    return max(
+        2 * moment_bytes(s) + eliminate_bytes(s), s.experts * s.expert * (24 if s.top_k == 1 else 28) + activations
+    )

@@ -13,6 +13,7 @@ from dive.config import (
     Load,
     Metric,
     StageConfig,
+    Start,
     TaskConfig,
 )
 from dive.errors import require
@@ -90,6 +91,17 @@ class Job:
     def eliminates(self) -> bool:
         """Whether channels are chosen by elimination."""
         return self.config.pruning.metric is Metric.obs
+
+    @property
+    def clusters_tokens(self) -> bool:
+        """Whether experts begin with k-means on the tokens of each layer."""
+        refined = self.config.moe.refined
+        return (
+            refined is not None
+            and self.config.moe.experts > 1
+            and self.config.grouping is None
+            and refined.start is not Start.random
+        )
 
     @property
     def distils(self) -> bool:

@@ -29,6 +29,8 @@ class Stage:
     """Bytes of weights and optimiser states that the device's memory gives and takes."""
     linked: float = 0.0
     """Bytes between host and device."""
+    clustered: float = 0.0
+    """Bytes that k-means reads on one core of the host, once for each centre it begins with and once a round."""
     written: float = 0.0
     """Bytes that stay on the disk."""
     temporary: float = 0.0
@@ -166,7 +168,7 @@ def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
     }
     arithmetic = sum(count / (peaks[kind] * device.utilisation) for kind, count in stage.flops.items())
     moving = stage.moved / device.bandwidth + (stage.linked / device.link if device.memory is not None else 0.0)
-    return (arithmetic + moving) / stage.processes + stage.written / disk
+    return (arithmetic + moving) / stage.processes + stage.clustered / construction.KMEANS_RATE + stage.written / disk
 
 
 def _sum(*parts: tuple[str, float]) -> dict[str, float]:
@@ -241,6 +243,9 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         memory.building(job, experts=experts, groups=groups, sequences=sequences, refined=refined),
         moved=moved,
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
+        clustered=float(s.layers * construction.kmeans(s, tokens))
+        if job.clusters_tokens and refined is not None
+        else 0.0,
         written=float(s.layers * of_layer),
     )
 

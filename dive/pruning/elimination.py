@@ -54,9 +54,8 @@ def eliminate(
         weights = weights.clone()
     left = torch.arange(len(gram), device=down.device)
     bound = torch.zeros(len(gram), dtype=torch.bool, device=down.device) if always is None else always.to(down.device)
-    while (
-        len(left) > width
-    ):  # H is brought up to date, and rid of the channels that are gone, a panel of blocks at a time
+    # H is brought up to date, and rid of the channels that are gone, a panel of blocks at a time.
+    while len(left) > width:
         size = min(block * max(len(left) // (PANEL * block), 1), len(left) - width)
         here = _panel(weights, inverse, size, block, bound[left])
         left, weights = left[here], weights.index_select(1, here)

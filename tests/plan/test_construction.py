@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dive.config import Config, DistillationConfig, MoEConfig, PlainConfig, RefinedConfig
-from dive.moe.constructions.refined import ROUND_TOKENS
+from dive.moe.constructions import refined
 from dive.plan import construction
 from dive.plan.construction import Refinement
 from dive.plan.parameters import Shapes, shapes
@@ -51,7 +51,8 @@ def test_refinement(llama: Shapes) -> None:
     router = DistillationConfig(tokens=2048, steps=10, batch=512)
     d, f, w, n, length = 4096, 11008, 2752, 1000, 256
     one_round = n * 6 * d * f + construction.moments(llama, n) + construction.router_fit(llama, router, n)
-    assert construction.ROUND_TOKENS == ROUND_TOKENS
+    assert construction.ROUND_TOKENS == refined.ROUND_TOKENS
+    assert construction.KMEANS_TOKENS == refined.KMEANS_TOKENS
     # forward; gradients of three matrices, and of what goes into the last
     steps = 10 * 64 * 1.5 * (3 + 3 + 1) * 2 * d * w
     forward = n * (6 * d * f + 2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w)

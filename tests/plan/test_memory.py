@@ -21,6 +21,7 @@ from dive.plan import memory
 from dive.plan.job import Job, describe_job
 from dive.plan.stages import Plan
 from dive.plan.stages import plan as plan_of
+from dive.retrain import loss
 from dive.retrain.freezing import apply_policy
 from dive.retrain.module import MoERetraining
 from dive.retrain.training import Training
@@ -154,6 +155,10 @@ def test_a_teacher_shares_what_is_frozen() -> None:
         stage = job.config.retrain.stages["experts"]
         found[hidden] = memory.retraining(job, stage, []).device["Mixture-of-Experts"]
     assert found[0] - found[4] == 2 * shared
+
+
+def test_the_loss_is_taken_in_the_same_chunks() -> None:
+    assert memory.LOSS_CHUNK == loss.CHUNK
 
 
 def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:

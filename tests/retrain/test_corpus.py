@@ -157,12 +157,23 @@ def test_naming_a_corpus_chooses_its_source(tmp_path: Path) -> None:
         ({"source": CorpusSource.hub, "path": "x", "hub": HubTextConfig(path="x/y")}, r"path has no say .*=hub"),
         ({"text_field": "body"}, r"text_field has no say"),
         ({"hub": HubTextConfig(path="", streaming=True)}, r"hub\.path is needed"),
-        ({"shuffle_buffer": 5}, r"hub\.path is needed"),
+        ({"shuffle_buffer": 5}, r"shuffle_buffer has no say with .*source=domains"),
     ],
 )
 def test_a_corpus_that_would_be_ignored_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=rf"^retrain\.corpus\..*{message}"):
-        CorpusConfig(**settings)  # type: ignore[arg-type]
+        CorpusConfig(**settings).or_else(None)  # type: ignore[arg-type]
+
+
+def test_what_is_said_of_the_default_corpus() -> None:
+    hub = ["budget=toy", "calibration_domains=paper"]
+    corpus = composed([*hub, "retrain.corpus.shuffle_buffer=5"]).retrain.corpus
+    assert (corpus.chosen, corpus.hub.config, corpus.shuffle_buffer) == (CorpusSource.hub, "sample-10BT", 5)
+    assert composed([*hub, "retrain.corpus.source=hub"]).retrain.corpus.hub == corpus.hub
+    with pytest.raises(
+        UserError, match=r"^retrain\.corpus\.hub\.path is needed.*fineweb-edu.*calibration_domains\.corpus"
+    ):
+        composed([*hub, "retrain.corpus.hub.config=sample-100BT"])
 
 
 def test_a_presets_data_set_that_has_no_say_is_named(caplog: pytest.LogCaptureFixture) -> None:
