@@ -40,6 +40,11 @@ def command(*arguments: str, directory: Path) -> "subprocess.CompletedProcess[st
         (["pruning.ratio=1.0"], "pruning.ratio (1.0) must be at least 0 and below 1"),
         (["trainer.devices=2"], "trainer.devices (2) needs a strategy"),
         (
+            ["experiment=dive", "budget.tokens=2000"],
+            "budget.tokens (2000) must be more than budget.router_tokens (16384), which it includes; set both",
+        ),
+        (["model=local", "model.path=org/name"], "`hf download org/name config.json` fetches them"),
+        (
             ["moe=upcycle", "moe.upcycle.router_init=distilled"],
             "moe.upcycle.router_init: Key 'router_init' not in 'UpcycleConfig'",
         ),

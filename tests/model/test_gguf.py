@@ -24,7 +24,7 @@ from dive.errors import UserError
 from dive.export import open_checkpoint
 from dive.generate import GenerateConfig, generate
 from dive.model.architecture import locate_architecture, read_architecture
-from dive.model.gguf import ROPE_FREQUENCIES
+from dive.model.gguf import ROPE_FREQUENCIES, read_gguf
 from dive.model.load import DenseSource, in_safetensors, load_weights, locate_dense
 from dive.model.streamed import load_streamed
 from dive.plan.stages import plan
@@ -260,6 +260,25 @@ def test_it_is_planned_without_torch(build: Build, tokenizer: PreTrainedTokenize
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_it_is_parsed_once(
+    build: Build, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "dense.gguf", build(), tokenizer)
+    opened: list[Path] = []
+    reader = gguf.GGUFReader
+
+    def counting(path: Path) -> gguf.GGUFReader:
+        opened.append(path)
+        return reader(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counting)
+    for _ in range(2):  # sizes in the configuration ask, and the plan
+        composed(["model=local", f"model.path={file}"])
+    assert opened == [file]
+    write_gguf(file, build(num_hidden_layers=1), tokenizer)  # another file of this name
+    assert read_gguf(file, "").settings["num_hidden_layers"] == 1
 
 
 def altered(**metadata: Any) -> Change:

@@ -68,7 +68,10 @@ def test_refinement(llama: Shapes) -> None:
     # dense and rebuilt states, what the dense FFN made and the next inputs in float32; the rebuilt prefix in bfloat16
     assert construction.refine_host_bytes(llama, n, 2) == n * d * (4 * 4 + 2)
     held, more = (construction.refine_device_bytes(llama, replace(settings, batch=n)) for n in (100_000, 100_064))
-    assert construction.refine_device_bytes(llama, settings) == 2 * 4 * f * f + construction.eliminate_bytes(llama)
+    experts = 8 * 3 * d * w * (4 + 4 + 4 + 8 + 4)  # before, after, gradients, Adam's states, and a step's own
+    assert construction.refine_device_bytes(llama, settings) == experts + 64 * 2 * (4 * w + 3 * d) * 4
+    one = replace(llama, experts=1)
+    assert construction.refine_device_bytes(one, settings) == 2 * 4 * f * f + construction.eliminate_bytes(llama)
     assert more - held == 64 * 2 * (4 * w + 3 * d) * 4
 
 

@@ -141,6 +141,15 @@ def test_a_run_under_way_has_a_page_that_says_so(finished: Path, tmp_path: Path)
         write_report(tmp_path)
 
 
+def test_a_run_of_before_the_map_has_its_page(finished: Path, tmp_path: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    results["affinity"] = None
+    del results["run"]["config"]["affinity"]["mapped"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    write_report(tmp_path)
+    assert "Nothing was mined in this run." in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("overrides", [["moe.experts=1"], ["affinity=random", "moe.top_k=2"], ["retrain=none"]])
 def test_other_runs_have_pages_without_empty_figures(
     workplace: Workplace, overrides: list[str], tmp_path: Path
