@@ -147,7 +147,7 @@ def test_the_guides_run_from_top_to_bottom(
     assert corpus["stages"][-2]["reused"]
     assert corpus["run"]["fingerprints"]["retraining_corpus"] != mine["run"]["fingerprints"]["retraining_corpus"]
     assert "mine@256" in measured["stages"][0]["perplexity"]
-    assert results["chat"]["run"]["samples"]["calibration"] == {"code": [32, 256], "law": [32, 256]}
+    assert results["chat"]["run"]["samples"]["calibration"] == {"code": [4, 256], "law": [4, 256]}
     assert "When does the lease end?\n" in outputs[7]  # the answer stands on a line of its own
     assert "dry_run=true: nothing uploaded" in outputs[-1]
 

@@ -95,6 +95,7 @@ OTHER: dict[str, Any] = {
     "affinity.grouping": "random",
     "affinity.groups": None,  # is another grouping
     "affinity.linkage": "single",
+    "affinity.mapped": 8,
     "affinity.measure": "importance",
     "calibration_domains.domains": "[cats,code,news]",
     "calibration_domains.group_samples": 5,
