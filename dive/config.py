@@ -63,6 +63,8 @@ class BudgetConfig:
 
 # --------------------------------------------------------------------------------------------------------------- model
 
+AUTO = "auto"
+"""What leaves a choice to the program."""
 SHARD_BYTES = 1 << 30
 """Size of the shards of a streamed export. Here, as the plan counts with it and imports no torch."""
 
@@ -140,6 +142,8 @@ class ModelConfig:
     """For planning without the model at hand; null reads its config.json."""
     load: Load = Load.full
     """``streamed`` calibrates, builds experts and exports a layer at a time; nothing is evaluated or retrained."""
+    twin: str = AUTO
+    """``model_type`` of the stock class that it becomes, see docs/serving.md; ``auto`` is the one that every engine serves."""
     export_dtype: Dtype | None = None
     """Element type of the export; ``dtype`` if null, the dense checkpoint's own if ``auto``."""
 

@@ -24,12 +24,14 @@ from dive.model.families import (
     TWINS,
     decoder_layers,
     is_inherited,
+    is_zero_at_first,
     moe_block,
     moe_class,
     moe_config,
     stock_layer_tensors,
     twin_of,
 )
+from dive.model.families.twin import Form
 from dive.model.headers import WEIGHTS
 from dive.model.load import DenseSource, check_files, fingerprint_directory, load_weights, locate_dense
 from dive.model.recipe import Dense
@@ -145,6 +147,7 @@ def save_streamed(
     directory: str | Path,
     *,
     top_k: int,
+    form: Form | None = None,
     card: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -159,6 +162,7 @@ def save_streamed(
         layers: experts of each layer in turn.
         directory: to create; an existing one is replaced once the new one is whole.
         top_k: experts a token.
+        form: what is chosen of the Mixture-of-Experts beside.
         card: text of the model card.
         dtype: element type to write; that of ``dense`` if none.
         shard_bytes: size of a shard, and so of what is held in memory; a larger tensor has one for itself.
@@ -179,7 +183,7 @@ def save_streamed(
                 raise UserError("pruning.compensation=bias: a stock Mixture-of-Experts has no place for expert biases")
             if twin is None:
                 experts, _, width = layer.down.shape
-                config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts))
+                config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts), form=form)
                 with torch.device("meta"):
                     twin = moe_class(config)(config)
                 _copy_shared(dense, twin, writer, f"{places.embeddings}.")
@@ -209,8 +213,12 @@ def save_streamed(
 def _copy_shared(dense: "PreTrainedModel", twin: "PreTrainedModel", writer: ShardWriter, *prefixes: str) -> None:
     """Copy what the dense model and its twin share, of the names that begin so, from disk to disk."""
     host = torch.device("cpu")
-    for name, _ in twin.named_parameters():  # a tied head stands there once, as the embedding
-        if name.startswith(prefixes) and is_inherited(twin, name):
+    for name, parameter in twin.named_parameters():  # a tied head stands there once, as the embedding
+        if not (name.startswith(prefixes) and is_inherited(twin, name)):
+            continue
+        if name not in dense.checkpoint.files and is_zero_at_first(twin, name):
+            writer.add(name, torch.zeros(parameter.shape, dtype=writer.dtype))
+        else:
             writer.add(name, dense.checkpoint.read([name], dtype=writer.dtype, device=host)[name])
 
 
@@ -434,9 +442,16 @@ def export(
     """
     dense, dtype = model.dense, export_dtype(config, model.dense.source)
     if config.load is Load.streamed:
-        layers, top_k = read_experts(model.mixture.experts), model.mixture.top_k
+        mixture = model.mixture
         return save_streamed(
-            dense.load(), layers, tokenizer, directory / "checkpoint", top_k=top_k, card=card, dtype=dtype
+            dense.load(),
+            read_experts(mixture.experts),
+            tokenizer,
+            directory / "checkpoint",
+            top_k=mixture.top_k,
+            form=mixture.form,
+            card=card,
+            dtype=dtype,
         )
     whole = model.take(master_weights=False)
     if not has_expert_bias(whole):

@@ -105,6 +105,7 @@ OTHER: dict[str, Any] = {
     "eval.tasks": "[]",
     "eval.windows": 2,
     "model.dtype": "bfloat16",
+    "model.twin": "qwen2_moe",
     "moe.refined.start": "random",
     "moe.top_k": 2,
     "pruning.compensation": "none",

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dive.model.families import copy_shared_weights, empty_moe, ffn, moe_block, moe_config
+from dive.model.families import (
+    copy_shared_weights,
+    empty_moe,
+    ffn,
+    fill_beside_experts,
+    moe_block,
+    moe_config,
+)
+from dive.model.families.twin import Form
 from dive.moe.indexed import IndexedExperts
 from dive.moe.layer import ExpertLayer
 from dive.moe.plug import plug_routers, use_stock_experts
@@ -15,7 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def assemble(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: int) -> "PreTrainedModel":
+def assemble(
+    dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: int, form: Form | None = None
+) -> "PreTrainedModel":
     """The stock Mixture-of-Experts of the dense model's attention, embeddings, norms and head, and these experts.
 
     With FLAP's bias the experts get a ``down_bias``, which no stock class has, and run by our experts implementation.
@@ -25,7 +35,7 @@ def assemble(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: 
     for number, layer in enumerate(layers):
         if moe is None:
             experts, _, width = layer.down.shape
-            config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts))
+            config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts), form=form)
             moe = empty_moe(config, dense.dtype).to(dense.device)
             copy_shared_weights(dense, moe)
         fill_layer(moe, number, layer)
@@ -42,7 +52,9 @@ def assemble(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: 
 
 
 @torch.no_grad()
-def assemble_indexed(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: int) -> "PreTrainedModel":
+def assemble_indexed(
+    dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *, top_k: int, form: Form | None = None
+) -> "PreTrainedModel":
     """As :func:`assemble`, with experts that are index sets into the dense model's own FFNs; its routers are plugged.
 
     Raises:
@@ -52,12 +64,13 @@ def assemble_indexed(dense: "PreTrainedModel", layers: Iterable[ExpertLayer], *,
     for number, layer in enumerate(layers):
         if moe is None:
             experts = len(layer.masks)
-            config = moe_config(dense.config, width=1, experts=experts, top_k=min(top_k, experts))
+            config = moe_config(dense.config, width=1, experts=experts, top_k=min(top_k, experts), form=form)
             moe = empty_moe(config, dense.dtype).to(dense.device)  # experts of one channel, until theirs come
             copy_shared_weights(dense, moe)
         block = moe_block(moe, number)
         block.experts = IndexedExperts(ffn(dense, number), layer).eval()
         block.gate.weight.copy_(layer.router)
+        fill_beside_experts(moe, number)
     if moe is None:
         raise ValueError("no layers")
     moe.generation_config = dense.generation_config
@@ -73,5 +86,6 @@ def fill_layer(moe: "PreTrainedModel", number: int, layer: ExpertLayer) -> None:
     block.experts.gate_up_proj.copy_(layer.gate_up)
     block.experts.down_proj.copy_(layer.down)
     block.gate.weight.copy_(layer.router)
+    fill_beside_experts(moe, number)
     if layer.bias is not None:
         block.experts.down_bias = nn.Parameter(layer.bias.to(block.experts.down_proj), requires_grad=False)

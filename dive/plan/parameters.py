@@ -17,7 +17,7 @@ from dive.config import (
     MoEConfig,
     StageConfig,
 )
-from dive.model.families import twin_of
+from dive.model.families import chosen_twin
 from dive.retrain.training import idle_routers
 
 
@@ -39,6 +39,12 @@ class Shapes:
     tied: bool
     head_norms: int
     """Weights of the norms on query and key heads, a layer."""
+    dense_biases: int
+    """Of queries, keys and values, a layer of the dense model."""
+    qkv_biases: int
+    """The same of the Mixture-of-Experts, which may have zeros there."""
+    beside: int
+    """Weights of a sparse block beside router and experts."""
     noise: bool
     """Whether routers have noise weights in training."""
     bias: bool
@@ -67,19 +73,19 @@ class Shapes:
 
     @property
     def shared(self) -> int:
-        """Everything but FFNs, experts and routers."""
+        """Everything but FFNs, sparse blocks and biases."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + self.hidden + self.layers * (self.attention + self.norms)
 
     @property
     def dense(self) -> int:
         """Parameters of the dense model."""
-        return self.shared + self.layers * self.ffn
+        return self.shared + self.layers * (self.dense_biases + self.ffn)
 
     @property
     def total(self) -> int:
         """Parameters of the Mixture-of-Experts as a stock class has them; ``results.json`` gives this number."""
-        return self.shared + self.layers * (self.router + self.experts * self.expert)
+        return self._always + self.layers * self.experts * self.expert
 
     @property
     def router(self) -> int:
@@ -89,7 +95,12 @@ class Shapes:
     @property
     def active(self) -> int:
         """Of these, the parameters that one token meets: everything but the experts, and ``top_k`` of them."""
-        return self.shared + self.layers * (self.router + self.top_k * self.expert)
+        return self._always + self.layers * self.top_k * self.expert
+
+    @property
+    def _always(self) -> int:
+        """Parameters of the Mixture-of-Experts that are no expert's."""
+        return self.shared + self.layers * (self.qkv_biases + self.router + self.beside)
 
     @property
     def noise_weights(self) -> int:
@@ -114,9 +125,12 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         moe: in place of the configuration's own.
 
     Raises:
-        UserError: the pruning ratio leaves no channel, or all.
+        UserError: the pruning ratio leaves no channel, or all; or the model cannot become ``model.twin``.
     """
     moe = moe or config.moe
+    twin = chosen_twin(architecture.model_type, config.model.twin)
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_key_value_heads * architecture.head_dim
     return Shapes(
         layers=architecture.num_hidden_layers,
         hidden=architecture.hidden_size,
@@ -124,11 +138,14 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         width=config.pruning.width(architecture.intermediate_size),
         experts=moe.experts,
         top_k=moe.top_k,
-        queries=architecture.num_attention_heads * architecture.head_dim,
-        keys=architecture.num_key_value_heads * architecture.head_dim,
+        queries=queries,
+        keys=keys,
         vocabulary=architecture.vocab_size,
         tied=architecture.tie_word_embeddings,
-        head_norms=twin_of(architecture.model_type).head_norms(architecture),
+        head_norms=twin.head_norms(architecture),
+        dense_biases=queries + 2 * keys if architecture.model_type in twin.biased else 0,
+        qkv_biases=queries + 2 * keys if twin.qkv_bias else 0,
+        beside=twin.weights_beside_experts(architecture),
         noise=config.retrain.noise > 0,
         bias=config.pruning.compensation is Compensation.bias,
         rank=config.retrain.lora.rank,
@@ -141,7 +158,7 @@ def full_sizes(s: Shapes) -> dict[str, int]:
         "router": s.layers * s.router + s.noise_weights,
         "experts": s.layers * s.experts * s.expert,
         "norms": s.layers * s.norms + s.hidden,
-        "attention": s.layers * s.attention,
+        "attention": s.layers * (s.attention + s.qkv_biases),
         "embeddings": s.vocabulary * s.hidden,
         "head": 0 if s.tied else s.vocabulary * s.hidden,
     }

@@ -9,20 +9,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dive.errors import UserError
+from dive.config import AUTO
+from dive.errors import UserError, require
 from dive.model.families.mixtral import Mixtral
+from dive.model.families.qwen2_moe import Qwen2Moe
 from dive.model.families.qwen3_moe import Qwen3Moe
-from dive.model.families.twin import Twin
+from dive.model.families.twin import UNTRAINED as UNTRAINED
+from dive.model.families.twin import Form, Twin
 
 if TYPE_CHECKING:  # the plan imports this without torch
     import torch
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-TWINS: tuple[Twin, ...] = (Mixtral(), Qwen3Moe())
-"""What dense models can become."""
+TWINS: tuple[Twin, ...] = (Mixtral(), Qwen3Moe(), Qwen2Moe())
+"""What dense models can become; one that can become several becomes the first of them where nobody chooses."""
 
-SUPPORTED = tuple(name for twin in TWINS for name in twin.dense)
+SUPPORTED = tuple(dict.fromkeys(name for twin in TWINS for name in twin.dense))
 """``model_type`` of the dense models that can be turned into a Mixture-of-Experts."""
 
 KNOWN = (*SUPPORTED, *(twin.name for twin in TWINS))
@@ -33,7 +36,9 @@ IN_GGUF: dict[str, bool] = {name: paired for twin in TWINS for name, paired in t
 
 
 def twin_of(model_type: str) -> Twin:
-    """The twin that is called so, or that dense models called so become.
+    """The twin that is called so, or that dense models called so become where nobody chooses.
+
+    Of a dense model all its twins say the same.
 
     Raises:
         ValueError: none.
@@ -42,6 +47,24 @@ def twin_of(model_type: str) -> Twin:
         if model_type in (twin.name, *twin.dense):
             return twin
     raise ValueError(f"model_type {model_type!r} belongs to no family; there are {', '.join(KNOWN)}")
+
+
+def chosen_twin(model_type: str, name: str) -> Twin:
+    """The twin that dense models of a ``model_type`` become.
+
+    Args:
+        name: ``model.twin``.
+
+    Raises:
+        UserError: they cannot become this one.
+    """
+    possible = {twin.name: twin for twin in TWINS if model_type in twin.dense}
+    choices = ", ".join((AUTO, *possible))
+    require(
+        name == AUTO or name in possible,
+        f"model.twin={name}: a dense model of model_type {model_type!r} does not become this; choose one of {choices}",
+    )
+    return twin_of(model_type) if name == AUTO else possible[name]
 
 
 def unsupported(path: str, family: object) -> str:
@@ -61,12 +84,20 @@ def check_supported(config: "PretrainedConfig", path: str) -> None:
     twin_of(config.model_type).check(config, path)
 
 
-def moe_config(dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
+def check_chosen(form: Form, config: "PretrainedConfig", path: str) -> None:
+    """Raise :class:`UserError` if the model at ``path`` cannot become what is chosen, or has something it has no place for."""
+    chosen_twin(config.model_type, form.twin).check(config, path)
+
+
+def moe_config(
+    dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form | None = None
+) -> "PretrainedConfig":
     """The stock configuration of the twin: everything of ``dense``, with ``experts`` FFNs of ``width`` channels.
 
     Grouped-query attention, tied embeddings and RoPE scaling are carried over.
     """
-    return twin_of(dense.model_type).config(dense, width=width, experts=experts, top_k=top_k)
+    form = form or Form()
+    return chosen_twin(dense.model_type, form.twin).config(dense, width=width, experts=experts, top_k=top_k, form=form)
 
 
 def moe_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
@@ -142,6 +173,18 @@ def is_inherited(model: "PreTrainedModel", parameter: str) -> bool:
     return f".{twin_of(model.config.model_type).block}." not in parameter
 
 
+def is_zero_at_first(model: "PreTrainedModel", parameter: str) -> bool:
+    """Whether a parameter that a twin would have from its dense model is zero where that has none, from its name."""
+    return twin_of(model.config.model_type).is_zero_at_first(parameter)
+
+
+def fill_beside_experts(model: "PreTrainedModel", layer: int) -> None:
+    """Write what a sparse block has beside router and experts."""
+    block = moe_block(model, layer)
+    for name, tensor in twin_of(model.config.model_type).beside_experts(model.config).items():
+        block.get_parameter(name).data.copy_(tensor)
+
+
 def stock_layer_tensors(
     config: "PretrainedConfig", layer: int, *, gate_up: "Tensor", down: "Tensor", router: "Tensor"
 ) -> Iterator[tuple[str, "Tensor"]]:
@@ -159,6 +202,8 @@ def stock_layer_tensors(
     for expert, (first, last) in enumerate(zip(gate_up, down, strict=True)):
         for name, tensor in zip(twin.experts_on_disk, (*first.chunk(2), last), strict=True):
             yield f"{block}.experts.{expert}.{name}.weight", tensor
+    for name, tensor in twin.beside_experts(config).items():
+        yield f"{block}.{name}", tensor
 
 
 def empty_moe(config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
@@ -190,6 +235,9 @@ def copy_shared_weights(dense: "PreTrainedModel", moe: "PreTrainedModel") -> Non
     with torch.no_grad():
         for name, parameter in moe.named_parameters():
             if not is_inherited(moe, name):
+                continue
+            if name not in source and is_zero_at_first(moe, name):
+                parameter.zero_()
                 continue
             if name not in source:
                 raise ValueError(f"{name} of {type(moe).__name__} is not in {type(dense).__name__}")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dive.config import ArchitectureConfig
-from dive.model.families.twin import Twin
+from dive.model.families.twin import Form, Twin
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -17,7 +17,9 @@ class Qwen3Moe(Twin):
     in_gguf = {"qwen3": False}  # noqa: RUF012
     head_dim = 128
 
-    def config(self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
+    def config(
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
+    ) -> "PretrainedConfig":
         """Gates are renormalised, and every layer is sparse."""
         from transformers import Qwen3MoeConfig
 

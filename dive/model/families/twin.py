@@ -4,13 +4,31 @@ Neither torch nor transformers is imported here or beside: the plan asks a twin 
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dive.config import ArchitectureConfig
+from dive.config import AUTO, ArchitectureConfig, Config
 from dive.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
+
+UNTRAINED = "ffn"
+"""Part of a twin that the freezing policy does not speak of: no stage trains it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What a run chooses of a Mixture-of-Experts beside the number and the sizes of its experts."""
+
+    twin: str = AUTO
+    """Its class, see :class:`dive.config.ModelConfig`."""
+
+    @classmethod
+    def of(cls, config: Config) -> "Form":
+        """Of a run's configuration."""
+        return cls(twin=config.model.twin)
 
 
 class Twin(ABC):
@@ -26,6 +44,10 @@ class Twin(ABC):
     """``model_type`` of the dense models that become it."""
     head_dim: ClassVar[int | None] = None
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
+    qkv_bias: ClassVar[bool] = False
+    """Whether queries, keys and values have biases: the dense model's, or zeros."""
+    biased: ClassVar[tuple[str, ...]] = ()
+    """``model_type`` of the dense models that have such biases."""
     in_gguf: ClassVar[dict[str, bool]]
     """{``general.architecture`` of GGUF files that hold a dense model of this ``model_type``: whether neighbouring rows of query
     and key projections are the pairs that RoPE turns, which in transformers are half a head apart}"""
@@ -76,7 +98,9 @@ class Twin(ABC):
     """What the twin's configuration takes over from the dense model's, where that has it."""
 
     @abstractmethod
-    def config(self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
+    def config(
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
+    ) -> "PretrainedConfig":
         """The stock configuration with ``experts`` FFNs of ``width`` channels; :meth:`settings` gives most of it."""
 
     @abstractmethod
@@ -105,6 +129,18 @@ class Twin(ABC):
                 "choose another model"
             )
 
+    def is_zero_at_first(self, parameter: str) -> bool:
+        """Whether a parameter of the twin outside its sparse blocks is zero where the dense model has none of this name."""
+        return self.qkv_bias and parameter.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
+
+    def beside_experts(self, config: "PretrainedConfig") -> dict[str, "Tensor"]:
+        """{name in a sparse block: tensor} of what it has beside router and experts, in memory and on disk alike."""
+        return {}
+
+    def weights_beside_experts(self, architecture: ArchitectureConfig) -> int:
+        """How many numbers these are."""
+        return 0
+
     def spare(self, *, tied: bool) -> tuple[str, ...]:
         """How names end of tensors that a checkpoint may hold without the model having a place for them.
 
@@ -124,6 +160,8 @@ class Twin(ABC):
             return "experts"
         if f".{self.block}.gate." in parameter:
             return "router"
+        if f".{self.block}." in parameter:
+            return UNTRAINED
         if f".{self.attention}." in parameter and "norm" not in parameter:
             return "attention"
         if "norm" in parameter:
