@@ -516,6 +516,13 @@ class UpcycleConfig:
     router_init: ClassVar[RouterInit] = RouterInit.random
 
 
+class Gates(Enum):
+    """Weights of the chosen experts in the model that comes out."""
+
+    renormalised = "renormalised"
+    probabilities = "probabilities"
+
+
 ConstructionConfig = RefinedConfig | PlainConfig | RandomSplitConfig | CoactivationConfig | UpcycleConfig
 
 
@@ -527,6 +534,9 @@ class MoEConfig:
     """Experts of every layer."""
     top_k: int = bounded(1, at_least=1, at_most=10_000)
     """Experts that each token is sent to."""
+    gates: Gates = Gates.renormalised
+    """``renormalised``: they sum to one, so that a single expert's is 1 and teaches its router nothing. ``probabilities``: the
+    router's own, over all experts; down projections are scaled to make up for what they lack of one."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     refined: RefinedConfig | None = None
     plain: PlainConfig | None = None
@@ -559,16 +569,23 @@ class MoEConfig:
         """Whether routers are fitted to the experts' errors."""
         return self.experts > 1 and self.settings.router_init is RouterInit.distilled
 
+    @property
+    def scales(self) -> bool:
+        """Whether down projections are scaled to the gates."""
+        return self.experts > 1 and self.gates is Gates.probabilities
+
     def effective(self, pruning: PruningConfig) -> "MoEConfig":
         """What building the experts follows from: settings that have no say in it are at their defaults."""
         averages = self.coactivation is not None and pruning.compensation is Compensation.none
         refined, plain = self.refined, self.plain
+        sampled = self.distillation.tokens if self.scales else DistillationConfig().tokens
         if plain is not None and self.experts == 1:  # one pruned FFN has neither a router nor channels in common
             plain = PlainConfig()
         return replace(
             self,
-            top_k=self.top_k if averages or refined is not None else 1,
-            distillation=self.distillation if self.distils else DistillationConfig(),
+            top_k=self.top_k if averages or refined is not None or self.scales else 1,
+            gates=self.gates if self.scales else Gates.renormalised,
+            distillation=self.distillation if self.distils else DistillationConfig(tokens=sampled),
             refined=None if refined is None else refined.effective(experts=self.experts),
             plain=plain,
         )
@@ -611,7 +628,7 @@ class Freezing(Enum):
 
 
 class Gate(Enum):
-    """Weight of the selected experts in sparse training; at evaluation all are the renormalised one of the stock class."""
+    """Weight of the selected experts in sparse training; at evaluation it is the stock class's, see :class:`Gates`."""
 
     renormalised = "renormalised"
     straight_through = "straight_through"
@@ -1167,6 +1184,11 @@ class Config:
             self._check_indexed()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
+            require(
+                stage.gate is Gate.renormalised or not self.moe.scales,
+                f"retrain.stages.{name}.gate={stage.gate.value} is for gates that teach a router nothing, and "
+                "moe.gates=probabilities do; leave one of them out",
+            )
             parts = (stage.accumulation or self.trainer.accumulation or 1) * world
             require(
                 stage.batch % parts == 0,

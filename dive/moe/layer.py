@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dive.config import Gates
 from dive.model.families import FFN
 from dive.moe.experts import grouped_linear, sort_by_expert
 
@@ -115,10 +116,19 @@ def pair_errors(
     return torch.cat(errors)[torch.argsort(order)]
 
 
-def layer_output(layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int) -> Tensor:
-    """The sparse block as the stock class computes it: the K likeliest experts, gates renormalised; (T, D) to (T, D)."""
+def gates_of(logits: Tensor, kind: Gates, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """(gates, experts int64) of the K likeliest experts, each (T, K), likeliest first; from logits (T, E)."""
+    highest, chosen = logits.topk(top_k, dim=-1)
+    if kind is Gates.renormalised:
+        return torch.softmax(highest, dim=-1), chosen
+    return torch.softmax(logits, dim=-1).gather(-1, chosen), chosen
+
+
+def layer_output(
+    layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int, gates: Gates = Gates.renormalised
+) -> Tensor:
+    """The sparse block as the stock class computes it, of the K likeliest experts; (T, D) to (T, D)."""
     if len(layer.masks) == 1:
         return expert_function(layer, 0, act)(rows)
-    logits, chosen = (rows @ layer.router.T).topk(top_k, dim=-1)
-    gates = torch.softmax(logits, dim=-1)
-    return (selected_outputs(layer, act, rows, chosen) * gates[..., None]).sum(dim=1)
+    weights, chosen = gates_of(rows @ layer.router.T, gates, top_k=top_k)
+    return (selected_outputs(layer, act, rows, chosen) * weights[..., None]).sum(dim=1)

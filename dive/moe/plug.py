@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dive.config import LoRAConfig
-from dive.model.families import decoder_layers, moe_block
+from dive.model.families import decoder_layers, moe_block, renormalises
 from dive.moe import experts as experts_module
 from dive.moe.experts import GroupedLoRA, stock_implementation
 from dive.moe.router import Router
@@ -27,6 +27,7 @@ def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
                 block.gate,
                 experts=model.config.num_experts,
                 top_k=model.config.num_experts_per_tok,
+                renormalise=renormalises(model.config),
                 noise=noise,
             )
     model.set_experts_implementation(experts_module.IMPLEMENTATION)

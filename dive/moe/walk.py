@@ -93,7 +93,7 @@ class StatisticsWalk:
             parts,
             batch=batch,
             second_moments=refits,
-            inputs=-(-moe.distillation.tokens // len(groups)) if moe.distils else 0,
+            inputs=-(-moe.distillation.tokens // len(groups)) if moe.distils or moe.scales else 0,
             taylor=pruning.metric is Metric.taylor,
             active_channels=0 if moe.coactivation is None else moe.coactivation.active_channels,
             seed=seed,
@@ -176,7 +176,7 @@ class TokenWalk:
         """
         assert moe.refined is not None
         settings, batches = moe.refined, [part for group in groups for part in group.split(batch)]
-        self._model, self._top_k, self._correction = model, moe.top_k, settings.correction
+        self._model, self._moe, self._correction = model, moe, settings.correction
         self._dense = Track(model, batches)
         self._rebuilt = Track(model, batches) if settings.sequential else self._dense
         grouped = len(groups) > 1 and settings.start is None
@@ -214,7 +214,7 @@ class TokenWalk:
             self._before = likeliest_experts(layer, inputs)
         if self._rebuilt is not self._dense:
             stored = convert(layer, torch.float32, self._model.device)
-            block = partial(layer_output, stored, self._act, top_k=self._top_k)
+            block = partial(layer_output, stored, self._act, top_k=self._moe.top_k, gates=self._moe.gates)
             self._rebuilt.add(_in_chunks(block, inputs, self._model.device))
         self._inputs = torch.empty(0)
 

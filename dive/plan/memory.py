@@ -191,7 +191,7 @@ def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False)
     indexed = config.retrain.storage is Storage.indexed and not exported
     own = s.total + s.biases
     if indexed:
-        slices = moe.construction in ("plain", "upcycle") and not job.refits
+        slices = moe.construction in ("plain", "upcycle") and not job.refits and s.renormalised
         own -= s.layers * s.experts * (s.expert if slices else s.expert * 2 // 3)
     whole = config.trainer.strategy in (Strategy.single, Strategy.ddp)
     if stage is not None and (

@@ -18,6 +18,7 @@ from dive.config import (
     StageConfig,
 )
 from dive.model.families import chosen_twin
+from dive.model.families.twin import Form
 from dive.retrain.training import idle_routers
 
 
@@ -31,6 +32,8 @@ class Shapes:
     width: int
     experts: int
     top_k: int
+    renormalised: bool
+    """Whether gates of chosen experts sum to one."""
     queries: int
     """Q"""
     keys: int
@@ -128,7 +131,8 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         UserError: the pruning ratio leaves no channel, or all; or the model cannot become ``model.twin``.
     """
     moe = moe or config.moe
-    twin = chosen_twin(architecture.model_type, config.model.twin)
+    twin, form = chosen_twin(architecture.model_type, config.model.twin), Form.of(config)
+    twin.check_form(form)
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_key_value_heads * architecture.head_dim
     return Shapes(
@@ -138,6 +142,7 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         width=config.pruning.width(architecture.intermediate_size),
         experts=moe.experts,
         top_k=moe.top_k,
+        renormalised=not moe.scales,
         queries=queries,
         keys=keys,
         vocabulary=architecture.vocab_size,
@@ -197,7 +202,7 @@ def reached(s: Shapes, stages: Iterable[StageConfig]) -> int:
     found: dict[str, int] = {}
     for stage in stages:
         of_stage = trained(s, [stage.train])
-        if idle_routers(stage, experts=s.experts, top_k=s.top_k) is not None:
+        if idle_routers(stage, experts=s.experts, top_k=s.top_k, renormalised=s.renormalised) is not None:
             of_stage.pop("router", None)
         found |= of_stage
     return sum(found.values())

@@ -86,7 +86,9 @@ def check_supported(config: "PretrainedConfig", path: str) -> None:
 
 def check_chosen(form: Form, config: "PretrainedConfig", path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` cannot become what is chosen, or has something it has no place for."""
-    chosen_twin(config.model_type, form.twin).check(config, path)
+    twin = chosen_twin(config.model_type, form.twin)
+    twin.check(config, path)
+    twin.check_form(form)
 
 
 def moe_config(
@@ -171,6 +173,11 @@ def part_of(model: "PreTrainedModel", parameter: str) -> str:
 def is_inherited(model: "PreTrainedModel", parameter: str) -> bool:
     """Whether a twin has a parameter from its dense model, from its name in ``named_parameters``."""
     return f".{twin_of(model.config.model_type).block}." not in parameter
+
+
+def renormalises(config: "PretrainedConfig") -> bool:
+    """Whether the gates of the chosen experts sum to one, in a twin of this configuration."""
+    return bool(getattr(config, "norm_topk_prob", True))
 
 
 def is_zero_at_first(model: "PreTrainedModel", parameter: str) -> bool:

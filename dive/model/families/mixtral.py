@@ -13,6 +13,7 @@ class Mixtral(Twin):
 
     name = "mixtral"
     dense = ("llama", "mistral")
+    plain = True
     in_gguf = {"llama": True}  # noqa: RUF012  Mistral's files say so too
     block_on_disk = "block_sparse_moe"
     experts_on_disk = ("w1", "w3", "w2")

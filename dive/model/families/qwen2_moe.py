@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dive.config import ArchitectureConfig
+from dive.config import ArchitectureConfig, Gates
 from dive.errors import UserError
 from dive.model.families.twin import Form, Twin
 
@@ -39,7 +39,7 @@ class Qwen2Moe(Twin):
             moe_intermediate_size=width,
             shared_expert_intermediate_size=NOTHING_SHARED,
             intermediate_size=dense.intermediate_size,
-            norm_topk_prob=True,
+            norm_topk_prob=form.gates is Gates.renormalised,
             decoder_sparse_step=1,
             mlp_only_layers=[],
             qkv_bias=True,

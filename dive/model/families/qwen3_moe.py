@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dive.config import ArchitectureConfig
+from dive.config import ArchitectureConfig, Gates
 from dive.model.families.twin import Form, Twin
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Qwen3Moe(Twin):
     def config(
         self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
     ) -> "PretrainedConfig":
-        """Gates are renormalised, and every layer is sparse."""
+        """Every layer is sparse."""
         from transformers import Qwen3MoeConfig
 
         return Qwen3MoeConfig(
@@ -28,7 +28,7 @@ class Qwen3Moe(Twin):
             num_experts=experts,
             moe_intermediate_size=width,
             intermediate_size=dense.intermediate_size,
-            norm_topk_prob=True,
+            norm_topk_prob=form.gates is Gates.renormalised,
             decoder_sparse_step=1,
             mlp_only_layers=[],
             use_sliding_window="sliding_attention" in dense.layer_types,

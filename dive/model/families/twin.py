@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dive.config import AUTO, ArchitectureConfig, Config
-from dive.errors import UserError
+from dive.config import AUTO, ArchitectureConfig, Config, Gates
+from dive.errors import UserError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +24,12 @@ class Form:
 
     twin: str = AUTO
     """Its class, see :class:`dive.config.ModelConfig`."""
+    gates: Gates = Gates.renormalised
 
     @classmethod
     def of(cls, config: Config) -> "Form":
         """Of a run's configuration."""
-        return cls(twin=config.model.twin)
+        return cls(twin=config.model.twin, gates=config.moe.gates if config.moe.scales else Gates.renormalised)
 
 
 class Twin(ABC):
@@ -44,6 +45,8 @@ class Twin(ABC):
     """``model_type`` of the dense models that become it."""
     head_dim: ClassVar[int | None] = None
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
+    plain: ClassVar[bool] = False
+    """Whether its gates are always renormalised."""
     qkv_bias: ClassVar[bool] = False
     """Whether queries, keys and values have biases: the dense model's, or zeros."""
     biased: ClassVar[tuple[str, ...]] = ()
@@ -128,6 +131,17 @@ class Twin(ABC):
                 f"model.path={path}: sliding windows in some layers only have no place in a stock Mixture-of-Experts class; "
                 "choose another model"
             )
+
+    def check_form(self, form: Form) -> None:
+        """Refuse a choice that the stock class has no place for.
+
+        Raises:
+            UserError: it has none.
+        """
+        require(
+            not self.plain or form.gates is Gates.renormalised,
+            f"moe.gates={form.gates.value} has no place in {self.name}, which renormalises its gates; set model.twin=qwen2_moe",
+        )
 
     def is_zero_at_first(self, parameter: str) -> bool:
         """Whether a parameter of the twin outside its sparse blocks is zero where the dense model has none of this name."""
