@@ -537,6 +537,8 @@ class MoEConfig:
     gates: Gates = Gates.renormalised
     """``renormalised``: they sum to one, so that a single expert's is 1 and teaches its router nothing. ``probabilities``: the
     router's own, over all experts; down projections are scaled to make up for what they lack of one."""
+    dense_layers: list[int] = bounded(default_factory=list, at_least=0, at_most=9_999)
+    """Numbers, from 0, of layers that stay dense as they are: they get no experts and are not trained."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     refined: RefinedConfig | None = None
     plain: PlainConfig | None = None
@@ -585,6 +587,7 @@ class MoEConfig:
             self,
             top_k=self.top_k if averages or refined is not None or self.scales else 1,
             gates=self.gates if self.scales else Gates.renormalised,
+            dense_layers=sorted(self.dense_layers),
             distillation=self.distillation if self.distils else DistillationConfig(tokens=sampled),
             refined=None if refined is None else refined.effective(experts=self.experts),
             plain=plain,
@@ -601,6 +604,8 @@ class MoEConfig:
             self.top_k <= self.experts,
             f"moe.top_k ({self.top_k}) must not exceed moe.experts ({self.experts})",
         )
+        twice = sorted({number for number in self.dense_layers if self.dense_layers.count(number) > 1})
+        require(not twice, f"moe.dense_layers names {', '.join(map(str, twice))} twice")
         chosen = [f"moe.{name}" for name in self._constructions]
         require(
             len(chosen) < 2,

@@ -22,12 +22,13 @@ from dive.errors import UserError, disk_trouble, one_line
 from dive.model.architecture import check_figures, local_model, read_settings
 from dive.model.families import (
     TWINS,
-    decoder_layers,
     is_inherited,
     is_zero_at_first,
     moe_block,
+    moe_blocks,
     moe_class,
     moe_config,
+    sparse_layers,
     stock_layer_tensors,
     twin_of,
 )
@@ -54,7 +55,7 @@ BIASED_MODEL_TYPE = "dive_moe_with_expert_bias"
 
 def has_expert_bias(model: "PreTrainedModel") -> bool:
     """Whether the experts have FLAP's bias, which no stock class has a place for."""
-    return hasattr(moe_block(model, 0).experts, "down_bias")
+    return hasattr(moe_blocks(model)[0].experts, "down_bias")
 
 
 def save(
@@ -178,7 +179,9 @@ def save_streamed(
     twin: PreTrainedModel | None = None
     with _replacing(target) as working:
         writer = ShardWriter(working, dtype=kind, shard_bytes=shard_bytes)
-        for number, layer in enumerate(layers):
+        written = 0
+        numbers: Iterator[int] = iter(())
+        for layer in layers:
             if layer.bias is not None:
                 raise UserError("pruning.compensation=bias: a stock Mixture-of-Experts has no place for expert biases")
             if twin is None:
@@ -187,12 +190,18 @@ def save_streamed(
                 with torch.device("meta"):
                     twin = moe_class(config)(config)
                 _copy_shared(dense, twin, writer, f"{places.embeddings}.")
-            _copy_shared(dense, twin, writer, f"{places.layers}.{number}.")
+                numbers = iter(sparse_layers(config))
+            number = next(numbers)
+            for other in range(written, number + 1):
+                _copy_shared(dense, twin, writer, f"{places.layers}.{other}.")
+            written = number + 1
             parts = stock_layer_tensors(config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router)
             for name, tensor in parts:
                 writer.add(name, tensor)
         if twin is None:
             raise ValueError("no layers")
+        for other in range(written, config.num_hidden_layers):
+            _copy_shared(dense, twin, writer, f"{places.layers}.{other}.")
         _copy_shared(dense, twin, writer, f"{places.norm}.", f"{places.head}.")
         writer.close()
         total = twin.num_parameters()
@@ -348,7 +357,7 @@ def _load_biased(path: Path, named: str) -> "PreTrainedModel":
     try:
         model = empty_moe(config, getattr(torch, str(config.dtype).removeprefix("torch.")))
         stored, places = load_file(path / WEIGHTS), twin_of(config.model_type)
-        for number in range(len(decoder_layers(model))):
+        for number in sparse_layers(config):
             bias = stored.get(f"{places.layers}.{number}.{places.block}.experts.down_bias")
             if bias is None:
                 raise UserError(f"{named}: {WEIGHTS} lacks the experts' biases")

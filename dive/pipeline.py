@@ -1,6 +1,7 @@
 """The method, in order: dense model in, Mixture-of-Experts out. Data flows one way, and every result rests in the store."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     moe, form = config.moe.effective(pruning), Form.of(config)
     if run.evaluates:
         with run.stage(PRUNED):
-            one = build(tokens=tokens(groups.together(), experts=1), pruning=pruning, moe=ONE_EXPERT)
+            single = replace(ONE_EXPERT, dense_layers=moe.dense_layers)
+            one = build(tokens=tokens(groups.together(), experts=1), pruning=pruning, moe=single)
         run.measure(PRUNED, Mixture(dense, one, top_k=1, form=form), data)
     with run.stage(RECONSTRUCTED):
         text = tokens(groups.members, experts=moe.experts)

@@ -106,6 +106,7 @@ OTHER: dict[str, Any] = {
     "eval.windows": 2,
     "model.dtype": "bfloat16",
     "model.twin": "qwen2_moe",
+    "moe.dense_layers": "[1]",
     "moe.gates": "probabilities",
     "moe.refined.start": "random",
     "moe.top_k": 2,
@@ -126,7 +127,7 @@ OTHER: dict[str, Any] = {
 }
 """Another value, where the next number, the opposite or another name will not do."""
 ENTAILS = {
-    "moe.gates": ("model.twin=qwen2_moe",),
+    **{f"moe.{name}": ("model.twin=qwen2_moe",) for name in ("dense_layers", "gates")},
     "pruning.compensation": ("pruning.metric=wifv",),
     "pruning.metric": ("pruning.compensation=least_squares",),
     "retrain.storage": ("retrain.stages.experts.train.experts=lora",),

@@ -1,6 +1,6 @@
 """Experts of every layer and a dense model's other weights, put together to a Mixture-of-Experts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from dive.model.families import (
     fill_beside_experts,
     moe_block,
     moe_config,
+    sparse_layers,
 )
 from dive.model.families.twin import Form
 from dive.moe.indexed import IndexedExperts
@@ -32,13 +33,15 @@ def assemble(
     """
     moe: PreTrainedModel | None = None
     biased = False
-    for number, layer in enumerate(layers):
+    numbers: Iterator[int] = iter(())
+    for layer in layers:
         if moe is None:
             experts, _, width = layer.down.shape
             config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts), form=form)
             moe = empty_moe(config, dense.dtype).to(dense.device)
             copy_shared_weights(dense, moe)
-        fill_layer(moe, number, layer)
+            numbers = iter(sparse_layers(config))
+        fill_layer(moe, next(numbers), layer)
         biased = biased or layer.bias is not None
     if moe is None:
         raise ValueError("no layers")
@@ -61,12 +64,15 @@ def assemble_indexed(
         UserError: the experts are no slices of the dense FFNs.
     """
     moe: PreTrainedModel | None = None
-    for number, layer in enumerate(layers):
+    numbers: Iterator[int] = iter(())
+    for layer in layers:
         if moe is None:
             experts = len(layer.masks)
             config = moe_config(dense.config, width=1, experts=experts, top_k=min(top_k, experts), form=form)
             moe = empty_moe(config, dense.dtype).to(dense.device)  # experts of one channel, until theirs come
             copy_shared_weights(dense, moe)
+            numbers = iter(sparse_layers(config))
+        number = next(numbers)
         block = moe_block(moe, number)
         block.experts = IndexedExperts(ffn(dense, number), layer).eval()
         block.gate.weight.copy_(layer.router)

@@ -27,7 +27,7 @@ Shown = TypeVar("Shown", covariant=True)
 
 
 class Walk(Protocol[Shown]):
-    """For each layer in turn: :meth:`read`, or :meth:`skip` where its experts are there; then :meth:`leave`."""
+    """For each layer in turn: :meth:`read`, or :meth:`skip` where its experts are there; then :meth:`leave`. Or :meth:`keep`."""
 
     def read(self, number: int) -> Shown:
         """What a construction is shown of the layer that comes next."""
@@ -37,6 +37,9 @@ class Walk(Protocol[Shown]):
 
     def leave(self, layer: ExpertLayer) -> None:
         """Go on from the layer, whose experts are these."""
+
+    def keep(self, number: int) -> None:
+        """Let the tokens pass through the layer that comes next, which stays dense, and go on from it."""
 
 
 # ------------------------------------------------------------------------------------------------------ from statistics
@@ -114,6 +117,10 @@ class StatisticsWalk:
     def leave(self, layer: ExpertLayer) -> None:
         """What the experts are changes nothing for the layers after it."""
 
+    def keep(self, number: int) -> None:
+        """Let the tokens pass."""
+        self.skip(number)
+
 
 class GivenStatistics:
     """Shows statistics of all layers that are there already, of :func:`dive.collect_statistics`."""
@@ -129,6 +136,9 @@ class GivenStatistics:
         """Nothing passes."""
 
     def leave(self, layer: ExpertLayer) -> None:
+        """Nothing passes."""
+
+    def keep(self, number: int) -> None:
         """Nothing passes."""
 
 
@@ -216,6 +226,14 @@ class TokenWalk:
             stored = convert(layer, torch.float32, self._model.device)
             block = partial(layer_output, stored, self._act, top_k=self._moe.top_k, gates=self._moe.gates)
             self._rebuilt.add(_in_chunks(block, inputs, self._model.device))
+        self._inputs = torch.empty(0)
+
+    def keep(self, number: int) -> None:
+        """Both tracks take what the dense FFN makes of their own."""
+        inputs, _ = self._meet(number, wanted=False)
+        if self._rebuilt is not self._dense:
+            full = partial(dense_output, float32(ffn(self._model, number)))
+            self._rebuilt.add(_in_chunks(full, inputs, self._model.device))
         self._inputs = torch.empty(0)
 
     def _meet(self, number: int, *, wanted: bool) -> tuple[Tensor, Tensor]:

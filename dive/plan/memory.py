@@ -192,17 +192,18 @@ def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False)
     own = s.total + s.biases
     if indexed:
         slices = moe.construction in ("plain", "upcycle") and not job.refits and s.renormalised
-        own -= s.layers * s.experts * (s.expert if slices else s.expert * 2 // 3)
+        own -= s.sparse * s.experts * (s.expert if slices else s.expert * 2 // 3)
     whole = config.trainer.strategy in (Strategy.single, Strategy.ddp)
     if stage is not None and (
         indexed or (stage.teacher.wanted and whole)
     ):  # what it leaves frozen is the dense model's
         own -= s.layers * s.attention if stage.train.attention is not Freezing.full else 0
+        own -= s.kept * s.ffn
         own -= s.vocabulary * s.hidden if stage.train.embeddings is not Freezing.full else 0
         own -= s.vocabulary * s.hidden if stage.train.head is not Freezing.full and not s.tied else 0
     found["Mixture-of-Experts"] = float(job.weight * own)
     if indexed:
-        found["indices"] = 8.0 * s.layers * s.experts * s.width
+        found["indices"] = 8.0 * s.sparse * s.experts * s.width
         found["one layer's gathered experts"] = float(job.weight * s.experts * s.expert // 3)
     return found
 
@@ -278,9 +279,10 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
     if dropping:
         of_experts += active * (2 * s.hidden + s.width)
     layer = tokens * (residual * of_residual + compute * (of_attention + of_experts))
+    kept = tokens * (residual * of_residual + compute * (of_attention + 3 * s.channels)) if s.kept else 0.0
     if config.trainer.gradient_checkpointing:
-        return {"activations": float(s.layers * tokens * residual * s.hidden + layer)}
-    return {"activations": float(s.layers * layer)}
+        return {"activations": float(s.layers * tokens * residual * s.hidden + max(layer, kept))}
+    return {"activations": float(s.sparse * layer + s.kept * kept)}
 
 
 def export(job: Job) -> Memory:

@@ -27,6 +27,8 @@ class Shapes:
     """Sizes that everything else is computed from."""
 
     layers: int
+    kept: int
+    """Layers that stay dense."""
     hidden: int
     channels: int
     width: int
@@ -53,6 +55,11 @@ class Shapes:
     bias: bool
     """Whether experts have FLAP's bias."""
     rank: int
+
+    @property
+    def sparse(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.kept
 
     @property
     def attention(self) -> int:
@@ -88,7 +95,7 @@ class Shapes:
     @property
     def total(self) -> int:
         """Parameters of the Mixture-of-Experts as a stock class has them; ``results.json`` gives this number."""
-        return self._always + self.layers * self.experts * self.expert
+        return self._always + self.sparse * self.experts * self.expert
 
     @property
     def router(self) -> int:
@@ -98,22 +105,23 @@ class Shapes:
     @property
     def active(self) -> int:
         """Of these, the parameters that one token meets: everything but the experts, and ``top_k`` of them."""
-        return self._always + self.layers * self.top_k * self.expert
+        return self._always + self.sparse * self.top_k * self.expert
 
     @property
     def _always(self) -> int:
         """Parameters of the Mixture-of-Experts that are no expert's."""
-        return self.shared + self.layers * (self.qkv_biases + self.router + self.beside)
+        kept = self.kept * self.ffn
+        return self.shared + self.layers * self.qkv_biases + self.sparse * (self.router + self.beside) + kept
 
     @property
     def noise_weights(self) -> int:
         """What the routers have beside in training (``retrain.noise``)."""
-        return self.layers * self.router if self.noise else 0
+        return self.sparse * self.router if self.noise else 0
 
     @property
     def biases(self) -> int:
         """What the experts have beside with ``pruning.compensation=bias``, and in that export."""
-        return self.layers * self.router if self.bias else 0
+        return self.sparse * self.router if self.bias else 0
 
     @property
     def expert_adapters(self) -> int:
@@ -132,11 +140,12 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
     """
     moe = moe or config.moe
     twin, form = chosen_twin(architecture.model_type, config.model.twin), Form.of(config)
-    twin.check_form(form)
+    twin.check_form(form, layers=architecture.num_hidden_layers)
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_key_value_heads * architecture.head_dim
     return Shapes(
         layers=architecture.num_hidden_layers,
+        kept=len(form.dense_layers),
         hidden=architecture.hidden_size,
         channels=architecture.intermediate_size,
         width=config.pruning.width(architecture.intermediate_size),
@@ -160,8 +169,8 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
 def full_sizes(s: Shapes) -> dict[str, int]:
     """{part of the freezing policy: its parameters in training}, adapters apart; FLAP's biases are never trained."""
     return {
-        "router": s.layers * s.router + s.noise_weights,
-        "experts": s.layers * s.experts * s.expert,
+        "router": s.sparse * s.router + s.noise_weights,
+        "experts": s.sparse * s.experts * s.expert,
         "norms": s.layers * s.norms + s.hidden,
         "attention": s.layers * (s.attention + s.qkv_biases),
         "embeddings": s.vocabulary * s.hidden,
@@ -173,7 +182,7 @@ def adapter_sizes(s: Shapes) -> dict[str, int]:
     """{part: parameters of its low-rank adapters}."""
     linear = 2 * (s.hidden + s.queries) + 2 * (s.hidden + s.keys)
     return {
-        "experts": s.layers * s.experts * s.expert_adapters,
+        "experts": s.sparse * s.experts * s.expert_adapters,
         "attention": s.layers * s.rank * linear,
         "embeddings": s.rank * (s.vocabulary + s.hidden),
         "head": s.rank * (s.vocabulary + s.hidden),

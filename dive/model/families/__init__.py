@@ -88,7 +88,7 @@ def check_chosen(form: Form, config: "PretrainedConfig", path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` cannot become what is chosen, or has something it has no place for."""
     twin = chosen_twin(config.model_type, form.twin)
     twin.check(config, path)
-    twin.check_form(form)
+    twin.check_form(form, layers=config.num_hidden_layers)
 
 
 def moe_config(
@@ -157,6 +157,16 @@ def moe_block(model: "PreTrainedModel", layer: int) -> Any:
     return decoder_layers(model)[layer].get_submodule(twin_of(model.config.model_type).block)
 
 
+def sparse_layers(config: "PretrainedConfig") -> list[int]:
+    """Numbers of the layers that have experts, in a twin of this configuration."""
+    return twin_of(config.model_type).sparse_layers(config)
+
+
+def moe_blocks(model: "PreTrainedModel") -> list[Any]:
+    """The sparse blocks of a twin, in the order of its layers."""
+    return [moe_block(model, layer) for layer in sparse_layers(model.config)]
+
+
 def attention_projections(model: "PreTrainedModel", layer: int) -> list["nn.Linear"]:
     """The linear maps of one layer's attention."""
     from torch import nn
@@ -172,7 +182,7 @@ def part_of(model: "PreTrainedModel", parameter: str) -> str:
 
 def is_inherited(model: "PreTrainedModel", parameter: str) -> bool:
     """Whether a twin has a parameter from its dense model, from its name in ``named_parameters``."""
-    return f".{twin_of(model.config.model_type).block}." not in parameter
+    return twin_of(model.config.model_type).is_inherited(model.config, parameter)
 
 
 def renormalises(config: "PretrainedConfig") -> bool:

@@ -41,7 +41,7 @@ class Qwen2Moe(Twin):
             intermediate_size=dense.intermediate_size,
             norm_topk_prob=form.gates is Gates.renormalised,
             decoder_sparse_step=1,
-            mlp_only_layers=[],
+            mlp_only_layers=list(form.dense_layers),
             qkv_bias=True,
             use_sliding_window=False,
         )

@@ -20,7 +20,7 @@ class Qwen3Moe(Twin):
     def config(
         self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
     ) -> "PretrainedConfig":
-        """Every layer is sparse."""
+        """Layers that stay dense keep their FFN's width."""
         from transformers import Qwen3MoeConfig
 
         return Qwen3MoeConfig(
@@ -30,7 +30,7 @@ class Qwen3Moe(Twin):
             intermediate_size=dense.intermediate_size,
             norm_topk_prob=form.gates is Gates.renormalised,
             decoder_sparse_step=1,
-            mlp_only_layers=[],
+            mlp_only_layers=list(form.dense_layers),
             use_sliding_window="sliding_attention" in dense.layer_types,
         )
 

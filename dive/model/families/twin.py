@@ -25,11 +25,17 @@ class Form:
     twin: str = AUTO
     """Its class, see :class:`dive.config.ModelConfig`."""
     gates: Gates = Gates.renormalised
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have no experts but the dense model's own FFN."""
 
     @classmethod
     def of(cls, config: Config) -> "Form":
         """Of a run's configuration."""
-        return cls(twin=config.model.twin, gates=config.moe.gates if config.moe.scales else Gates.renormalised)
+        return cls(
+            twin=config.model.twin,
+            gates=config.moe.gates if config.moe.scales else Gates.renormalised,
+            dense_layers=tuple(sorted(config.moe.dense_layers)),
+        )
 
 
 class Twin(ABC):
@@ -46,7 +52,7 @@ class Twin(ABC):
     head_dim: ClassVar[int | None] = None
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
     plain: ClassVar[bool] = False
-    """Whether its gates are always renormalised."""
+    """Whether its gates are always renormalised, and every layer has experts."""
     qkv_bias: ClassVar[bool] = False
     """Whether queries, keys and values have biases: the dense model's, or zeros."""
     biased: ClassVar[tuple[str, ...]] = ()
@@ -132,8 +138,8 @@ class Twin(ABC):
                 "choose another model"
             )
 
-    def check_form(self, form: Form) -> None:
-        """Refuse a choice that the stock class has no place for.
+    def check_form(self, form: Form, *, layers: int) -> None:
+        """Refuse a choice that the stock class, or a model of so many layers, has no place for.
 
         Raises:
             UserError: it has none.
@@ -142,6 +148,26 @@ class Twin(ABC):
             not self.plain or form.gates is Gates.renormalised,
             f"moe.gates={form.gates.value} has no place in {self.name}, which renormalises its gates; set model.twin=qwen2_moe",
         )
+        stated = f"moe.dense_layers={list(form.dense_layers)}".replace(" ", "")
+        require(
+            not self.plain or not form.dense_layers,
+            f"{stated} has no place in {self.name}, whose layers all have experts; set model.twin=qwen2_moe",
+        )
+        beyond = [number for number in form.dense_layers if number >= layers]
+        require(not beyond, f"{stated}: the model's {layers} layers are numbered from 0 to {layers - 1}")
+        require(len(form.dense_layers) < layers, f"{stated} leaves no layer to have experts; take one away")
+
+    def sparse_layers(self, config: "PretrainedConfig") -> list[int]:
+        """Numbers of the layers that have experts, in a twin of this configuration."""
+        dense, every = set(getattr(config, "mlp_only_layers", None) or ()), getattr(config, "decoder_sparse_step", 1)
+        return [n for n in range(config.num_hidden_layers) if n not in dense and (n + 1) % every == 0]
+
+    def is_inherited(self, config: "PretrainedConfig", parameter: str) -> bool:
+        """Whether the twin has a parameter from its dense model, from its name in ``named_parameters``."""
+        if f".{self.block}." not in parameter:
+            return True
+        number = parameter.removeprefix(f"{self.layers}.").partition(".")[0]
+        return int(number) not in self.sparse_layers(config)
 
     def is_zero_at_first(self, parameter: str) -> bool:
         """Whether a parameter of the twin outside its sparse blocks is zero where the dense model has none of this name."""
