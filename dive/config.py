@@ -523,6 +523,8 @@ class Gates(Enum):
     probabilities = "probabilities"
 
 
+LEAST_SHARED = 16
+"""Channels of a shared expert at least; fewer stand for none where a class must have one."""
 ConstructionConfig = RefinedConfig | PlainConfig | RandomSplitConfig | CoactivationConfig | UpcycleConfig
 
 
@@ -537,6 +539,9 @@ class MoEConfig:
     gates: Gates = Gates.renormalised
     """``renormalised``: they sum to one, so that a single expert's is 1 and teaches its router nothing. ``probabilities``: the
     router's own, over all experts; down projections are scaled to make up for what they lack of one."""
+    shared_expert: float = bounded(0.0, at_least=0, below=1)
+    """Share of every expert's width that goes to a shared one: the channels most important to all text together, which every
+    token meets once and no other expert has."""
     dense_layers: list[int] = bounded(default_factory=list, at_least=0, at_most=9_999)
     """Numbers, from 0, of layers that stay dense as they are: they get no experts and are not trained."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -576,6 +581,28 @@ class MoEConfig:
         """Whether down projections are scaled to the gates."""
         return self.experts > 1 and self.gates is Gates.probabilities
 
+    @property
+    def shares(self) -> bool:
+        """Whether there is a shared expert."""
+        return self.experts > 1 and self.shared_expert > 0
+
+    def widths(self, pruning: PruningConfig, channels: int) -> tuple[int, int]:
+        """Channels of an expert and of the shared one, out of ``channels``; together as many as without a shared one.
+
+        Raises:
+            UserError: the settings leave one of them nothing.
+        """
+        width, multiple = pruning.width(channels), pruning.width_multiple
+        if not self.shares:
+            return width, 0
+        shared = round(width * self.shared_expert / multiple) * multiple
+        require(
+            LEAST_SHARED <= shared < width,
+            f"moe.shared_expert ({self.shared_expert}) takes {shared} of an expert's {width} channels; it must be at least "
+            f"{LEAST_SHARED} and leave some; change it, or pruning.width_multiple ({multiple})",
+        )
+        return width - shared, shared
+
     def effective(self, pruning: PruningConfig) -> "MoEConfig":
         """What building the experts follows from: settings that have no say in it are at their defaults."""
         averages = self.coactivation is not None and pruning.compensation is Compensation.none
@@ -587,6 +614,7 @@ class MoEConfig:
             self,
             top_k=self.top_k if averages or refined is not None or self.scales else 1,
             gates=self.gates if self.scales else Gates.renormalised,
+            shared_expert=self.shared_expert if self.shares else 0.0,
             dense_layers=sorted(self.dense_layers),
             distillation=self.distillation if self.distils else DistillationConfig(tokens=sampled),
             refined=None if refined is None else refined.effective(experts=self.experts),

@@ -186,7 +186,14 @@ def save_streamed(
                 raise UserError("pruning.compensation=bias: a stock Mixture-of-Experts has no place for expert biases")
             if twin is None:
                 experts, _, width = layer.down.shape
-                config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts), form=form)
+                config = moe_config(
+                    dense.config,
+                    width=width,
+                    experts=experts,
+                    top_k=min(top_k, experts),
+                    shared=layer.shared_width,
+                    form=form,
+                )
                 with torch.device("meta"):
                     twin = moe_class(config)(config)
                 _copy_shared(dense, twin, writer, f"{places.embeddings}.")
@@ -195,7 +202,9 @@ def save_streamed(
             for other in range(written, number + 1):
                 _copy_shared(dense, twin, writer, f"{places.layers}.{other}.")
             written = number + 1
-            parts = stock_layer_tensors(config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router)
+            parts = stock_layer_tensors(
+                config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router, shared=layer.shared
+            )
             for name, tensor in parts:
                 writer.add(name, tensor)
         if twin is None:

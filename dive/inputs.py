@@ -169,7 +169,7 @@ def check(config: Config, source: DenseSource) -> None:
         f"retrain.resume={resume}: no such checkpoint; `last` finds the newest one of a stage by itself, null starts anew",
     )
     check_chosen(Form.of(config), source.config, config.model.path)
-    config.pruning.width(source.channels)
+    config.moe.widths(config.pruning, source.channels)
     for name, stage in config.retrain.stages.items():
         check_policy(stage.train, source.config, where=f"retrain.stages.{name}")
     lengths = {

@@ -331,10 +331,13 @@ def compare_routing(results: Results) -> None:
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:
     """Parameters of the dense model, of one pruned expert, total and active ones, and all that any stage trained."""
     source = model.dense.source.config
-    sized = partial(moe_config, source, width=config.pruning.width(model.dense.channels), form=Form.of(config))
+    channels, sized = model.dense.channels, partial(moe_config, source, form=Form.of(config))
+    width, shared = config.moe.widths(config.pruning, channels)
     dense, _ = count_parameters(source)
-    pruned, _ = count_parameters(sized(experts=1, top_k=1))
-    total, active = count_parameters(sized(experts=config.moe.experts, top_k=config.moe.top_k))
+    pruned, _ = count_parameters(sized(width=config.pruning.width(channels), experts=1, top_k=1))
+    total, active = count_parameters(
+        sized(width=width, experts=config.moe.experts, top_k=config.moe.top_k, shared=shared)
+    )
     trained: dict[str, int] = {}
     for stage in chain:
         trained |= stage.sizes

@@ -37,7 +37,14 @@ def assemble(
     for layer in layers:
         if moe is None:
             experts, _, width = layer.down.shape
-            config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts), form=form)
+            config = moe_config(
+                dense.config,
+                width=width,
+                experts=experts,
+                top_k=min(top_k, experts),
+                shared=layer.shared_width,
+                form=form,
+            )
             moe = empty_moe(config, dense.dtype).to(dense.device)
             copy_shared_weights(dense, moe)
             numbers = iter(sparse_layers(config))
@@ -68,7 +75,9 @@ def assemble_indexed(
     for layer in layers:
         if moe is None:
             experts = len(layer.masks)
-            config = moe_config(dense.config, width=1, experts=experts, top_k=min(top_k, experts), form=form)
+            config = moe_config(
+                dense.config, width=1, experts=experts, top_k=min(top_k, experts), shared=layer.shared_width, form=form
+            )
             moe = empty_moe(config, dense.dtype).to(dense.device)  # experts of one channel, until theirs come
             copy_shared_weights(dense, moe)
             numbers = iter(sparse_layers(config))
@@ -76,7 +85,7 @@ def assemble_indexed(
         block = moe_block(moe, number)
         block.experts = IndexedExperts(ffn(dense, number), layer).eval()
         block.gate.weight.copy_(layer.router)
-        fill_beside_experts(moe, number)
+        fill_beside_experts(moe, number, layer.shared)
     if moe is None:
         raise ValueError("no layers")
     moe.generation_config = dense.generation_config
@@ -92,6 +101,6 @@ def fill_layer(moe: "PreTrainedModel", number: int, layer: ExpertLayer) -> None:
     block.experts.gate_up_proj.copy_(layer.gate_up)
     block.experts.down_proj.copy_(layer.down)
     block.gate.weight.copy_(layer.router)
-    fill_beside_experts(moe, number)
+    fill_beside_experts(moe, number, layer.shared)
     if layer.bias is not None:
         block.experts.down_bias = nn.Parameter(layer.bias.to(block.experts.down_proj), requires_grad=False)

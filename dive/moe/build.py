@@ -24,6 +24,7 @@ from dive.eval.routing import mask_overlap
 from dive.model.families import decoder_layers, ffn
 from dive.model.recipe import Dense
 from dive.moe.layer import ExpertLayer
+from dive.moe.shared import beside_shared
 from dive.moe.walk import GivenStatistics, StatisticsWalk, Walk
 from dive.progress import track
 from dive.pruning.statistics import ChannelStatistics
@@ -88,7 +89,11 @@ def build_layers(
         layer = next(built, None)
         known = layer is not None
         if layer is None:  # what is shown may be F² numbers a group: nothing here may hold on to it
-            layer = construction.layer(ffn(model, number), walk.read(number), pruning, moe, seed=seed + 1000 * number)
+            weights, place = ffn(model, number), seed + 1000 * number
+            if moe.shares:
+                layer = beside_shared(construction, weights, walk.read(number), pruning, moe, seed=place)
+            else:
+                layer = construction.layer(weights, walk.read(number), pruning, moe, seed=place)
         else:
             walk.skip(number)
         walk.leave(layer)

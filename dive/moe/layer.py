@@ -4,7 +4,7 @@ Shapes: T tokens, E experts, K experts a token, D hidden width, F FFN channels o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,27 @@ class ExpertLayer:
     """(E, D)"""
     bias: Tensor | None = None
     """(E, D), FLAP's compensation."""
+    shared_gate_up: Tensor | None = None
+    """(2 S, D), of the shared expert, which is of the dense model's own channels."""
+    shared_down: Tensor | None = None
+    """(D, S)"""
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """Gate and up, and down, of the shared expert, if there is one."""
+        if self.shared_gate_up is None or self.shared_down is None:
+            return None
+        return self.shared_gate_up, self.shared_down
+
+    @property
+    def shared_width(self) -> int:
+        """S, 0 if there is none."""
+        return 0 if self.shared_down is None else self.shared_down.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """For safetensors."""
-        named = {"masks": self.masks, "gate_up": self.gate_up, "down": self.down, "router": self.router}
-        return named if self.bias is None else named | {"bias": self.bias}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def expert_function(layer: ExpertLayer, expert: int, act: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -52,13 +68,8 @@ def expert_function(layer: ExpertLayer, expert: int, act: nn.Module) -> Callable
 
 def convert(layer: ExpertLayer, dtype: torch.dtype, device: torch.device | None = None) -> ExpertLayer:
     """The layer with its weights in another element type, on another device if one is given."""
-    return ExpertLayer(
-        masks=layer.masks,
-        gate_up=layer.gate_up.to(device, dtype),
-        down=layer.down.to(device, dtype),
-        router=layer.router.to(device, dtype),
-        bias=None if layer.bias is None else layer.bias.to(device, dtype),
-    )
+    others = {name: tensor.to(device, dtype) for name, tensor in layer.tensors().items() if name != "masks"}
+    return ExpertLayer(masks=layer.masks, **others)
 
 
 def float32(weights: FFN) -> FFN:
@@ -129,6 +140,11 @@ def layer_output(
 ) -> Tensor:
     """The sparse block as the stock class computes it, of the K likeliest experts; (T, D) to (T, D)."""
     if len(layer.masks) == 1:
-        return expert_function(layer, 0, act)(rows)
-    weights, chosen = gates_of(rows @ layer.router.T, gates, top_k=top_k)
-    return (selected_outputs(layer, act, rows, chosen) * weights[..., None]).sum(dim=1)
+        output = expert_function(layer, 0, act)(rows)
+    else:
+        weights, chosen = gates_of(rows @ layer.router.T, gates, top_k=top_k)
+        output = (selected_outputs(layer, act, rows, chosen) * weights[..., None]).sum(dim=1)
+    if layer.shared is None:
+        return output
+    (gate, up), down = layer.shared[0].chunk(2), layer.shared[1]
+    return output + dense_output(FFN(gate, up, down, act), rows)

@@ -55,12 +55,12 @@ def training(s: Shapes, stage: StageConfig, length: int, *, checkpointing: bool)
     chosen: dict[str, Freezing] = {part: getattr(stage.train, part) for part in PARTS}
     full = {
         "router": s.sparse * _routers(s),
-        "experts": s.sparse * active * s.expert,
+        "experts": s.sparse * (active * s.expert + s.shared_expert),
         "attention": s.layers * s.attention,
         "head": s.vocabulary * s.hidden,
     }
     adapters = {
-        "experts": s.sparse * active * s.expert_adapters,
+        "experts": s.sparse * (active * s.expert_adapters + s.shared_adapters),
         "attention": s.layers * 2 * s.rank * (2 * s.hidden + s.queries + s.keys),
         "embeddings": s.rank * s.hidden,  # A is looked up
         "head": s.rank * (s.vocabulary + s.hidden),

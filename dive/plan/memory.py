@@ -138,6 +138,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = domains.batch * domains.length
     sums = (groups + 2) * construction.moment_bytes(s) if job.refits else 0  # two more while one is added
+    sums *= 2 if s.shared_width and experts > 1 else 1  # again, of the channels that the shared expert leaves
     sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
@@ -161,6 +162,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
         rest["second moments"] = 0.0  # of one expert at a time, and counted there
         rest["refinement"] = float(construction.refine_device_bytes(s, refined))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
+        host["refinement"] += 4.0 * sequences * domains.length * s.hidden if s.shared_width else 0.0  # targets again
     return _memory(job, rest, host, first=job.streamed)
 
 
@@ -274,6 +276,7 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
         of_experts = active * ((2 + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
     else:
         of_experts = active * 3 * s.width
+    of_experts += (3 + weights_trained) * s.shared_width
     if adapted:
         of_experts += active * 3 * s.rank
     if dropping:

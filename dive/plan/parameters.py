@@ -50,6 +50,8 @@ class Shapes:
     """The same of the Mixture-of-Experts, which may have zeros there."""
     beside: int
     """Weights of a sparse block beside router and experts."""
+    shared_width: int
+    """Channels of the shared expert, 0 if there is none."""
     noise: bool
     """Whether routers have noise weights in training."""
     bias: bool
@@ -75,6 +77,11 @@ class Shapes:
     def expert(self) -> int:
         """Weights of one expert of one layer, without bias."""
         return 3 * self.hidden * self.width
+
+    @property
+    def shared_expert(self) -> int:
+        """Weights of the shared expert of one layer, without its gate; 0 if there is none."""
+        return 3 * self.hidden * self.shared_width
 
     @property
     def norms(self) -> int:
@@ -128,6 +135,11 @@ class Shapes:
         """LoRA weights of one expert of one layer: A and B on gate, up and down."""
         return 3 * self.rank * (self.hidden + self.width)
 
+    @property
+    def shared_adapters(self) -> int:
+        """The same of the shared one."""
+        return 3 * self.rank * (self.hidden + self.shared_width) if self.shared_width else 0
+
 
 def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | None = None) -> Shapes:
     """Sizes of a configuration.
@@ -141,6 +153,7 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
     moe = moe or config.moe
     twin, form = chosen_twin(architecture.model_type, config.model.twin), Form.of(config)
     twin.check_form(form, layers=architecture.num_hidden_layers)
+    width, shared = moe.widths(config.pruning, architecture.intermediate_size)
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_key_value_heads * architecture.head_dim
     return Shapes(
@@ -148,7 +161,7 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         kept=len(form.dense_layers),
         hidden=architecture.hidden_size,
         channels=architecture.intermediate_size,
-        width=config.pruning.width(architecture.intermediate_size),
+        width=width,
         experts=moe.experts,
         top_k=moe.top_k,
         renormalised=not moe.scales,
@@ -159,7 +172,8 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         head_norms=twin.head_norms(architecture),
         dense_biases=queries + 2 * keys if architecture.model_type in twin.biased else 0,
         qkv_biases=queries + 2 * keys if twin.qkv_bias else 0,
-        beside=twin.weights_beside_experts(architecture),
+        beside=twin.weights_beside_experts(architecture, shared=shared),
+        shared_width=shared,
         noise=config.retrain.noise > 0,
         bias=config.pruning.compensation is Compensation.bias,
         rank=config.retrain.lora.rank,
@@ -170,7 +184,7 @@ def full_sizes(s: Shapes) -> dict[str, int]:
     """{part of the freezing policy: its parameters in training}, adapters apart; FLAP's biases are never trained."""
     return {
         "router": s.sparse * s.router + s.noise_weights,
-        "experts": s.sparse * s.experts * s.expert,
+        "experts": s.sparse * (s.experts * s.expert + s.shared_expert),
         "norms": s.layers * s.norms + s.hidden,
         "attention": s.layers * (s.attention + s.qkv_biases),
         "embeddings": s.vocabulary * s.hidden,
@@ -182,7 +196,7 @@ def adapter_sizes(s: Shapes) -> dict[str, int]:
     """{part: parameters of its low-rank adapters}."""
     linear = 2 * (s.hidden + s.queries) + 2 * (s.hidden + s.keys)
     return {
-        "experts": s.sparse * s.experts * s.expert_adapters,
+        "experts": s.sparse * (s.experts * s.expert_adapters + s.shared_adapters),
         "attention": s.layers * s.rank * linear,
         "embeddings": s.rank * (s.vocabulary + s.hidden),
         "head": s.rank * (s.vocabulary + s.hidden),

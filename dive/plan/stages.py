@@ -233,6 +233,7 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         work = construction.router_fit(s, moe.distillation, sampled) + sampled * 2 * s.ffn  # whose output is the target
         parts.append(("float32", float(s.sparse * work)))
     of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
+    of_layer += s.shared_expert * job.weight if experts > 1 else 0
     return Stage(
         name,
         "experts",
@@ -275,12 +276,14 @@ def _retraining(job: Job, name: str, stage: StageConfig, before: list[StageConfi
 def _evaluation(job: Job) -> Stage:
     """Every model of the run: dense, one pruned expert, reconstructed, and each retrained stage's."""
     s, config = job.shapes, job.config
-    pruned = s.dense - s.sparse * (s.ffn - s.expert)
+    pruned = s.dense - s.sparse * (s.ffn - s.expert - s.shared_expert)
     count = tokens = 0.0
     for windows, length in [*job.evaluation_windows, *job.tasks]:
         each = windows * length
         sparse = flops.sparse_forward(s, length, active=s.top_k)
-        single = flops.head(s) + s.sparse * (flops.attention(s, length) + 2 * s.expert + 2 * s.hidden)
+        single = flops.head(s) + s.sparse * (
+            flops.attention(s, length) + 2 * (s.expert + s.shared_expert) + 2 * s.hidden
+        )
         single += s.kept * flops.dense_layer(s, length)
         models = 1 + len(config.retrain.stages)
         count += each * (flops.dense_forward(s, length) + single + models * sparse)

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig
 from dive.errors import require
-from dive.model.families import UNTRAINED, attention_projections, decoder_layers, part_of
+from dive.model.families import UNTRAINED, attention_projections, decoder_layers, part_of, shared_projections
 from dive.moe.plug import plug_expert_lora, plug_linear_lora
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def plug_adapters(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRACo
     """Give the parts under ``lora`` their adapters; existing ones are kept."""
     if policy.experts is Freezing.lora:
         plug_expert_lora(model, lora)
+        for module in shared_projections(model):
+            plug_linear_lora(module, lora)
     if policy.attention is Freezing.lora:
         for layer in range(len(decoder_layers(model))):
             for module in attention_projections(model, layer):

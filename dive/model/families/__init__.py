@@ -92,14 +92,15 @@ def check_chosen(form: Form, config: "PretrainedConfig", path: str) -> None:
 
 
 def moe_config(
-    dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form | None = None
+    dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int = 0, form: Form | None = None
 ) -> "PretrainedConfig":
     """The stock configuration of the twin: everything of ``dense``, with ``experts`` FFNs of ``width`` channels.
 
     Grouped-query attention, tied embeddings and RoPE scaling are carried over.
     """
     form = form or Form()
-    return chosen_twin(dense.model_type, form.twin).config(dense, width=width, experts=experts, top_k=top_k, form=form)
+    twin = chosen_twin(dense.model_type, form.twin)
+    return twin.config(dense, width=width, experts=experts, top_k=top_k, shared=shared, form=form)
 
 
 def moe_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
@@ -177,7 +178,7 @@ def attention_projections(model: "PreTrainedModel", layer: int) -> list["nn.Line
 
 def part_of(model: "PreTrainedModel", parameter: str) -> str:
     """Part of the freezing policy that a parameter of a twin belongs to, from its name in ``named_parameters``."""
-    return twin_of(model.config.model_type).part_of(parameter)
+    return twin_of(model.config.model_type).part_of(model.config, parameter)
 
 
 def is_inherited(model: "PreTrainedModel", parameter: str) -> bool:
@@ -195,15 +196,31 @@ def is_zero_at_first(model: "PreTrainedModel", parameter: str) -> bool:
     return twin_of(model.config.model_type).is_zero_at_first(parameter)
 
 
-def fill_beside_experts(model: "PreTrainedModel", layer: int) -> None:
-    """Write what a sparse block has beside router and experts."""
+def shared_projections(model: "PreTrainedModel") -> list["nn.Linear"]:
+    """The linear maps of all layers' shared experts, where they add anything."""
+    names = twin_of(model.config.model_type).shared_projections(model.config)
+    return [block.get_submodule(name) for block in moe_blocks(model) for name in names]
+
+
+def fill_beside_experts(model: "PreTrainedModel", layer: int, shared: "tuple[Tensor, Tensor] | None") -> None:
+    """Write what a sparse block has beside router and experts.
+
+    Args:
+        shared: gate and up (2 S, D) and down (D, S) of the shared expert, if there is one.
+    """
     block = moe_block(model, layer)
-    for name, tensor in twin_of(model.config.model_type).beside_experts(model.config).items():
+    for name, tensor in twin_of(model.config.model_type).beside_experts(model.config, shared).items():
         block.get_parameter(name).data.copy_(tensor)
 
 
 def stock_layer_tensors(
-    config: "PretrainedConfig", layer: int, *, gate_up: "Tensor", down: "Tensor", router: "Tensor"
+    config: "PretrainedConfig",
+    layer: int,
+    *,
+    gate_up: "Tensor",
+    down: "Tensor",
+    router: "Tensor",
+    shared: "tuple[Tensor, Tensor] | None" = None,
 ) -> Iterator[tuple[str, "Tensor"]]:
     """(name, tensor) of one sparse block as a twin's checkpoint has them on disk, which is what engines read.
 
@@ -212,6 +229,7 @@ def stock_layer_tensors(
         gate_up: (E, 2 W, D)
         down: (E, D, W)
         router: (E, D)
+        shared: gate and up (2 S, D) and down (D, S) of the shared expert, if there is one.
     """
     twin = twin_of(config.model_type)
     block = f"{twin.layers}.{layer}.{twin.block_on_disk}"
@@ -219,7 +237,7 @@ def stock_layer_tensors(
     for expert, (first, last) in enumerate(zip(gate_up, down, strict=True)):
         for name, tensor in zip(twin.experts_on_disk, (*first.chunk(2), last), strict=True):
             yield f"{block}.experts.{expert}.{name}.weight", tensor
-    for name, tensor in twin.beside_experts(config).items():
+    for name, tensor in twin.beside_experts(config, shared).items():
         yield f"{block}.{name}", tensor
 
 
@@ -274,5 +292,6 @@ def count_parameters(config: "PretrainedConfig") -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     if config.model_type in SUPPORTED:
         return total, total
-    experts = sum(p.numel() for name, p in model.named_parameters() if part_of(model, name) == "experts")
+    one_of_many = f".{twin_of(config.model_type).block}.experts."
+    experts = sum(p.numel() for name, p in model.named_parameters() if one_of_many in name)
     return total, total - experts + experts // config.num_experts * config.num_experts_per_tok

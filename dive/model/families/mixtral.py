@@ -19,7 +19,7 @@ class Mixtral(Twin):
     experts_on_disk = ("w1", "w3", "w2")
 
     def config(
-        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int, form: Form
     ) -> "PretrainedConfig":
         """Experts are counted as local ones, and the width of an expert is that of an FFN."""
         from transformers import MixtralConfig

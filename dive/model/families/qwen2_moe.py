@@ -16,6 +16,8 @@ width of a dense FFN instead. Eight numbers of bfloat16 are the 16 bytes that gr
 HALF = 2.0**-24
 """Every weight of the shared expert's gate, so that its sigmoid is a half to within rounding. Not 0: llama.cpp computes the
 sigmoid of x as silu(x) / x, which is no number there. It is the smallest number that float16 has."""
+SHARED = tuple(f"shared_expert.{name}" for name in Twin.projections)
+"""The shared expert's linear maps in a sparse block."""
 
 
 class Qwen2Moe(Twin):
@@ -23,12 +25,13 @@ class Qwen2Moe(Twin):
 
     name = "qwen2_moe"
     dense = ("llama", "mistral", "qwen2")
+    shared = True
     qkv_bias = True
     biased = ("qwen2",)
     in_gguf = {}  # noqa: RUF012
 
     def config(
-        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int, form: Form
     ) -> "PretrainedConfig":
         """Biases are there whether the dense model has them or not: vLLM always makes them."""
         from transformers import Qwen2MoeConfig
@@ -37,7 +40,7 @@ class Qwen2Moe(Twin):
             **self.settings(dense, top_k=top_k),
             num_experts=experts,
             moe_intermediate_size=width,
-            shared_expert_intermediate_size=NOTHING_SHARED,
+            shared_expert_intermediate_size=shared or NOTHING_SHARED,
             intermediate_size=dense.intermediate_size,
             norm_topk_prob=form.gates is Gates.renormalised,
             decoder_sparse_step=1,
@@ -66,18 +69,21 @@ class Qwen2Moe(Twin):
                 f"model.path={path}: engines give a {self.name} no sliding window; set model.twin=auto, or choose another model"
             )
 
-    def beside_experts(self, config: "PretrainedConfig") -> dict[str, "Tensor"]:
-        """A shared expert of zeros, and its gate."""
+    def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:
+        """The shared expert, of zeros where there is none, its output doubled; and its gate, which halves it."""
         import torch
 
-        hidden, shared = config.hidden_size, config.shared_expert_intermediate_size
-        return {
-            "shared_expert.gate_proj.weight": torch.zeros(shared, hidden),
-            "shared_expert.up_proj.weight": torch.zeros(shared, hidden),
-            "shared_expert.down_proj.weight": torch.zeros(hidden, shared),
-            "shared_expert_gate.weight": torch.full((1, hidden), HALF),
-        }
+        hidden, width = config.hidden_size, config.shared_expert_intermediate_size
+        gate_up, down = shared or (torch.zeros(2 * width, hidden), torch.zeros(hidden, width))
+        gate, up = gate_up.chunk(2)
+        tensors = (gate, up, 2 * down)
+        named = {f"{name}.weight": tensor for name, tensor in zip(SHARED, tensors, strict=True)}
+        return named | {"shared_expert_gate.weight": torch.full((1, hidden), HALF)}
 
-    def weights_beside_experts(self, architecture: ArchitectureConfig) -> int:
+    def weights_beside_experts(self, architecture: ArchitectureConfig, *, shared: int) -> int:
         """The shared expert's and its gate's."""
-        return architecture.hidden_size * (3 * NOTHING_SHARED + 1)
+        return architecture.hidden_size * (3 * (shared or NOTHING_SHARED) + 1)
+
+    def shared_projections(self, config: "PretrainedConfig") -> tuple[str, ...]:
+        """Gate, up and down."""
+        return SHARED if config.shared_expert_intermediate_size > NOTHING_SHARED else ()

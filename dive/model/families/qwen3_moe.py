@@ -18,7 +18,7 @@ class Qwen3Moe(Twin):
     head_dim = 128
 
     def config(
-        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int, form: Form
     ) -> "PretrainedConfig":
         """Layers that stay dense keep their FFN's width."""
         from transformers import Qwen3MoeConfig

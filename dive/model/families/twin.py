@@ -27,6 +27,8 @@ class Form:
     gates: Gates = Gates.renormalised
     dense_layers: tuple[int, ...] = ()
     """Layers that have no experts but the dense model's own FFN."""
+    shares: bool = False
+    """Whether there is a shared expert."""
 
     @classmethod
     def of(cls, config: Config) -> "Form":
@@ -35,6 +37,7 @@ class Form:
             twin=config.model.twin,
             gates=config.moe.gates if config.moe.scales else Gates.renormalised,
             dense_layers=tuple(sorted(config.moe.dense_layers)),
+            shares=config.moe.shares,
         )
 
 
@@ -53,6 +56,8 @@ class Twin(ABC):
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
     plain: ClassVar[bool] = False
     """Whether its gates are always renormalised, and every layer has experts."""
+    shared: ClassVar[bool] = False
+    """Whether it has a place for a shared expert."""
     qkv_bias: ClassVar[bool] = False
     """Whether queries, keys and values have biases: the dense model's, or zeros."""
     biased: ClassVar[tuple[str, ...]] = ()
@@ -108,9 +113,12 @@ class Twin(ABC):
 
     @abstractmethod
     def config(
-        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, form: Form
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int, form: Form
     ) -> "PretrainedConfig":
-        """The stock configuration with ``experts`` FFNs of ``width`` channels; :meth:`settings` gives most of it."""
+        """The stock configuration with ``experts`` FFNs of ``width`` channels and a shared one of ``shared``.
+
+        :meth:`settings` gives most of it.
+        """
 
     @abstractmethod
     def model_class(self) -> type["PreTrainedModel"]:
@@ -148,6 +156,10 @@ class Twin(ABC):
             not self.plain or form.gates is Gates.renormalised,
             f"moe.gates={form.gates.value} has no place in {self.name}, which renormalises its gates; set model.twin=qwen2_moe",
         )
+        require(
+            self.shared or not form.shares,
+            f"moe.shared_expert has no place in {self.name}; set model.twin=qwen2_moe, or moe.shared_expert=0",
+        )
         stated = f"moe.dense_layers={list(form.dense_layers)}".replace(" ", "")
         require(
             not self.plain or not form.dense_layers,
@@ -173,13 +185,21 @@ class Twin(ABC):
         """Whether a parameter of the twin outside its sparse blocks is zero where the dense model has none of this name."""
         return self.qkv_bias and parameter.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
 
-    def beside_experts(self, config: "PretrainedConfig") -> dict[str, "Tensor"]:
-        """{name in a sparse block: tensor} of what it has beside router and experts, in memory and on disk alike."""
+    def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:
+        """{name in a sparse block: tensor} of what it has beside router and experts, in memory and on disk alike.
+
+        Args:
+            shared: gate and up (2 S, D) and down (D, S) of the shared expert, if there is one.
+        """
         return {}
 
-    def weights_beside_experts(self, architecture: ArchitectureConfig) -> int:
+    def weights_beside_experts(self, architecture: ArchitectureConfig, *, shared: int) -> int:
         """How many numbers these are."""
         return 0
+
+    def shared_projections(self, config: "PretrainedConfig") -> tuple[str, ...]:
+        """Names in a sparse block of the linear maps of the shared expert; none where it adds nothing."""
+        return ()
 
     def spare(self, *, tied: bool) -> tuple[str, ...]:
         """How names end of tensors that a checkpoint may hold without the model having a place for them.
@@ -190,13 +210,14 @@ class Twin(ABC):
         frequencies = f"{self.rotary.rpartition('.')[2]}.inv_freq"
         return (frequencies, f"{self.head}.weight") if tied else (frequencies,)
 
-    def part_of(self, parameter: str) -> str:
+    def part_of(self, config: "PretrainedConfig", parameter: str) -> str:
         """Part of the freezing policy that a parameter of the twin belongs to, from its name in ``named_parameters``.
 
         Raises:
             ValueError: none.
         """
-        if f".{self.block}.experts." in parameter:
+        of_experts = ("experts", *self.shared_projections(config))
+        if any(f".{self.block}.{name}." in parameter for name in of_experts):
             return "experts"
         if f".{self.block}.gate." in parameter:
             return "router"
