@@ -143,7 +143,7 @@ class ModelConfig:
     load: Load = Load.full
     """``streamed`` calibrates, builds experts and exports a layer at a time; nothing is evaluated or retrained."""
     twin: str = AUTO
-    """``model_type`` of the stock class that it becomes, see docs/serving.md; ``auto`` is the one that every engine serves."""
+    """``model_type`` of the stock class that it becomes, see docs/serving.md; ``auto`` is the first of its family there."""
     export_dtype: Dtype | None = None
     """Element type of the export; ``dtype`` if null, the dense checkpoint's own if ``auto``."""
 
