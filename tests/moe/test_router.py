@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from dive.api import reconstruct
@@ -34,6 +35,14 @@ def stock_router(family: str, top_k: int) -> torch.nn.Module:
     return router
 
 
+def unnormalised_router(top_k: int) -> torch.nn.Module:
+    router: torch.nn.Module = Qwen2MoeTopKRouter(
+        Qwen2MoeConfig(hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=top_k, norm_topk_prob=False)
+    )
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
+
+
 def rows(count: int = 10) -> Tensor:
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(1))
 
@@ -47,6 +56,25 @@ def test_sparse_mode_is_the_stock_router(family: str, top_k: int) -> None:
         ours.train(training)
         for found, expected in zip(ours(rows()), stock(rows()), strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("gate", list(Gate))
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gates_that_are_probabilities_are_the_stock_routers_and_teach_it(top_k: int, gate: Gate) -> None:
+    stock = unnormalised_router(top_k)
+    ours = Router(stock, experts=EXPERTS, top_k=top_k, renormalise=False)
+    ours.gate = gate
+    for training in (True, False):
+        ours.train(training)
+        for found, expected in zip(ours(rows()), stock(rows()), strict=True):
+            assert torch.equal(found, expected)
+    gradients = []
+    for router in (ours, stock):
+        stock.weight.grad = None
+        router(rows())[1].square().sum().backward()
+        gradients.append(stock.weight.grad)
+    assert gradients[0].abs().max() > 1e-3
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
