@@ -260,9 +260,9 @@ def test_what_is_read_is_in_a_key_by_its_content(
 
 def other_model(place: Workplace, build: Build, directory: Path) -> Path:
     build("llama-tied", seed=5).save_pretrained(directory / "dense")
-    for file in (place.settings[1].partition("=")[2],):
-        for found in Path(file).glob("tokenizer*"):
-            (directory / "dense" / found.name).write_bytes(found.read_bytes())
+    (path,) = (setting.partition("=")[2] for setting in place.settings if setting.startswith("model.path="))
+    for found in Path(path).glob("tokenizer*"):
+        (directory / "dense" / found.name).write_bytes(found.read_bytes())
     return directory / "dense"
 
 
