@@ -669,6 +669,7 @@ class Gate(Enum):
     renormalised = "renormalised"
     straight_through = "straight_through"
     switch = "switch"
+    annealed = "annealed"
 
 
 class Schedule(Enum):
@@ -724,7 +725,8 @@ class StageConfig:
     mode: Mode = Mode.sparse
     gate: Gate = Gate.renormalised
     """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
-    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage."""
+    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage.
+    ``annealed``: one expert more than ``moe.top_k``, gates sharpened by a temperature that falls from 1 to 0 over the stage."""
     balance: float = bounded(0.0, at_least=0, at_most=10_000)
     """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
     max_load: float = bounded(1.5, at_least=1, at_most=10_000)
@@ -750,6 +752,12 @@ class StageConfig:
     """Sequences per optimiser step, over all devices and accumulation steps."""
     accumulation: int | None = bounded(None, at_least=1, at_most=10**6)
     """Forward passes per optimiser step; ``trainer.accumulation`` if null."""
+
+    def active(self, *, experts: int, top_k: int) -> int:
+        """Experts that each token meets in this stage."""
+        if self.mode is Mode.dense:
+            return experts
+        return min(top_k + 1, experts) if self.gate is Gate.annealed else top_k
 
 
 @dataclass(slots=True, kw_only=True)

@@ -12,6 +12,9 @@ from torch.nn import functional
 from dive.config import Gate, Mode
 from dive.moe.balance import overload, z_loss
 
+COLDEST = 0.05
+"""Temperature at which ``Gate.annealed`` ends."""
+
 
 class Router(nn.Module):
     """Takes the place of a stock router and gives its weight back.
@@ -40,7 +43,7 @@ class Router(nn.Module):
         self.temperature = 1.0
         self.gate = Gate.renormalised
         self.exponent = 1.0
-        """Of the probability in ``Gate.switch``."""
+        """Share of the stage that is left: of the probability in ``Gate.switch``, temperature in ``Gate.annealed``."""
         self.balance, self.max_load, self.z_loss = 0.0, 1.0, 0.0
         self.penalty: Tensor | None = None
         """Of the last recorded forward pass in training; holds the pass's graph until it is taken."""
@@ -68,6 +71,9 @@ class Router(nn.Module):
         if self.mode is Mode.dense:
             gates = probabilities
             chosen = torch.arange(self.experts, device=rows.device).expand(len(rows), -1)
+        elif self.training and self.renormalise and self.gate is Gate.annealed:
+            highest, chosen = torch.topk(logits.float(), min(self.top_k + 1, self.experts), dim=-1)
+            gates = torch.softmax(highest / max(self.exponent, COLDEST), dim=-1)
         else:
             selected, chosen = torch.topk(probabilities, self.top_k, dim=-1)
             if not self.renormalise:

@@ -6,7 +6,7 @@ and the loss are left out: together a few per cent of a layer whose width is in 
 Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, V vocabulary, T tokens of a sequence.
 """
 
-from dive.config import PARTS, Freezing, Mode, StageConfig
+from dive.config import PARTS, Freezing, StageConfig
 from dive.plan.parameters import Shapes
 
 
@@ -51,7 +51,7 @@ def training(s: Shapes, stage: StageConfig, length: int, *, checkpointing: bool)
     The backward pass takes the gradients of activations down to the lowest trained tensor, and those of the trained weights;
     frozen weights have none.
     """
-    active = s.experts if stage.mode is Mode.dense else s.top_k
+    active = stage.active(experts=s.experts, top_k=s.top_k)
     chosen: dict[str, Freezing] = {part: getattr(stage.train, part) for part in PARTS}
     full = {
         "router": s.sparse * _routers(s),

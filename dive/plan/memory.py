@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Freezing, Metric, Mode, StageConfig, Storage, Strategy
+from dive.config import SHARD_BYTES, Freezing, Metric, StageConfig, Storage, Strategy
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -265,7 +265,7 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
     s, config = job.shapes, job.config
     compute = BYTES[job.training_dtype]
     residual = max(compute, job.trained_weight)
-    active = s.experts if stage.mode is Mode.dense else s.top_k
+    active = stage.active(experts=s.experts, top_k=s.top_k)
     weights_trained = stage.train.experts is not Freezing.frozen
     adapted = stage.train.experts is Freezing.lora
     dropping = adapted and config.retrain.lora.dropout > 0

@@ -58,6 +58,21 @@ def test_sparse_mode_is_the_stock_router(family: str, top_k: int) -> None:
             assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_an_annealed_gate_by_hand(top_k: int) -> None:
+    router, gates, selected, gradient = trained_gate(Gate.annealed, top_k, exponent=0.5)
+    assert gates.shape[1] == top_k + 1
+    expected = selected**2 / (selected**2).sum(dim=1, keepdim=True)  # softmax(log p / 0.5)
+    torch.testing.assert_close(gates, expected)
+    assert float(gradient.abs().max()) > 1e-2
+    _, gates, selected, _ = trained_gate(Gate.annealed, top_k, exponent=0.0)  # as cold as it gets
+    torch.testing.assert_close(gates, torch.softmax(selected.log() / 0.05, dim=1))
+    _, stock, chosen = router.eval()(rows())
+    assert stock.shape == chosen.shape == (len(rows()), top_k)
+    _, gates, *_ = trained_gate(Gate.annealed, EXPERTS)
+    assert gates.shape[1] == EXPERTS  # there is no further one
+
+
 @pytest.mark.parametrize("gate", list(Gate))
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gates_that_are_probabilities_are_the_stock_routers_and_teach_it(top_k: int, gate: Gate) -> None:
@@ -207,7 +222,7 @@ def trained_gate(gate: Gate, top_k: int, exponent: float = 1.0) -> tuple[Router,
     router = Router(stock_router("mixtral", top_k), experts=EXPERTS, top_k=top_k).train()
     router.gate, router.exponent = gate, exponent
     logits, gates, chosen = router(rows())
-    (gates * torch.arange(1, top_k + 1)).sum().backward()
+    (gates * torch.arange(1, gates.shape[1] + 1)).sum().backward()
     assert router.weight.grad is not None
     return router, gates, torch.softmax(logits, dim=-1).gather(1, chosen), router.weight.grad
 
