@@ -75,7 +75,7 @@ def test_make_real_composes(domains: str | None) -> None:
 
 
 def test_linked_files_exist() -> None:
-    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", README):
         assert (Path(PACKAGE.parent) / target).exists(), target
 
 

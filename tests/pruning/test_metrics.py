@@ -104,9 +104,15 @@ def test_every_metric_gives_other_masks(model_and_statistics: tuple[PreTrainedMo
     assert len(rows) == len(Metric)
 
 
-@pytest.mark.parametrize(("ratio", "multiple"), [(0.0, 1), (1.0, 1), (0.99, 1), (0.01, 1), (0.5, 64), (0.9, 16)])
+@pytest.mark.parametrize(("ratio", "multiple"), [(1.0, 1), (0.99, 1), (0.01, 1), (0.5, 64), (0.9, 16)])
 def test_a_width_of_nothing_or_everything_is_refused(
     model_and_statistics: tuple[PreTrainedModel, ChannelStatistics], ratio: float, multiple: int
 ) -> None:
     with pytest.raises(UserError, match=r"pruning\.ratio"):
         dive.keep_masks(*model_and_statistics, ratio=ratio, width_multiple=multiple)
+
+
+def test_with_a_ratio_of_nothing_every_channel_stays(
+    model_and_statistics: tuple[PreTrainedModel, ChannelStatistics],
+) -> None:
+    assert dive.keep_masks(*model_and_statistics, ratio=0.0).all()
