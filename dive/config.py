@@ -546,7 +546,7 @@ class MoEConfig:
     """Share of every expert's width that goes to a shared one: the channels most important to all text together, which every
     token meets once and no other expert has."""
     dense_layers: list[int] = bounded(default_factory=list, at_least=0, at_most=9_999)
-    """Numbers, from 0, of layers that stay dense as they are: they get no experts and are not trained."""
+    """Numbers, from 0, of layers that stay dense as they are: they get no experts, and no stage trains their FFN."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     refined: RefinedConfig | None = None
     plain: PlainConfig | None = None
@@ -726,7 +726,7 @@ class StageConfig:
     gate: Gate = Gate.renormalised
     """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
     top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage.
-    ``annealed``: one expert more than ``moe.top_k``, gates sharpened by a temperature that falls from 1 to 0 over the stage."""
+    ``annealed``, with ``moe.top_k=1`` alone: two experts, gates sharpened by a temperature that falls from 1 to 0.05."""
     balance: float = bounded(0.0, at_least=0, at_most=10_000)
     """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
     max_load: float = bounded(1.5, at_least=1, at_most=10_000)
@@ -757,7 +757,7 @@ class StageConfig:
         """Experts that each token meets in this stage."""
         if self.mode is Mode.dense:
             return experts
-        return min(top_k + 1, experts) if self.gate is Gate.annealed else top_k
+        return min(2, experts) if self.gate is Gate.annealed else top_k
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1252,7 +1252,17 @@ class Config:
             require(
                 stage.gate is Gate.renormalised or not self.moe.scales,
                 f"retrain.stages.{name}.gate={stage.gate.value} is for gates that teach a router nothing, and "
-                "moe.gates=probabilities do; leave one of them out",
+                f"moe.gates=probabilities do; set retrain.stages.{name}.gate=renormalised, or moe.gates=renormalised",
+            )
+            require(
+                stage.mode is Mode.sparse or not self.moe.scales,
+                f"retrain.stages.{name}.mode=dense has gates that sum to one, and moe.gates=probabilities scales experts to "
+                f"others; set retrain.stages.{name}.mode=sparse, or moe.gates=renormalised",
+            )
+            require(
+                stage.gate is not Gate.annealed or self.moe.top_k == 1,
+                f"retrain.stages.{name}.gate=annealed is for one expert a token; from moe.top_k=2 on routers learn without: set "
+                f"retrain.stages.{name}.gate=renormalised",
             )
             parts = (stage.accumulation or self.trainer.accumulation or 1) * world
             require(

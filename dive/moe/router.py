@@ -72,7 +72,7 @@ class Router(nn.Module):
             gates = probabilities
             chosen = torch.arange(self.experts, device=rows.device).expand(len(rows), -1)
         elif self.training and self.renormalise and self.gate is Gate.annealed:
-            highest, chosen = torch.topk(logits.float(), min(self.top_k + 1, self.experts), dim=-1)
+            highest, chosen = torch.topk(logits.float(), min(2, self.experts), dim=-1)
             gates = torch.softmax(highest / max(self.exponent, COLDEST), dim=-1)
         else:
             selected, chosen = torch.topk(probabilities, self.top_k, dim=-1)
@@ -90,11 +90,14 @@ class Router(nn.Module):
             elif self.gate is Gate.switch:
                 gates = gates * selected.sum(dim=-1, keepdim=True) ** self.exponent
         if self.training:
+            served = (
+                chosen if self.mode is Mode.dense else chosen[:, : self.top_k]
+            )  # without the second of an annealed gate
             # Computed even if not kept: a checkpointed layer must save the same tensors when it runs again.
-            penalty = self._penalty(logits, probabilities, chosen)
+            penalty = self._penalty(logits, probabilities, served)
             if self.recording:
                 self.penalty = penalty
-                self._observe(probabilities.detach(), gates.detach(), chosen)
+                self._observe(probabilities.detach(), gates.detach(), served)
         return logits, gates.to(logits.dtype) if self.rounds_gates else gates, chosen
 
     def take_penalty(self) -> Tensor | None:
