@@ -62,7 +62,7 @@ def test_command_composes(command: str) -> None:
 
 @pytest.mark.parametrize("domains", [None, "my texts, all"])
 def test_make_real_composes(domains: str | None) -> None:
-    asked = ["make", "--dry-run", "real", *([f"DOMAINS={domains}"] if domains else [])]
+    asked = ["make", "--no-print-directory", "--dry-run", "real", *([f"DOMAINS={domains}"] if domains else [])]
     done = subprocess.run(asked, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout.replace("\\\n", " ").partition("-m dive.train")[2])
     (model,) = (word for word in words if word.startswith("model.path="))
