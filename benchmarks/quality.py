@@ -112,7 +112,7 @@ def paper(size: Setting) -> list[str]:
     ]
 
 
-def dense(size: Setting) -> list[str]:
+def unpruned(size: Setting) -> list[str]:
     """Nothing pruned, whatever the setting, so that hardly any text is calibrated on; the FFN is one expert, to be retrained."""
     return [
         *("moe=plain", "moe.experts=1", "moe.top_k=1", "pruning=flap", "pruning.compensation=none", "pruning.ratio=0"),
@@ -134,7 +134,7 @@ TOY = ("budget=toy", "eval=default")
 """The embedded model's figures for every model: the bench's own options say how much."""
 REFITTED = "pruning.compensation=least_squares"
 METHODS = {
-    "dense": Method("the dense model, retrained as ours is", dense),
+    "dense_retrained": Method("the dense model, retrained as ours is", unpruned),
     "flap": Method("FLAP, one expert", single("pruning=flap")),
     "flap_ls": Method("FLAP with least squares, one expert", single("pruning=flap", REFITTED)),
     "flap_ls_taught": Method(

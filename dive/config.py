@@ -749,27 +749,24 @@ class CorpusConfig:
         Raises:
             UserError: what is said of a data set is said of none.
         """
-        if (
-            general is None
-            or self.path is not None
-            or self.hub.path != ""
-            or self.source not in (None, CorpusSource.hub)
-        ):
+        open_to_it = self.path is None and self.hub.path == "" and self.source in (None, CorpusSource.hub)
+        if general is not None and open_to_it:
             require(
-                self.chosen is not CorpusSource.hub or self.hub.path != "",
-                "retrain.corpus.hub.path is needed with retrain.corpus.source=hub",
+                not self._names_hub,
+                "retrain.corpus.hub.path is needed with the rest of retrain.corpus.hub; what is retrained on else, "
+                f"{general.path}, is changed by calibration_domains.corpus",
             )
-            require(
-                self.chosen is CorpusSource.hub or self.shuffle_buffer == 10_000,
-                f"retrain.corpus.shuffle_buffer has no say with retrain.corpus.source={self.chosen.value}; take it away",
-            )
-            return self
+            return replace(self, source=CorpusSource.hub, hub=general)
+        chosen = self.chosen
         require(
-            not self._names_hub,
-            f"retrain.corpus.hub.path is needed with the rest of retrain.corpus.hub; what is retrained on else, {general.path}, "
-            "is changed by calibration_domains.corpus",
+            chosen is not CorpusSource.hub or self.hub.path != "",
+            "retrain.corpus.hub.path is needed with retrain.corpus.source=hub",
         )
-        return replace(self, source=CorpusSource.hub, hub=general)
+        require(
+            chosen is CorpusSource.hub or self.shuffle_buffer == 10_000,
+            f"retrain.corpus.shuffle_buffer has no say with retrain.corpus.source={chosen.value}; take it away",
+        )
+        return self
 
     @property
     def _names_hub(self) -> bool:
@@ -1145,8 +1142,8 @@ class Config:
         accelerator = ("gpu" if gpu else "cpu") if trainer.accelerator == "auto" else trainer.accelerator
         on_gpu = accelerator != "cpu"
         precision = ("bf16-mixed" if on_gpu else "32-true") if trainer.precision == "auto" else trainer.precision
-        full = precision == "32-true" or trainer.strategy is Strategy.fsdp or self.model.device.startswith("cpu")
-        half = on_gpu and not full
+        whole = precision == "32-true" or trainer.strategy is Strategy.fsdp  # the latter shards tensors of one type
+        half = on_gpu and not whole and not self.model.device.startswith("cpu")
         dtype = self.model.dtype or (Dtype.bfloat16 if half else Dtype.float32)
         return replace(
             self,

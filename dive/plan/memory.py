@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Freezing, Metric, Mode, StageConfig, Storage, Strategy
+from dive.config import SHARD_BYTES, Freezing, Mode, StageConfig, Storage, Strategy
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -141,7 +141,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
-    if job.config.pruning.metric is Metric.obs:
+    if job.eliminates:
         solve = max(solve, construction.eliminate_bytes(s))
     errors = min(2048, sampled) * job.weight * (3 * s.channels + 4 * s.hidden)
     fit = sampled * s.hidden * 4 * 2
@@ -219,7 +219,8 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
     mixed = config.trainer.precision.endswith("-mixed")
     masters = sum(size for name, size in plugged.items() if not name.endswith(".lora")) if mixed else 0
     learned = sum(trained(s, [stage.train]).values())
-    rest = _both(job, stage) | {
+    models = _both(job, stage)
+    rest = models | {
         "adapters": float(extra * job.trained_weight + masters * (4 - job.weight)),
         "Adam": float(2 * learned * job.trained_weight),
     }
@@ -235,7 +236,7 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
     processes = config.trainer.devices
     found = _memory(job, rest)
     if not job.on_gpu:
-        found.host["allocator"] += SCATTERED * sum(size for name, size in rest.items() if name not in _both(job, stage))
+        found.host["allocator"] += SCATTERED * sum(size for name, size in rest.items() if name not in models)
     if processes > 1:
         found.host = {f"{name} × {processes} processes": size * processes for name, size in found.host.items()}
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
+from dive.model.architecture import GGUF
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
@@ -126,7 +127,7 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     """
     job = describe_job(config, architecture, device or config.plan.device)
     s, domains = job.shapes, config.calibration_domains
-    stages = [_dequantising(job)] if config.model.path.endswith(".gguf") else []
+    stages = [_dequantising(job)] if config.model.path.endswith(GGUF) else []
     if config.mines:
         stages += [_calibration(job, "calibration", domains.samples, domains.length), _mining(job)]
     elif config.maps and job.domains > 2:

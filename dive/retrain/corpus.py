@@ -26,8 +26,6 @@ from dive.store import identity
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
-
 Blocks = Callable[[], Iterator[Tensor]]
 """Starts the sequence of blocks (length,) int64 anew."""
 
@@ -128,7 +126,7 @@ def open_corpus(
     corpus = config.corpus
     length = config.length
     if corpus.hub.path and corpus.chosen is not CorpusSource.hub:  # a preset's, with the source set to another
-        log.warning("retrain.corpus.hub.path=%s has no say: another retrain.corpus.chosen is set", corpus.hub.path)
+        log.warning("retrain.corpus.hub.path=%s has no say: another retrain.corpus.source is set", corpus.hub.path)
     if corpus.chosen is CorpusSource.hub:
         hub = partial(
             hub_blocks,
