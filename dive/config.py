@@ -1056,6 +1056,8 @@ class PlanConfig:
     """One of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
     """By name; the preset has some."""
+    cores: int | None = bounded(None, at_least=1, at_most=4096)
+    """Cores of a CPU, which is planned for by the core; null for as many as a process would use on this machine."""
     table: PlanTable = PlanTable.stages
     """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs."""
     enforce: bool = True

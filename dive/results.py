@@ -246,6 +246,7 @@ class Planned:
     """What the run was to cost."""
 
     device: str
+    cores: int | None = None
     utilisation: float | None = None
     parameters: dict[str, int] | None = None
     seconds: float

@@ -65,7 +65,7 @@ class Meter:
         disk = self.plan.store + self.plan.export
         return (
             f"{memory}; {size(disk)} and {size(actual.disk_bytes)} of disk; {duration(self.plan.seconds)} on "
-            f"{self.plan.job.device_name} and {duration(actual.seconds)} here"
+            f"{self.plan.job.place} and {duration(actual.seconds)} here"
         )
 
 

@@ -95,6 +95,7 @@ class Plan:
         """For ``results.json``."""
         return {
             "device": self.job.device_name,
+            "cores": self.job.cores,
             "utilisation": self.job.device.utilisation,
             "parameters": self.parameters,
             "host_bytes": self.host,

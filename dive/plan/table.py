@@ -26,14 +26,14 @@ def headline(plan: Plan) -> list[str]:
         f"plan     {precise(p['dense'])} dense → {precise(p['total'])} total{extras}, {precise(p['active'])} active, "
         f"{precise(p['trained'])} trained on {count(tokens)} tokens",
         f"         {memory}; disk: {disk}; "
-        f"about {duration(plan.seconds)} on {job.device_name} at {job.device.utilisation:.0%} of its peak"
+        f"about {duration(plan.seconds)} on {job.place} at {job.device.utilisation:.0%} of its peak"
         + (f" × {job.world}" if job.world > 1 else ""),
     ]
 
 
 def stage_table(plan: Plan) -> Table:
     """Every stage's tokens, operations, memory, disk and time."""
-    table = Table(title=f"Plan for {plan.job.config.model.name} on {plan.job.device_name}")
+    table = Table(title=f"Plan for {plan.job.config.model.name} on {plan.job.place}")
     table.add_column("stage")
     for name in ("trained", "tokens", "operations", "host memory", "device memory", "disk", "time"):
         table.add_column(name, justify="right")
@@ -64,7 +64,7 @@ def stage_table(plan: Plan) -> Table:
 
 def memory_table(plan: Plan) -> Table:
     """What fills the memory at each stage's peak."""
-    table = Table(title=f"Memory of {plan.job.config.model.name} on {plan.job.device_name}")
+    table = Table(title=f"Memory of {plan.job.config.model.name} on {plan.job.place}")
     for name in ("stage", "where", "what", "bytes"):
         table.add_column(name, justify="right" if name == "bytes" else "left")
     for stage in plan.stages:
@@ -156,7 +156,7 @@ def notes(plan: Plan) -> list[str]:
     job = plan.job
     device = job.device
     found = [
-        f"{job.device_name}: {device.bfloat16:.3g} FLOP/s in bfloat16, {device.float32:.3g} in float32, at "
+        f"{job.place}: {device.bfloat16:.3g} FLOP/s in bfloat16, {device.float32:.3g} in float32, at "
         f"{device.utilisation:.0%}; {size(device.bandwidth)}/s of memory bandwidth"
         + (f", {size(device.memory)} of memory" if device.memory is not None else "")
     ]

@@ -120,7 +120,8 @@ def models_and_budgets() -> list[str]:
         cells = []
         for budget, device, changes in COLUMNS.values():
             config = composed[budget]
-            config = replace(config, trainer=replace(config.trainer, **changes))
+            one_core = replace(config.plan, cores=1)
+            config = replace(config, trainer=replace(config.trainer, **changes), plan=one_core)
             found = plan(config, locate_architecture(config.model), device=device)
             cells.append(f"{duration(found.seconds)}, {size(found.device or found.host)}")
         rows.append(f"| `{name}` | {' | '.join(cells)} |")

@@ -1,5 +1,7 @@
 """Tokens, time and disk of the stages, by hand."""
 
+import os
+
 import pytest
 
 from dive.config import DeviceConfig
@@ -143,6 +145,24 @@ def test_training_divides_by_the_processes() -> None:
 def test_a_faster_device_is_faster() -> None:
     times = [planned("model=llama2-7b", f"plan.device={name}").seconds for name in ("h100", "a100-80", "cpu")]
     assert times == sorted(times)
+
+
+def test_cores_share_the_work_of_a_cpu() -> None:
+    one, two, eight = (planned("plan.device=cpu", f"plan.cores={cores}") for cores in (1, 2, 8))
+    assert [stage.operations for stage in one.stages] == [stage.operations for stage in eight.stages]
+    assert one.seconds / 2 < two.seconds < one.seconds
+    assert one.seconds / 8 < eight.seconds < two.seconds
+    assert two.summary()["cores"] == 2
+    gpu = planned("plan.device=h100", "plan.cores=8")
+    assert gpu.seconds == planned("plan.device=h100", "plan.cores=1").seconds
+    assert gpu.summary()["cores"] is None
+
+
+def test_null_is_as_many_cores_as_this_process_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert planned("plan.device=cpu").summary()["cores"] == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert planned("plan.device=cpu").summary()["cores"] == len(os.sched_getaffinity(0))
 
 
 def test_the_summary_is_for_json() -> None:
