@@ -12,6 +12,8 @@ from torch import Tensor
 from dive.cli import composed
 from dive.config import Compensation, Config, Metric, RouterInit
 from dive.errors import UserError, require
+from dive.model.families import check_chosen
+from dive.model.families.twin import Form
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
 from dive.pruning.statistics import ChannelStatistics
@@ -87,10 +89,12 @@ def reconstruct(
         moe=replace(config.moe, plain=plain, **_stated(moe)),
         **_stated({"seed": seed}),
     )
+    form = Form.of(config)
+    check_chosen(form, model.config, config.model.path)
     layers = build_layers(
         model, matrices, config.pruning, config.moe, batch=config.calibration_domains.batch, seed=config.seed
     )
-    return assemble(model, layers, top_k=config.moe.top_k)
+    return assemble(model, layers, top_k=config.moe.top_k, form=form)
 
 
 @cache

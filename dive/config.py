@@ -63,6 +63,8 @@ class BudgetConfig:
 
 # --------------------------------------------------------------------------------------------------------------- model
 
+AUTO = "auto"
+"""What leaves a choice to the program."""
 SHARD_BYTES = 1 << 30
 """Size of the shards of a streamed export. Here, as the plan counts with it and imports no torch."""
 
@@ -140,6 +142,8 @@ class ModelConfig:
     """For planning without the model at hand; null reads its config.json."""
     load: Load = Load.full
     """``streamed`` calibrates, builds experts and exports a layer at a time; nothing is evaluated or retrained."""
+    twin: str = AUTO
+    """``model_type`` of the stock class that it becomes, see docs/serving.md; ``auto`` is the first of its family there."""
     export_dtype: Dtype | None = None
     """Element type of the export; ``dtype`` if null, the dense checkpoint's own if ``auto``."""
 
@@ -515,6 +519,15 @@ class UpcycleConfig:
     router_init: ClassVar[RouterInit] = RouterInit.random
 
 
+class Gates(Enum):
+    """Weights of the chosen experts in the model that comes out."""
+
+    renormalised = "renormalised"
+    probabilities = "probabilities"
+
+
+LEAST_SHARED = 16
+"""Channels of a shared expert at least; fewer stand for none where a class must have one."""
 ConstructionConfig = RefinedConfig | PlainConfig | RandomSplitConfig | CoactivationConfig | UpcycleConfig
 
 
@@ -526,6 +539,14 @@ class MoEConfig:
     """Experts of every layer."""
     top_k: int = bounded(1, at_least=1, at_most=10_000)
     """Experts that each token is sent to."""
+    gates: Gates = Gates.renormalised
+    """``renormalised``: they sum to one, so that a single expert's is 1 and teaches its router nothing. ``probabilities``: the
+    router's own, over all experts; down projections are scaled to make up for what they lack of one."""
+    shared_expert: float = bounded(0.0, at_least=0, below=1)
+    """Share of every expert's width that goes to a shared one: the channels most important to all text together, which every
+    token meets once and no other expert has."""
+    dense_layers: list[int] = bounded(default_factory=list, at_least=0, at_most=9_999)
+    """Numbers, from 0, of layers that stay dense as they are: they get no experts, and no stage trains their FFN."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     refined: RefinedConfig | None = None
     plain: PlainConfig | None = None
@@ -558,16 +579,47 @@ class MoEConfig:
         """Whether routers are fitted to the experts' errors."""
         return self.experts > 1 and self.settings.router_init is RouterInit.distilled
 
+    @property
+    def scales(self) -> bool:
+        """Whether down projections are scaled to the gates."""
+        return self.experts > 1 and self.gates is Gates.probabilities
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is a shared expert."""
+        return self.experts > 1 and self.shared_expert > 0
+
+    def widths(self, pruning: PruningConfig, channels: int) -> tuple[int, int]:
+        """Channels of an expert and of the shared one, out of ``channels``; together as many as without a shared one.
+
+        Raises:
+            UserError: the settings leave one of them nothing.
+        """
+        width, multiple = pruning.width(channels), pruning.width_multiple
+        if not self.shares:
+            return width, 0
+        shared = round(width * self.shared_expert / multiple) * multiple
+        require(
+            LEAST_SHARED <= shared < width,
+            f"moe.shared_expert ({self.shared_expert}) takes {shared} of an expert's {width} channels; it must be at least "
+            f"{LEAST_SHARED} and leave some; change it, or pruning.width_multiple ({multiple})",
+        )
+        return width - shared, shared
+
     def effective(self, pruning: PruningConfig) -> "MoEConfig":
         """What building the experts follows from: settings that have no say in it are at their defaults."""
         averages = self.coactivation is not None and pruning.compensation is Compensation.none
         refined, plain = self.refined, self.plain
+        sampled = self.distillation.tokens if self.scales else DistillationConfig().tokens
         if plain is not None and self.experts == 1:  # one pruned FFN has neither a router nor channels in common
             plain = PlainConfig()
         return replace(
             self,
-            top_k=self.top_k if averages or refined is not None else 1,
-            distillation=self.distillation if self.distils else DistillationConfig(),
+            top_k=self.top_k if averages or refined is not None or self.scales else 1,
+            gates=self.gates if self.scales else Gates.renormalised,
+            shared_expert=self.shared_expert if self.shares else 0.0,
+            dense_layers=sorted(self.dense_layers),
+            distillation=self.distillation if self.distils else DistillationConfig(tokens=sampled),
             refined=None if refined is None else refined.effective(experts=self.experts),
             plain=plain,
         )
@@ -583,6 +635,8 @@ class MoEConfig:
             self.top_k <= self.experts,
             f"moe.top_k ({self.top_k}) must not exceed moe.experts ({self.experts})",
         )
+        twice = sorted({number for number in self.dense_layers if self.dense_layers.count(number) > 1})
+        require(not twice, f"moe.dense_layers names {', '.join(map(str, twice))} twice")
         chosen = [f"moe.{name}" for name in self._constructions]
         require(
             len(chosen) < 2,
@@ -610,11 +664,12 @@ class Freezing(Enum):
 
 
 class Gate(Enum):
-    """Weight of the selected experts in sparse training; at evaluation all are the renormalised one of the stock class."""
+    """Weight of the selected experts in sparse training; at evaluation it is the stock class's, see :class:`Gates`."""
 
     renormalised = "renormalised"
     straight_through = "straight_through"
     switch = "switch"
+    annealed = "annealed"
 
 
 class Schedule(Enum):
@@ -670,7 +725,8 @@ class StageConfig:
     mode: Mode = Mode.sparse
     gate: Gate = Gate.renormalised
     """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
-    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage."""
+    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage.
+    ``annealed``, with ``moe.top_k=1`` alone: two experts, gates sharpened by a temperature that falls from 1 to 0.05."""
     balance: float = bounded(0.0, at_least=0, at_most=10_000)
     """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
     max_load: float = bounded(1.5, at_least=1, at_most=10_000)
@@ -696,6 +752,12 @@ class StageConfig:
     """Sequences per optimiser step, over all devices and accumulation steps."""
     accumulation: int | None = bounded(None, at_least=1, at_most=10**6)
     """Forward passes per optimiser step; ``trainer.accumulation`` if null."""
+
+    def active(self, *, experts: int, top_k: int) -> int:
+        """Experts that each token meets in this stage."""
+        if self.mode is Mode.dense:
+            return experts
+        return min(2, experts) if self.gate is Gate.annealed else top_k
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1186,6 +1248,21 @@ class Config:
             self._check_indexed()
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
+            require(
+                stage.gate is Gate.renormalised or not self.moe.scales,
+                f"retrain.stages.{name}.gate={stage.gate.value} is for gates that teach a router nothing, and "
+                f"moe.gates=probabilities do; set retrain.stages.{name}.gate=renormalised, or moe.gates=renormalised",
+            )
+            require(
+                stage.mode is Mode.sparse or not self.moe.scales,
+                f"retrain.stages.{name}.mode=dense has gates that sum to one, and moe.gates=probabilities scales experts to "
+                f"others; set retrain.stages.{name}.mode=sparse, or moe.gates=renormalised",
+            )
+            require(
+                stage.gate is not Gate.annealed or self.moe.top_k == 1,
+                f"retrain.stages.{name}.gate=annealed is for one expert a token; from moe.top_k=2 on routers learn without: set "
+                f"retrain.stages.{name}.gate=renormalised",
+            )
             parts = (stage.accumulation or self.trainer.accumulation or 1) * world
             require(
                 stage.batch % parts == 0,

@@ -22,14 +22,17 @@ from dive.errors import UserError, disk_trouble, one_line
 from dive.model.architecture import check_figures, local_model, read_settings
 from dive.model.families import (
     TWINS,
-    decoder_layers,
     is_inherited,
+    is_zero_at_first,
     moe_block,
+    moe_blocks,
     moe_class,
     moe_config,
+    sparse_layers,
     stock_layer_tensors,
     twin_of,
 )
+from dive.model.families.twin import Form
 from dive.model.headers import WEIGHTS
 from dive.model.load import DenseSource, check_files, fingerprint_directory, load_weights, locate_dense
 from dive.model.recipe import Dense
@@ -52,7 +55,7 @@ BIASED_MODEL_TYPE = "dive_moe_with_expert_bias"
 
 def has_expert_bias(model: "PreTrainedModel") -> bool:
     """Whether the experts have FLAP's bias, which no stock class has a place for."""
-    return hasattr(moe_block(model, 0).experts, "down_bias")
+    return hasattr(moe_blocks(model)[0].experts, "down_bias")
 
 
 def save(
@@ -145,6 +148,7 @@ def save_streamed(
     directory: str | Path,
     *,
     top_k: int,
+    form: Form | None = None,
     card: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -159,6 +163,7 @@ def save_streamed(
         layers: experts of each layer in turn.
         directory: to create; an existing one is replaced once the new one is whole.
         top_k: experts a token.
+        form: what is chosen of the Mixture-of-Experts beside.
         card: text of the model card.
         dtype: element type to write; that of ``dense`` if none.
         shard_bytes: size of a shard, and so of what is held in memory; a larger tensor has one for itself.
@@ -174,21 +179,38 @@ def save_streamed(
     twin: PreTrainedModel | None = None
     with _replacing(target) as working:
         writer = ShardWriter(working, dtype=kind, shard_bytes=shard_bytes)
-        for number, layer in enumerate(layers):
+        written = 0
+        numbers: Iterator[int] = iter(())
+        for layer in layers:
             if layer.bias is not None:
                 raise UserError("pruning.compensation=bias: a stock Mixture-of-Experts has no place for expert biases")
             if twin is None:
                 experts, _, width = layer.down.shape
-                config = moe_config(dense.config, width=width, experts=experts, top_k=min(top_k, experts))
+                config = moe_config(
+                    dense.config,
+                    width=width,
+                    experts=experts,
+                    top_k=min(top_k, experts),
+                    shared=layer.shared_width,
+                    form=form,
+                )
                 with torch.device("meta"):
                     twin = moe_class(config)(config)
                 _copy_shared(dense, twin, writer, f"{places.embeddings}.")
-            _copy_shared(dense, twin, writer, f"{places.layers}.{number}.")
-            parts = stock_layer_tensors(config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router)
+                numbers = iter(sparse_layers(config))
+            number = next(numbers)
+            for other in range(written, number + 1):
+                _copy_shared(dense, twin, writer, f"{places.layers}.{other}.")
+            written = number + 1
+            parts = stock_layer_tensors(
+                config, number, gate_up=layer.gate_up, down=layer.down, router=layer.router, shared=layer.shared
+            )
             for name, tensor in parts:
                 writer.add(name, tensor)
         if twin is None:
             raise ValueError("no layers")
+        for other in range(written, config.num_hidden_layers):
+            _copy_shared(dense, twin, writer, f"{places.layers}.{other}.")
         _copy_shared(dense, twin, writer, f"{places.norm}.", f"{places.head}.")
         writer.close()
         total = twin.num_parameters()
@@ -209,8 +231,12 @@ def save_streamed(
 def _copy_shared(dense: "PreTrainedModel", twin: "PreTrainedModel", writer: ShardWriter, *prefixes: str) -> None:
     """Copy what the dense model and its twin share, of the names that begin so, from disk to disk."""
     host = torch.device("cpu")
-    for name, _ in twin.named_parameters():  # a tied head stands there once, as the embedding
-        if name.startswith(prefixes) and is_inherited(twin, name):
+    for name, parameter in twin.named_parameters():  # a tied head stands there once, as the embedding
+        if not (name.startswith(prefixes) and is_inherited(twin, name)):
+            continue
+        if name not in dense.checkpoint.files and is_zero_at_first(twin, name):
+            writer.add(name, torch.zeros(parameter.shape, dtype=writer.dtype))
+        else:
             writer.add(name, dense.checkpoint.read([name], dtype=writer.dtype, device=host)[name])
 
 
@@ -340,7 +366,7 @@ def _load_biased(path: Path, named: str) -> "PreTrainedModel":
     try:
         model = empty_moe(config, getattr(torch, str(config.dtype).removeprefix("torch.")))
         stored, places = load_file(path / WEIGHTS), twin_of(config.model_type)
-        for number in range(len(decoder_layers(model))):
+        for number in sparse_layers(config):
             bias = stored.get(f"{places.layers}.{number}.{places.block}.experts.down_bias")
             if bias is None:
                 raise UserError(f"{named}: {WEIGHTS} lacks the experts' biases")
@@ -434,9 +460,16 @@ def export(
     """
     dense, dtype = model.dense, export_dtype(config, model.dense.source)
     if config.load is Load.streamed:
-        layers, top_k = read_experts(model.mixture.experts), model.mixture.top_k
+        mixture = model.mixture
         return save_streamed(
-            dense.load(), layers, tokenizer, directory / "checkpoint", top_k=top_k, card=card, dtype=dtype
+            dense.load(),
+            read_experts(mixture.experts),
+            tokenizer,
+            directory / "checkpoint",
+            top_k=mixture.top_k,
+            form=mixture.form,
+            card=card,
+            dtype=dtype,
         )
     whole = model.take(master_weights=False)
     if not has_expert_bias(whole):

@@ -1,6 +1,7 @@
 """The method, in order: dense model in, Mixture-of-Experts out. Data flows one way, and every result rests in the store."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from dive.affinity.groups import choose_groups
 from dive.config import Config, EvaluateConfig
 from dive.export import open_checkpoint
 from dive.inputs import beginnings, check, check_evaluation, prepare, prepare_evaluation, tokens_of
+from dive.model.families.twin import Form
 from dive.model.load import resolve_device
 from dive.model.recipe import Dense
 from dive.moe.build import ONE_EXPERT, build_experts
@@ -51,15 +53,16 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     tokens = partial(tokens_of, data.tokens, group_samples=config.calibration_domains.group_samples)
     build = partial(build_experts, run, config.calibration_domains.batch, model=dense, seed=config.seed)
     pruning = config.pruning.effective()
-    moe = config.moe.effective(pruning)
+    moe, form = config.moe.effective(pruning), Form.of(config)
     if run.evaluates:
         with run.stage(PRUNED):
-            one = build(tokens=tokens(groups.together(), experts=1), pruning=pruning, moe=ONE_EXPERT)
-        run.measure(PRUNED, Mixture(dense, one, top_k=1), data)
+            single = replace(ONE_EXPERT, dense_layers=moe.dense_layers)
+            one = build(tokens=tokens(groups.together(), experts=1), pruning=pruning, moe=single)
+        run.measure(PRUNED, Mixture(dense, one, top_k=1, form=form), data)
     with run.stage(RECONSTRUCTED):
         text = tokens(groups.members, experts=moe.experts)
         experts = build(tokens=text, pruning=pruning, moe=moe)
-    model: Mixture | Retrained = Mixture(dense, experts, config.moe.top_k, config.retrain.storage)
+    model: Mixture | Retrained = Mixture(dense, experts, config.moe.top_k, config.retrain.storage, form)
     run.measure(RECONSTRUCTED, model, data)
 
     for name in config.retrain.stages:

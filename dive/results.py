@@ -203,6 +203,8 @@ class RoutingResult:
     """{domain: (E,)}, mean over layers."""
     share_by_layer: dict[str, list[list[float]]] | None = None
     """{domain: (L, E)}"""
+    layers: list[int] | None = None
+    """Numbers of these L layers; all layers in their order if none."""
     load_max_over_mean: list[float] | None = None
     load_entropy: list[float] | None = None
     """Nats, a layer each."""

@@ -24,6 +24,7 @@ from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluat
 from dive.logger.wandb_run import close, log_results
 from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import KNOWN, count_parameters, moe_config
+from dive.model.families.twin import Form
 from dive.model.recipe import Dense, Model, give_back
 from dive.moe.build import expert_overlap
 from dive.moe.mixture import Mixture
@@ -330,10 +331,13 @@ def compare_routing(results: Results) -> None:
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:
     """Parameters of the dense model, of one pruned expert, total and active ones, and all that any stage trained."""
     source = model.dense.source.config
-    sized = partial(moe_config, source, width=config.pruning.width(model.dense.channels))
+    channels, sized = model.dense.channels, partial(moe_config, source, form=Form.of(config))
+    width, shared = config.moe.widths(config.pruning, channels)
     dense, _ = count_parameters(source)
-    pruned, _ = count_parameters(sized(experts=1, top_k=1))
-    total, active = count_parameters(sized(experts=config.moe.experts, top_k=config.moe.top_k))
+    pruned, _ = count_parameters(sized(width=config.pruning.width(channels), experts=1, top_k=1))
+    total, active = count_parameters(
+        sized(width=width, experts=config.moe.experts, top_k=config.moe.top_k, shared=shared)
+    )
     trained: dict[str, int] = {}
     for stage in chain:
         trained |= stage.sizes

@@ -18,6 +18,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -58,6 +60,7 @@ VARIANTS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE, "head_dim": 16},
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 5, "head_dim": 8}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "bos_token_id": None}),
     "qwen3-tied": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8, "tie_word_embeddings": True}),
 }
@@ -76,6 +79,8 @@ def build() -> Build:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
         torch.random.set_rng_state(generator_state)
         model.requires_grad_(False)
         return model.eval()

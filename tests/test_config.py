@@ -69,6 +69,10 @@ EXPERTS = "retrain.stages.experts"
         (["calibration_domains.samples=1000000000"], "calibration_domains.samples (1000000000) must be at least 1"),
         (["calibration_domains.length=99999999"], "calibration_domains.length (99999999) must be at least 2"),
         (["seed=4294967296"], "seed (4294967296) must be at least 0 and at most 4294967295"),
+        (
+            ["moe.gates=probabilities", f"{EXPERTS}.gate=switch"],
+            f"{EXPERTS}.gate=switch is for gates that teach a router nothing, and moe.gates=probabilities do",
+        ),
         (["store="], "store is empty: set store=DIR"),
         (["moe=[default,plain]"], "moe=[default,plain]: the group moe takes one of its options; set moe=default"),
         (["retrain=[default,lora]"], "retrain=[default,lora]: the group retrain takes one of its options"),

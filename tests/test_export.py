@@ -15,6 +15,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2MoeForCausalLM,
     Qwen3MoeForCausalLM,
 )
 
@@ -69,7 +70,8 @@ def test_it_reloads_as_the_stock_class(
     assert save(moe, tokenizer, tmp_path / "moe", card="# A card\n") == tmp_path / "moe"
 
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
-    assert type(again) is (Qwen3MoeForCausalLM if dense.config.model_type == "qwen3" else MixtralForCausalLM)
+    others = {"qwen3": Qwen3MoeForCausalLM, "qwen2": Qwen2MoeForCausalLM}
+    assert type(again) is others.get(dense.config.model_type, MixtralForCausalLM)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.dtype == torch.float32
     torch.testing.assert_close(logits(again, tokens(2, 10)), expected, rtol=1e-4, atol=1e-4)

@@ -106,7 +106,11 @@ OTHER: dict[str, Any] = {
     "eval.tasks": "[]",
     "eval.windows": 2,
     "model.dtype": "bfloat16",
+    "model.twin": "qwen2_moe",
+    "moe.dense_layers": "[1]",
+    "moe.gates": "probabilities",
     "moe.refined.start": "random",
+    "moe.shared_expert": 0.67,
     "moe.top_k": 2,
     "pruning.compensation": "none",
     "pruning.metric": "magnitude",
@@ -125,6 +129,7 @@ OTHER: dict[str, Any] = {
 }
 """Another value, where the next number, the opposite or another name will not do."""
 ENTAILS = {
+    **{f"moe.{name}": ("model.twin=qwen2_moe",) for name in ("dense_layers", "gates", "shared_expert")},
     "pruning.compensation": ("pruning.metric=wifv",),
     "pruning.metric": ("pruning.compensation=least_squares",),
     "retrain.storage": ("retrain.stages.experts.train.experts=lora",),

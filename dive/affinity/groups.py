@@ -42,6 +42,7 @@ def mine(
     metric: Metric,
     width: int,
     bias: bool,
+    dense_layers: Sequence[int],
     seed: int,
 ) -> None:
     """Perplexity of the model pruned on each domain, measured on every domain.
@@ -51,10 +52,13 @@ def mine(
         measured: {domain: (N, T) int64}, text to measure on.
         width: channels kept.
         bias: whether what is removed is made up for by its mean.
+        dense_layers: which are not pruned.
         seed: of random scores.
     """
     found = read_statistics(statistics)
     masks = domain_masks(model, found, metric=metric, width=width, seed=seed)
+    for mask in masks.values():
+        mask[list(dense_layers)] = True
     means = {domain: s.mean for domain, s in found.items()} if bias else None
     matrix = cross_domain_perplexity(model.load(), measured, masks, means=means, batch=batch)
     write_json(place.directory / MATRIX, {"domains": list(masks), "perplexity": matrix.tolist()})
@@ -62,24 +66,44 @@ def mine(
 
 @step("similarity")
 def compare_importance(
-    place: Place, run: HasStore, *, model: Dense, statistics: Artifact, metric: Metric, seed: int
+    place: Place,
+    run: HasStore,
+    *,
+    model: Dense,
+    statistics: Artifact,
+    metric: Metric,
+    dense_layers: Sequence[int],
+    seed: int,
 ) -> None:
     """Rank correlation of the importance of channels to every two domains."""
     found = read_statistics(statistics)
-    scores = [importance_of_layers(model.load(), s, metric, seed=seed) for s in found.values()]
-    matrix = importance_similarity(torch.stack(scores))
+    scores = torch.stack([importance_of_layers(model.load(), s, metric, seed=seed) for s in found.values()])
+    matrix = importance_similarity(_without(scores, dense_layers))
     write_json(place.directory / MATRIX, {"domains": list(found), "similarity": matrix.tolist()})
 
 
 @step("similarity")
 def compare_masks(
-    place: Place, run: HasStore, *, model: Dense, statistics: Artifact, metric: Metric, width: int, seed: int
+    place: Place,
+    run: HasStore,
+    *,
+    model: Dense,
+    statistics: Artifact,
+    metric: Metric,
+    width: int,
+    dense_layers: Sequence[int],
+    seed: int,
 ) -> None:
     """Overlap of the channels kept for every two domains."""
     found = read_statistics(statistics)
     masks = domain_masks(model, found, metric=metric, width=width, seed=seed)
-    matrix = overlap_similarity(torch.stack(list(masks.values())))
+    matrix = overlap_similarity(_without(torch.stack(list(masks.values())), dense_layers))
     write_json(place.directory / MATRIX, {"domains": list(found), "similarity": matrix.tolist()})
+
+
+def _without(of_layers: Tensor, dense_layers: Sequence[int]) -> Tensor:
+    """(n, L, F) of the layers that do not stay dense."""
+    return of_layers[:, [number for number in range(of_layers.shape[1]) if number not in dense_layers]]
 
 
 @step("groups")
@@ -214,7 +238,8 @@ def map_domains(run: HasStages, config: Config, model: Dense, tokens: Mapping[st
 def _scored(config: Config, model: Dense, statistics: Artifact, metric: Metric) -> dict[str, Any]:
     """What every measure is taken of."""
     seed = config.seed if metric is Metric.random else 0
-    return {"model": model, "statistics": statistics, "metric": metric, "seed": seed}
+    dense_layers = sorted(config.moe.dense_layers)
+    return {"model": model, "statistics": statistics, "metric": metric, "dense_layers": dense_layers, "seed": seed}
 
 
 def _clustered(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dive.model.families import decoder_layers, moe_block
+from dive.model.families import moe_blocks, sparse_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,8 @@ class Routing:
 
     share: dict[str, Tensor]
     """{domain: (L, E)}, rows sum to one."""
+    layers: list[int]
+    """Numbers of the L layers that have experts."""
 
     @property
     def load(self) -> Tensor:
@@ -33,6 +35,7 @@ class Routing:
         load = self.load
         return {
             "share": {domain: share.mean(dim=0).tolist() for domain, share in self.share.items()},
+            "layers": self.layers,
             "share_by_layer": {domain: share.tolist() for domain, share in self.share.items()},
             "load_max_over_mean": (load.max(dim=1).values * load.shape[1]).tolist(),
             "load_entropy": torch.special.entr(load).sum(dim=1).tolist(),
@@ -42,17 +45,17 @@ class Routing:
 @torch.no_grad()
 def routing_share(model: "PreTrainedModel", windows: Mapping[str, Tensor], *, batch: int = 16) -> Routing:
     """Count which experts the routers select on each domain's windows (N, T) int64."""
-    layers, experts = len(decoder_layers(model)), int(model.config.num_experts)
+    layers, experts = sparse_layers(model.config), int(model.config.num_experts)
     if experts == 1:
-        return Routing({domain: torch.ones(layers, 1) for domain in windows})
-    counts = torch.zeros(layers, experts)
+        return Routing({domain: torch.ones(len(layers), 1) for domain in windows}, layers)
+    counts = torch.zeros(len(layers), experts)
     hooks = []
-    for number in range(layers):
+    for number, block in enumerate(moe_blocks(model)):
 
         def count(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor], number: int = number) -> None:
             counts[number] += torch.bincount(output[2].reshape(-1).cpu(), minlength=experts)
 
-        hooks.append(moe_block(model, number).gate.register_forward_hook(count))
+        hooks.append(block.gate.register_forward_hook(count))
     share = {}
     try:
         for domain, matrix in windows.items():
@@ -63,7 +66,7 @@ def routing_share(model: "PreTrainedModel", windows: Mapping[str, Tensor], *, ba
     finally:
         for hook in hooks:
             hook.remove()
-    return Routing(share)
+    return Routing(share, layers)
 
 
 def mask_overlap(masks: Tensor) -> Tensor:

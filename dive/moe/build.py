@@ -5,7 +5,6 @@ Shapes: N sequences, T tokens each.
 
 import contextlib
 import importlib
-import itertools
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from dive.eval.routing import mask_overlap
 from dive.model.families import decoder_layers, ffn
 from dive.model.recipe import Dense
 from dive.moe.layer import ExpertLayer
+from dive.moe.shared import beside_shared
 from dive.moe.walk import GivenStatistics, StatisticsWalk, Walk
 from dive.progress import track
 from dive.pruning.statistics import ChannelStatistics
@@ -52,7 +52,7 @@ def build_layers(
     seed: int,
     finished: Iterable[ExpertLayer] = (),
 ) -> Iterator[ExpertLayer]:
-    """Experts layer after layer, in one pass over the calibration tokens.
+    """Experts of one layer after another, but of those that stay dense, in one pass over the calibration tokens.
 
     One layer's statistics are alive at a time: those of every group, or where experts are refined on tokens of one expert.
 
@@ -83,10 +83,17 @@ def build_layers(
     built = iter(finished)
     description = f"building {moe.experts} experts" if moe.experts > 1 else "pruning"
     for number in track(range(len(decoder_layers(model))), description, "layer"):
+        if number in moe.dense_layers:
+            walk.keep(number)
+            continue
         layer = next(built, None)
         known = layer is not None
         if layer is None:  # what is shown may be F² numbers a group: nothing here may hold on to it
-            layer = construction.layer(ffn(model, number), walk.read(number), pruning, moe, seed=seed + 1000 * number)
+            weights, place = ffn(model, number), seed + 1000 * number
+            if moe.shares:
+                layer = beside_shared(construction, weights, walk.read(number), pruning, moe, seed=place)
+            else:
+                layer = construction.layer(weights, walk.read(number), pruning, moe, seed=place)
         else:
             walk.skip(number)
         walk.leave(layer)
@@ -118,7 +125,7 @@ def build_experts(
     moe: MoEConfig,
     seed: int,
 ) -> float:
-    """Experts and routers of every layer, a file each, from a pass over the calibration tokens, layer after layer.
+    """Experts and routers, a file of each layer that does not stay dense, from a pass over the calibration tokens.
 
     An interrupted construction goes on from its last whole layer.
 
@@ -131,16 +138,16 @@ def build_experts(
     """
     start = time.monotonic()
     place.partial.mkdir(parents=True, exist_ok=True)
-    finished = whole_layers(place.partial)
+    numbers = [number for number in range(model.source.config.num_hidden_layers) if number not in moe.dense_layers]
+    finished = whole_layers(place.partial, numbers)
     before = 0.0
     if finished:
-        log.info("experts: going on after layer %d", len(finished))
+        log.info("experts: going on after layer %d", numbers[len(finished) - 1])
         with contextlib.suppress(OSError, ValueError):  # cut short: the time is not worth more than the layers
             before = float((place.partial / "seconds").read_text())
-    wanted = model.source.config.num_hidden_layers
-    if len(finished) < wanted:
+    if len(finished) < len(numbers):
         model.slot.clear()  # measured already
-        numbers = itertools.count(len(finished))  # enumerate would hold a layer while the next is built
+        left = iter(numbers[len(finished) :])  # enumerate would hold a layer while the next is built
         known = map(read_layer, finished)
         for layer in build_layers(model.load(), tokens, pruning, moe, batch=batch, seed=seed, finished=known):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
@@ -148,10 +155,10 @@ def build_experts(
             with (place.partial / UNFINISHED).open("rb") as written:
                 os.fsync(written.fileno())  # or a power cut leaves a file of the right size without its content
             write_json(place.partial / "seconds", before + time.monotonic() - start)
-            os.replace(place.partial / UNFINISHED, place.partial / LAYER_FILE.format(next(numbers)))
+            os.replace(place.partial / UNFINISHED, place.partial / LAYER_FILE.format(next(left)))
             del layer, tensors
-    built = whole_layers(place.partial)
-    assert len(built) == wanted, f"{len(built)} of {wanted} layers"
+    built = whole_layers(place.partial, numbers)
+    assert len(built) == len(numbers), f"{len(built)} of {len(numbers)} layers"
     for file in built:  # which stay until the artifact is whole
         try:
             os.link(file, place.directory / file.name)
@@ -175,10 +182,10 @@ def layer_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("layer_*.safetensors"))
 
 
-def whole_layers(directory: Path) -> list[Path]:
-    """The first layers' files up to the first one that is missing or cut short."""
+def whole_layers(directory: Path, numbers: Sequence[int]) -> list[Path]:
+    """The files of the layers of these numbers up to the first one that is missing or cut short."""
     found: list[Path] = []
-    for number, file in enumerate(layer_files(directory)):
+    for number, file in zip(numbers, layer_files(directory), strict=False):
         try:
             with safe_open(file, framework="pt"):  # checks the size of the file against its header
                 pass

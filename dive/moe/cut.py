@@ -12,6 +12,7 @@ from dive.config import Compensation, MoEConfig, PruningConfig, RouterInit
 from dive.errors import UserError
 from dive.model.families import FFN
 from dive.moe.distill import expert_errors, fit_router
+from dive.moe.gates import scaled_to_gates
 from dive.moe.layer import CHUNK, ExpertLayer, dense_output, expert_function
 from dive.moe.walk import Group
 from dive.pruning import compensation as compensate
@@ -58,6 +59,9 @@ def cut_experts(
         else None,
     )
     layer.router = _router(weights, layer, groups, moe, seed=seed)
+    if moe.scales:
+        rows = _inputs(weights, groups, "moe.gates=probabilities")
+        layer = scaled_to_gates(layer, weights.act, rows, _outputs(weights, rows), top_k=moe.top_k)
     return layer
 
 
@@ -95,12 +99,24 @@ def _router(weights: FFN, layer: ExpertLayer, groups: Sequence[Group], moe: MoEC
         bound = hidden**-0.5  # torch's own default for a linear layer
         start = torch.empty(experts, hidden).uniform_(-bound, bound, generator=generator)
         return start.to(weights.gate)
+    inputs = _inputs(weights, groups, f"moe.{moe.construction}.router_init=distilled")
+    errors = expert_errors(
+        inputs, _outputs(weights, inputs), [expert_function(layer, e, weights.act) for e in range(experts)]
+    )
+    return fit_router(inputs, errors, moe.distillation, seed=seed)
+
+
+def _inputs(weights: FFN, groups: Sequence[Group], setting: str) -> Tensor:
+    """What the FFN is given on sampled tokens of all groups, (T, D).
+
+    Args:
+        setting: that needs them.
+    """
     sampled = [group.statistics.inputs[0] for group in groups if group.statistics.inputs is not None]
     if len(sampled) != len(groups):
-        raise UserError(
-            f"moe.{moe.construction}.router_init=distilled needs FFN inputs: collect_statistics(..., inputs=2048)"
-        )
-    inputs = torch.cat(sampled).to(weights.gate.device)
-    wanted = torch.cat([dense_output(weights, rows) for rows in inputs.split(CHUNK)])
-    errors = expert_errors(inputs, wanted, [expert_function(layer, e, weights.act) for e in range(experts)])
-    return fit_router(inputs, errors, moe.distillation, seed=seed)
+        raise UserError(f"{setting} needs FFN inputs: collect_statistics(..., inputs=2048)")
+    return torch.cat(sampled).to(weights.gate.device)
+
+
+def _outputs(weights: FFN, inputs: Tensor) -> Tensor:
+    return torch.cat([dense_output(weights, rows) for rows in inputs.split(CHUNK)])

@@ -4,11 +4,12 @@ Shapes: T tokens, E experts, K experts a token, D hidden width, F FFN channels o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
+from dive.config import Gates
 from dive.model.families import FFN
 from dive.moe.experts import grouped_linear, sort_by_expert
 
@@ -30,11 +31,27 @@ class ExpertLayer:
     """(E, D)"""
     bias: Tensor | None = None
     """(E, D), FLAP's compensation."""
+    shared_gate_up: Tensor | None = None
+    """(2 S, D), of the shared expert, which is of the dense model's own channels."""
+    shared_down: Tensor | None = None
+    """(D, S)"""
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """Gate and up, and down, of the shared expert, if there is one."""
+        if self.shared_gate_up is None or self.shared_down is None:
+            return None
+        return self.shared_gate_up, self.shared_down
+
+    @property
+    def shared_width(self) -> int:
+        """S, 0 if there is none."""
+        return 0 if self.shared_down is None else self.shared_down.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """For safetensors."""
-        named = {"masks": self.masks, "gate_up": self.gate_up, "down": self.down, "router": self.router}
-        return named if self.bias is None else named | {"bias": self.bias}
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def expert_function(layer: ExpertLayer, expert: int, act: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -51,13 +68,8 @@ def expert_function(layer: ExpertLayer, expert: int, act: nn.Module) -> Callable
 
 def convert(layer: ExpertLayer, dtype: torch.dtype, device: torch.device | None = None) -> ExpertLayer:
     """The layer with its weights in another element type, on another device if one is given."""
-    return ExpertLayer(
-        masks=layer.masks,
-        gate_up=layer.gate_up.to(device, dtype),
-        down=layer.down.to(device, dtype),
-        router=layer.router.to(device, dtype),
-        bias=None if layer.bias is None else layer.bias.to(device, dtype),
-    )
+    others = {name: tensor.to(device, dtype) for name, tensor in layer.tensors().items() if name != "masks"}
+    return ExpertLayer(masks=layer.masks, **others)
 
 
 def float32(weights: FFN) -> FFN:
@@ -115,10 +127,24 @@ def pair_errors(
     return torch.cat(errors)[torch.argsort(order)]
 
 
-def layer_output(layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int) -> Tensor:
-    """The sparse block as the stock class computes it: the K likeliest experts, gates renormalised; (T, D) to (T, D)."""
+def gates_of(logits: Tensor, kind: Gates, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """(gates, experts int64) of the K likeliest experts, each (T, K), likeliest first; from logits (T, E)."""
+    highest, chosen = logits.topk(top_k, dim=-1)
+    if kind is Gates.renormalised:
+        return torch.softmax(highest, dim=-1), chosen
+    return torch.softmax(logits, dim=-1).gather(-1, chosen), chosen
+
+
+def layer_output(
+    layer: ExpertLayer, act: nn.Module, rows: Tensor, *, top_k: int, gates: Gates = Gates.renormalised
+) -> Tensor:
+    """The sparse block as the stock class computes it, of the K likeliest experts; (T, D) to (T, D)."""
     if len(layer.masks) == 1:
-        return expert_function(layer, 0, act)(rows)
-    logits, chosen = (rows @ layer.router.T).topk(top_k, dim=-1)
-    gates = torch.softmax(logits, dim=-1)
-    return (selected_outputs(layer, act, rows, chosen) * gates[..., None]).sum(dim=1)
+        output = expert_function(layer, 0, act)(rows)
+    else:
+        weights, chosen = gates_of(rows @ layer.router.T, gates, top_k=top_k)
+        output = (selected_outputs(layer, act, rows, chosen) * weights[..., None]).sum(dim=1)
+    if layer.shared is None:
+        return output
+    (gate, up), down = layer.shared[0].chunk(2), layer.shared[1]
+    return output + dense_output(FFN(gate, up, down, act), rows)

@@ -1,9 +1,10 @@
 """The recipe of a Mixture-of-Experts that nothing was trained of yet."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dive.config import Storage
+from dive.model.families.twin import Form
 from dive.model.recipe import Dense
 from dive.moe.assemble import assemble, assemble_indexed
 from dive.moe.build import read_experts
@@ -23,10 +24,11 @@ class Mixture:
     top_k: int
     storage: Storage = Storage.materialised
     """What the experts rest in while the model is in memory."""
+    form: Form = field(default_factory=Form)
 
     @property
     def key(self) -> str:
-        inputs = {"dense": self.dense, "experts": self.experts, "top_k": self.top_k, "storage": self.storage}
+        inputs = {name: getattr(self, name) for name in ("dense", "experts", "top_k", "storage", "form")}
         return key_of("mixture", inputs)
 
     @property
@@ -72,7 +74,7 @@ class Mixture:
     def assemble(self) -> "PreTrainedModel":
         """A new one."""
         build = assemble_indexed if self.storage is Storage.indexed else assemble
-        return build(self.dense.load(), read_experts(self.experts), top_k=self.top_k)
+        return build(self.dense.load(), read_experts(self.experts), top_k=self.top_k, form=self.form)
 
 
 @identity.register

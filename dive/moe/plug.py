@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dive.config import LoRAConfig
-from dive.model.families import decoder_layers, moe_block
+from dive.model.families import moe_blocks, renormalises
 from dive.moe import experts as experts_module
 from dive.moe.experts import GroupedLoRA, stock_implementation
 from dive.moe.router import Router
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
     """Put a :class:`Router` in the place of every stock router, sharing its weight; a second call changes nothing."""
     experts_module.register()
-    for number in range(len(decoder_layers(model))):
-        block = moe_block(model, number)
+    for block in moe_blocks(model):
         if not isinstance(block.gate, Router):
             block.gate = Router(
                 block.gate,
                 experts=model.config.num_experts,
                 top_k=model.config.num_experts_per_tok,
+                renormalise=renormalises(model.config),
                 noise=noise,
             )
     model.set_experts_implementation(experts_module.IMPLEMENTATION)
@@ -34,7 +34,7 @@ def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
 
 def use_stock_experts(model: "PreTrainedModel") -> None:
     """Run the experts by transformers' own code."""
-    width = moe_block(model, 0).experts.down_proj.shape[-1]
+    width = moe_blocks(model)[0].experts.down_proj.shape[-1]
     model.set_experts_implementation(stock_implementation(width, model.dtype))
 
 
@@ -45,8 +45,8 @@ def routers(model: "PreTrainedModel") -> list[Router]:
 
 def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
     """Give every layer's experts low-rank adapters on gate, up and down; a second call changes nothing."""
-    for number in range(len(decoder_layers(model))):
-        experts = moe_block(model, number).experts
+    for block in moe_blocks(model):
+        experts = block.experts
         if hasattr(experts, "lora_gate"):
             continue
         width, hidden = experts.intermediate_dim, experts.hidden_dim
@@ -120,8 +120,7 @@ def unplug(model: "PreTrainedModel") -> None:
         owner.lora_hook.remove()
         del owner.lora, owner.lora_hook
     biased = False
-    for number in range(len(decoder_layers(model))):
-        block = moe_block(model, number)
+    for block in moe_blocks(model):
         if hasattr(block.experts, "lora_gate"):
             experts = block.experts
             width = experts.down_proj.shape[-1]

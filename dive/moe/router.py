@@ -12,13 +12,16 @@ from torch.nn import functional
 from dive.config import Gate, Mode
 from dive.moe.balance import overload, z_loss
 
+COLDEST = 0.05
+"""Temperature at which ``Gate.annealed`` ends."""
+
 
 class Router(nn.Module):
     """Takes the place of a stock router and gives its weight back.
 
-    In ``sparse`` mode it computes what the stock router does: softmax over all experts, the K largest, renormalised. In
-    ``dense`` mode every expert runs and the gate is softmax(logits / temperature). In training, and with ``noise`` > 0,
-    logits += randn · softplus(noise weight · x) · noise, as in the paper.
+    In ``sparse`` mode it computes what the stock router does: softmax over all experts, the K largest, renormalised if the
+    stock router does that. In ``dense`` mode every expert runs and the gate is softmax(logits / temperature). In training,
+    and with ``noise`` > 0, logits += randn · softplus(noise weight · x) · noise, as in the paper.
 
     Training in sparse mode may weight the selected experts otherwise, see :class:`dive.config.Gate`: the renormalised gate
     of a single expert is 1 and its gradient exactly 0. Evaluation always is what the stock router does.
@@ -28,18 +31,19 @@ class Router(nn.Module):
     entropy: Tensor
     tokens: Tensor
 
-    def __init__(self, stock: Any, *, experts: int, top_k: int, noise: float = 0.0) -> None:
+    def __init__(self, stock: Any, *, experts: int, top_k: int, renormalise: bool = True, noise: float = 0.0) -> None:
         super().__init__()
         self.weight: nn.Parameter = stock.weight
         self.noise_weight = nn.Parameter(torch.zeros_like(self.weight)) if noise > 0 else None
         self.noise = noise
         self.experts = experts
         self.top_k = top_k
+        self.renormalise = renormalise
         self.mode = Mode.sparse
         self.temperature = 1.0
         self.gate = Gate.renormalised
         self.exponent = 1.0
-        """Of the probability in ``Gate.switch``."""
+        """Share of the stage that is left: of the probability in ``Gate.switch``, temperature in ``Gate.annealed``."""
         self.balance, self.max_load, self.z_loss = 0.0, 1.0, 0.0
         self.penalty: Tensor | None = None
         """Of the last recorded forward pass in training; holds the pass's graph until it is taken."""
@@ -67,23 +71,33 @@ class Router(nn.Module):
         if self.mode is Mode.dense:
             gates = probabilities
             chosen = torch.arange(self.experts, device=rows.device).expand(len(rows), -1)
+        elif self.training and self.renormalise and self.gate is Gate.annealed:
+            highest, chosen = torch.topk(logits.float(), min(2, self.experts), dim=-1)
+            gates = torch.softmax(highest / max(self.exponent, COLDEST), dim=-1)
         else:
             selected, chosen = torch.topk(probabilities, self.top_k, dim=-1)
-            if self.top_k == 1:
+            if not self.renormalise:
+                gates = selected
+            elif self.top_k == 1:
                 # Divided by itself its gradient would be rounding errors, and Adam makes whole steps of those.
                 gates = 1.0 + 0.0 * selected
             else:
                 gates = selected / selected.sum(dim=-1, keepdim=True)
-            if self.training and self.gate is Gate.straight_through:
+            if not (self.training and self.renormalise):
+                pass
+            elif self.gate is Gate.straight_through:
                 gates = gates + selected - selected.detach()
-            elif self.training and self.gate is Gate.switch:
+            elif self.gate is Gate.switch:
                 gates = gates * selected.sum(dim=-1, keepdim=True) ** self.exponent
         if self.training:
+            served = (
+                chosen if self.mode is Mode.dense else chosen[:, : self.top_k]
+            )  # without the second of an annealed gate
             # Computed even if not kept: a checkpointed layer must save the same tensors when it runs again.
-            penalty = self._penalty(logits, probabilities, chosen)
+            penalty = self._penalty(logits, probabilities, served)
             if self.recording:
                 self.penalty = penalty
-                self._observe(probabilities.detach(), gates.detach(), chosen)
+                self._observe(probabilities.detach(), gates.detach(), served)
         return logits, gates.to(logits.dtype) if self.rounds_gates else gates, chosen
 
     def take_penalty(self) -> Tensor | None:

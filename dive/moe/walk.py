@@ -27,7 +27,7 @@ Shown = TypeVar("Shown", covariant=True)
 
 
 class Walk(Protocol[Shown]):
-    """For each layer in turn: :meth:`read`, or :meth:`skip` where its experts are there; then :meth:`leave`."""
+    """For each layer in turn: :meth:`read`, or :meth:`skip` where its experts are there; then :meth:`leave`. Or :meth:`keep`."""
 
     def read(self, number: int) -> Shown:
         """What a construction is shown of the layer that comes next."""
@@ -37,6 +37,9 @@ class Walk(Protocol[Shown]):
 
     def leave(self, layer: ExpertLayer) -> None:
         """Go on from the layer, whose experts are these."""
+
+    def keep(self, number: int) -> None:
+        """Let the tokens pass through the layer that comes next, which stays dense, and go on from it."""
 
 
 # ------------------------------------------------------------------------------------------------------ from statistics
@@ -93,7 +96,7 @@ class StatisticsWalk:
             parts,
             batch=batch,
             second_moments=refits,
-            inputs=-(-moe.distillation.tokens // len(groups)) if moe.distils else 0,
+            inputs=-(-moe.distillation.tokens // len(groups)) if moe.distils or moe.scales else 0,
             taylor=pruning.metric is Metric.taylor,
             active_channels=0 if moe.coactivation is None else moe.coactivation.active_channels,
             seed=seed,
@@ -114,6 +117,10 @@ class StatisticsWalk:
     def leave(self, layer: ExpertLayer) -> None:
         """What the experts are changes nothing for the layers after it."""
 
+    def keep(self, number: int) -> None:
+        """Let the tokens pass."""
+        self.skip(number)
+
 
 class GivenStatistics:
     """Shows statistics of all layers that are there already, of :func:`dive.collect_statistics`."""
@@ -129,6 +136,9 @@ class GivenStatistics:
         """Nothing passes."""
 
     def leave(self, layer: ExpertLayer) -> None:
+        """Nothing passes."""
+
+    def keep(self, number: int) -> None:
         """Nothing passes."""
 
 
@@ -176,7 +186,7 @@ class TokenWalk:
         """
         assert moe.refined is not None
         settings, batches = moe.refined, [part for group in groups for part in group.split(batch)]
-        self._model, self._top_k, self._correction = model, moe.top_k, settings.correction
+        self._model, self._moe, self._correction = model, moe, settings.correction
         self._dense = Track(model, batches)
         self._rebuilt = Track(model, batches) if settings.sequential else self._dense
         grouped = len(groups) > 1 and settings.start is None
@@ -214,8 +224,16 @@ class TokenWalk:
             self._before = likeliest_experts(layer, inputs)
         if self._rebuilt is not self._dense:
             stored = convert(layer, torch.float32, self._model.device)
-            block = partial(layer_output, stored, self._act, top_k=self._top_k)
+            block = partial(layer_output, stored, self._act, top_k=self._moe.top_k, gates=self._moe.gates)
             self._rebuilt.add(_in_chunks(block, inputs, self._model.device))
+        self._inputs = torch.empty(0)
+
+    def keep(self, number: int) -> None:
+        """Both tracks take what the dense FFN makes of their own."""
+        inputs, _ = self._meet(number, wanted=False)
+        if self._rebuilt is not self._dense:
+            full = partial(dense_output, float32(ffn(self._model, number)))
+            self._rebuilt.add(_in_chunks(full, inputs, self._model.device))
         self._inputs = torch.empty(0)
 
     def _meet(self, number: int, *, wanted: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ and the loss are left out: together a few per cent of a layer whose width is in 
 Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, V vocabulary, T tokens of a sequence.
 """
 
-from dive.config import PARTS, Freezing, Mode, StageConfig
+from dive.config import PARTS, Freezing, StageConfig
 from dive.plan.parameters import Shapes
 
 
@@ -27,7 +27,7 @@ def dense_layer(s: Shapes, length: int) -> int:
 
 def sparse_layer(s: Shapes, length: int, *, active: int) -> int:
     """Of one decoder layer of the Mixture-of-Experts with ``active`` experts, a token."""
-    return attention(s, length) + 2 * s.router + 2 * active * s.expert
+    return attention(s, length) + 2 * s.router + 2 * s.beside + 2 * active * s.expert
 
 
 def head(s: Shapes) -> int:
@@ -42,7 +42,7 @@ def dense_forward(s: Shapes, length: int) -> int:
 
 def sparse_forward(s: Shapes, length: int, *, active: int) -> int:
     """Of the Mixture-of-Experts, a token."""
-    return s.layers * sparse_layer(s, length, active=active) + head(s)
+    return s.sparse * sparse_layer(s, length, active=active) + s.kept * dense_layer(s, length) + head(s)
 
 
 def training(s: Shapes, stage: StageConfig, length: int, *, checkpointing: bool) -> int:
@@ -51,16 +51,16 @@ def training(s: Shapes, stage: StageConfig, length: int, *, checkpointing: bool)
     The backward pass takes the gradients of activations down to the lowest trained tensor, and those of the trained weights;
     frozen weights have none.
     """
-    active = s.experts if stage.mode is Mode.dense else s.top_k
+    active = stage.active(experts=s.experts, top_k=s.top_k)
     chosen: dict[str, Freezing] = {part: getattr(stage.train, part) for part in PARTS}
     full = {
-        "router": s.layers * _routers(s),
-        "experts": s.layers * active * s.expert,
+        "router": s.sparse * _routers(s),
+        "experts": s.sparse * (active * s.expert + s.shared_expert),
         "attention": s.layers * s.attention,
         "head": s.vocabulary * s.hidden,
     }
     adapters = {
-        "experts": s.layers * active * s.expert_adapters,
+        "experts": s.sparse * (active * s.expert_adapters + s.shared_adapters),
         "attention": s.layers * 2 * s.rank * (2 * s.hidden + s.queries + s.keys),
         "embeddings": s.rank * s.hidden,  # A is looked up
         "head": s.rank * (s.vocabulary + s.hidden),
@@ -70,8 +70,10 @@ def training(s: Shapes, stage: StageConfig, length: int, *, checkpointing: bool)
     backward = 4 * sum(adapted.values())
     backward += sum(2 * full.get(part, 0) for part, choice in chosen.items() if choice is Freezing.full)
     if any(choice is not Freezing.frozen for part, choice in chosen.items() if part != "head"):
-        layer = 2 * s.attention + 2 * scores(s, length) + 2 * _routers(s) + 2 * active * s.expert
-        backward += s.layers * layer - _below(s, chosen, length, active) + head(s)
+        experts = s.sparse * (2 * _routers(s) + 2 * s.beside + 2 * active * s.expert) + s.kept * 2 * s.ffn
+        backward += (
+            s.layers * (2 * s.attention + 2 * scores(s, length)) + experts - _below(s, chosen, length, active) + head(s)
+        )
         if checkpointing:
             forward += forward - head(s)
     return forward + backward

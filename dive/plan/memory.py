@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Freezing, Mode, StageConfig, Storage, Strategy
+from dive.config import SHARD_BYTES, Freezing, StageConfig, Storage, Strategy
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -138,6 +138,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     s, domains, moe = job.shapes, job.config.calibration_domains, job.config.moe
     tokens = domains.batch * domains.length
     sums = (groups + 2) * construction.moment_bytes(s) if job.refits else 0  # two more while one is added
+    sums *= 2 if s.shared_width and experts > 1 else 1  # again, of the channels that the shared expert leaves
     sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
@@ -161,6 +162,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
         rest["second moments"] = 0.0  # of one expert at a time, and counted there
         rest["refinement"] = float(construction.refine_device_bytes(s, refined))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
+        host["refinement"] += 4.0 * sequences * domains.length * s.hidden if s.shared_width else 0.0  # targets again
     return _memory(job, rest, host, first=job.streamed)
 
 
@@ -191,18 +193,19 @@ def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False)
     indexed = config.retrain.storage is Storage.indexed and not exported
     own = s.total + s.biases
     if indexed:
-        slices = moe.construction in ("plain", "upcycle") and not job.refits
-        own -= s.layers * s.experts * (s.expert if slices else s.expert * 2 // 3)
+        slices = moe.construction in ("plain", "upcycle") and not job.refits and s.renormalised
+        own -= s.sparse * s.experts * (s.expert if slices else s.expert * 2 // 3)
     whole = config.trainer.strategy in (Strategy.single, Strategy.ddp)
     if stage is not None and (
         indexed or (stage.teacher.wanted and whole)
     ):  # what it leaves frozen is the dense model's
         own -= s.layers * s.attention if stage.train.attention is not Freezing.full else 0
+        own -= s.kept * s.ffn
         own -= s.vocabulary * s.hidden if stage.train.embeddings is not Freezing.full else 0
         own -= s.vocabulary * s.hidden if stage.train.head is not Freezing.full and not s.tied else 0
     found["Mixture-of-Experts"] = float(job.weight * own)
     if indexed:
-        found["indices"] = 8.0 * s.layers * s.experts * s.width
+        found["indices"] = 8.0 * s.sparse * s.experts * s.width
         found["one layer's gathered experts"] = float(job.weight * s.experts * s.expert // 3)
     return found
 
@@ -263,7 +266,7 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
     s, config = job.shapes, job.config
     compute = BYTES[job.training_dtype]
     residual = max(compute, job.trained_weight)
-    active = s.experts if stage.mode is Mode.dense else s.top_k
+    active = stage.active(experts=s.experts, top_k=s.top_k)
     weights_trained = stage.train.experts is not Freezing.frozen
     adapted = stage.train.experts is Freezing.lora
     dropping = adapted and config.retrain.lora.dropout > 0
@@ -274,14 +277,16 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
         of_experts = active * ((2 + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
     else:
         of_experts = active * 3 * s.width
+    of_experts += (3 + weights_trained) * s.shared_width
     if adapted:
         of_experts += active * 3 * s.rank
     if dropping:
         of_experts += active * (2 * s.hidden + s.width)
     layer = tokens * (residual * of_residual + compute * (of_attention + of_experts))
+    kept = tokens * (residual * of_residual + compute * (of_attention + 3 * s.channels)) if s.kept else 0.0
     if config.trainer.gradient_checkpointing:
-        return {"activations": float(s.layers * tokens * residual * s.hidden + layer)}
-    return {"activations": float(s.layers * layer)}
+        return {"activations": float(s.layers * tokens * residual * s.hidden + max(layer, kept))}
+    return {"activations": float(s.sparse * layer + s.kept * kept)}
 
 
 def export(job: Job) -> Memory:

@@ -17,7 +17,8 @@ from dive.config import (
     MoEConfig,
     StageConfig,
 )
-from dive.model.families import twin_of
+from dive.model.families import chosen_twin
+from dive.model.families.twin import Form
 from dive.retrain.training import idle_routers
 
 
@@ -26,11 +27,15 @@ class Shapes:
     """Sizes that everything else is computed from."""
 
     layers: int
+    kept: int
+    """Layers that stay dense."""
     hidden: int
     channels: int
     width: int
     experts: int
     top_k: int
+    renormalised: bool
+    """Whether gates of chosen experts sum to one."""
     queries: int
     """Q"""
     keys: int
@@ -39,11 +44,24 @@ class Shapes:
     tied: bool
     head_norms: int
     """Weights of the norms on query and key heads, a layer."""
+    dense_biases: int
+    """Of queries, keys and values, a layer of the dense model."""
+    qkv_biases: int
+    """The same of the Mixture-of-Experts, which may have zeros there."""
+    beside: int
+    """Weights of a sparse block beside router and experts."""
+    shared_width: int
+    """Channels of the shared expert, 0 if there is none."""
     noise: bool
     """Whether routers have noise weights in training."""
     bias: bool
     """Whether experts have FLAP's bias."""
     rank: int
+
+    @property
+    def sparse(self) -> int:
+        """Layers with experts."""
+        return self.layers - self.kept
 
     @property
     def attention(self) -> int:
@@ -61,25 +79,30 @@ class Shapes:
         return 3 * self.hidden * self.width
 
     @property
+    def shared_expert(self) -> int:
+        """Weights of the shared expert of one layer, without its gate; 0 if there is none."""
+        return 3 * self.hidden * self.shared_width
+
+    @property
     def norms(self) -> int:
         """Weights of one layer's norms."""
         return 2 * self.hidden + self.head_norms
 
     @property
     def shared(self) -> int:
-        """Everything but FFNs, experts and routers."""
+        """Everything but FFNs, sparse blocks and biases."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return embeddings + self.hidden + self.layers * (self.attention + self.norms)
 
     @property
     def dense(self) -> int:
         """Parameters of the dense model."""
-        return self.shared + self.layers * self.ffn
+        return self.shared + self.layers * (self.dense_biases + self.ffn)
 
     @property
     def total(self) -> int:
         """Parameters of the Mixture-of-Experts as a stock class has them; ``results.json`` gives this number."""
-        return self.shared + self.layers * (self.router + self.experts * self.expert)
+        return self._always + self.sparse * self.experts * self.expert
 
     @property
     def router(self) -> int:
@@ -89,22 +112,33 @@ class Shapes:
     @property
     def active(self) -> int:
         """Of these, the parameters that one token meets: everything but the experts, and ``top_k`` of them."""
-        return self.shared + self.layers * (self.router + self.top_k * self.expert)
+        return self._always + self.sparse * self.top_k * self.expert
+
+    @property
+    def _always(self) -> int:
+        """Parameters of the Mixture-of-Experts that are no expert's."""
+        kept = self.kept * self.ffn
+        return self.shared + self.layers * self.qkv_biases + self.sparse * (self.router + self.beside) + kept
 
     @property
     def noise_weights(self) -> int:
         """What the routers have beside in training (``retrain.noise``)."""
-        return self.layers * self.router if self.noise else 0
+        return self.sparse * self.router if self.noise else 0
 
     @property
     def biases(self) -> int:
         """What the experts have beside with ``pruning.compensation=bias``, and in that export."""
-        return self.layers * self.router if self.bias else 0
+        return self.sparse * self.router if self.bias else 0
 
     @property
     def expert_adapters(self) -> int:
         """LoRA weights of one expert of one layer: A and B on gate, up and down."""
         return 3 * self.rank * (self.hidden + self.width)
+
+    @property
+    def shared_adapters(self) -> int:
+        """The same of the shared one."""
+        return 3 * self.rank * (self.hidden + self.shared_width) if self.shared_width else 0
 
 
 def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | None = None) -> Shapes:
@@ -114,21 +148,32 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         moe: in place of the configuration's own.
 
     Raises:
-        UserError: the pruning ratio leaves no channel, or all.
+        UserError: the pruning ratio leaves no channel, or all; or the model cannot become ``model.twin``.
     """
     moe = moe or config.moe
+    twin, form = chosen_twin(architecture.model_type, config.model.twin), Form.of(config)
+    twin.check_form(form, layers=architecture.num_hidden_layers)
+    width, shared = moe.widths(config.pruning, architecture.intermediate_size)
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_key_value_heads * architecture.head_dim
     return Shapes(
         layers=architecture.num_hidden_layers,
+        kept=len(form.dense_layers),
         hidden=architecture.hidden_size,
         channels=architecture.intermediate_size,
-        width=config.pruning.width(architecture.intermediate_size),
+        width=width,
         experts=moe.experts,
         top_k=moe.top_k,
-        queries=architecture.num_attention_heads * architecture.head_dim,
-        keys=architecture.num_key_value_heads * architecture.head_dim,
+        renormalised=not moe.scales,
+        queries=queries,
+        keys=keys,
         vocabulary=architecture.vocab_size,
         tied=architecture.tie_word_embeddings,
-        head_norms=twin_of(architecture.model_type).head_norms(architecture),
+        head_norms=twin.head_norms(architecture),
+        dense_biases=queries + 2 * keys if architecture.model_type in twin.biased else 0,
+        qkv_biases=queries + 2 * keys if twin.qkv_bias else 0,
+        beside=twin.weights_beside_experts(architecture, shared=shared),
+        shared_width=shared,
         noise=config.retrain.noise > 0,
         bias=config.pruning.compensation is Compensation.bias,
         rank=config.retrain.lora.rank,
@@ -138,10 +183,10 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
 def full_sizes(s: Shapes) -> dict[str, int]:
     """{part of the freezing policy: its parameters in training}, adapters apart; FLAP's biases are never trained."""
     return {
-        "router": s.layers * s.router + s.noise_weights,
-        "experts": s.layers * s.experts * s.expert,
+        "router": s.sparse * s.router + s.noise_weights,
+        "experts": s.sparse * (s.experts * s.expert + s.shared_expert),
         "norms": s.layers * s.norms + s.hidden,
-        "attention": s.layers * s.attention,
+        "attention": s.layers * (s.attention + s.qkv_biases),
         "embeddings": s.vocabulary * s.hidden,
         "head": 0 if s.tied else s.vocabulary * s.hidden,
     }
@@ -151,7 +196,7 @@ def adapter_sizes(s: Shapes) -> dict[str, int]:
     """{part: parameters of its low-rank adapters}."""
     linear = 2 * (s.hidden + s.queries) + 2 * (s.hidden + s.keys)
     return {
-        "experts": s.layers * s.experts * s.expert_adapters,
+        "experts": s.sparse * (s.experts * s.expert_adapters + s.shared_adapters),
         "attention": s.layers * s.rank * linear,
         "embeddings": s.rank * (s.vocabulary + s.hidden),
         "head": s.rank * (s.vocabulary + s.hidden),
@@ -180,7 +225,7 @@ def reached(s: Shapes, stages: Iterable[StageConfig]) -> int:
     found: dict[str, int] = {}
     for stage in stages:
         of_stage = trained(s, [stage.train])
-        if idle_routers(stage, experts=s.experts, top_k=s.top_k) is not None:
+        if idle_routers(stage, experts=s.experts, top_k=s.top_k, renormalised=s.renormalised) is not None:
             of_stage.pop("router", None)
         found |= of_stage
     return sum(found.values())

@@ -226,17 +226,18 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
     parts = [(job.dtype, float(tokens * s.layers * flops.dense_layer(s, domains.length)))]
     if refined is not None:
         work = construction.refine(s, refined, moe.distillation, tokens, domains.length)
-        parts.append(("float32", s.layers * work))
-        parts.append(("float64", float(s.layers * construction.refine_solves(s, refined, eliminates=job.eliminates))))
+        parts.append(("float32", s.sparse * work))
+        parts.append(("float64", float(s.sparse * construction.refine_solves(s, refined, eliminates=job.eliminates))))
     elif job.refits:
         each = construction.solve(s) + (construction.eliminate(s) if job.eliminates else 0)
-        parts.append(("float32", float(s.layers * construction.moments(s, tokens))))
-        parts.append(("float64", float(s.layers * experts * each)))
+        parts.append(("float32", float(s.sparse * construction.moments(s, tokens))))
+        parts.append(("float64", float(s.sparse * experts * each)))
     if refined is None and job.distils and experts > 1:
         sampled = min(moe.distillation.tokens, tokens)
         work = construction.router_fit(s, moe.distillation, sampled) + sampled * 2 * s.ffn  # whose output is the target
-        parts.append(("float32", float(s.layers * work)))
+        parts.append(("float32", float(s.sparse * work)))
     of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
+    of_layer += s.shared_expert * job.weight if experts > 1 else 0
     return Stage(
         name,
         "experts",
@@ -245,10 +246,10 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         memory.building(job, experts=experts, groups=groups, sequences=sequences, refined=refined),
         moved=moved,
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
-        clustered=float(s.layers * construction.kmeans(s, tokens))
+        clustered=float(s.sparse * construction.kmeans(s, tokens))
         if job.clusters_tokens and refined is not None
         else 0.0,
-        written=float(s.layers * of_layer),
+        written=float(s.sparse * of_layer),
     )
 
 
@@ -282,12 +283,15 @@ def _retraining(job: Job, name: str, stage: StageConfig, before: list[StageConfi
 def _evaluation(job: Job) -> Stage:
     """Every model of the run: dense, one pruned expert, reconstructed, and each retrained stage's."""
     s, config = job.shapes, job.config
-    pruned = s.dense - s.layers * (s.ffn - s.expert)
+    pruned = s.dense - s.sparse * (s.ffn - s.expert - s.shared_expert)
     count = tokens = 0.0
     for windows, length in [*job.evaluation_windows, *job.tasks]:
         each = windows * length
         sparse = flops.sparse_forward(s, length, active=s.top_k)
-        single = flops.head(s) + s.layers * (flops.attention(s, length) + 2 * s.expert + 2 * s.hidden)
+        single = flops.head(s) + s.sparse * (
+            flops.attention(s, length) + 2 * (s.expert + s.shared_expert) + 2 * s.hidden
+        )
+        single += s.kept * flops.dense_layer(s, length)
         models = 1 + len(config.retrain.stages)
         count += each * (flops.dense_forward(s, length) + single + models * sparse)
         tokens += each * (2 + models)

@@ -121,7 +121,7 @@ def construction_rows(plan: Plan) -> tuple[str, list[tuple[str, str, str, str, s
         (
             what,
             operations(number),
-            operations(number * s.layers),
+            operations(number * s.sparse),
             size(on_device) if on_device else "–",
             size(on_host) if on_host else "–",
         )

@@ -65,6 +65,23 @@ class ChannelStatistics:
             coactivation=pick(self.coactivation),
         )
 
+    def of_channels(self, kept: Tensor) -> "ChannelStatistics":
+        """Statistics of some channels, by a mask (F,) bool."""
+        index = kept.to(self.mean.device).nonzero()[:, 0]
+
+        def square(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, index][:, :, index]
+
+        return ChannelStatistics(
+            count=self.count,
+            mean=self.mean[:, index],
+            squared_deviations=self.squared_deviations[:, index],
+            second_moment=square(self.second_moment),
+            inputs=self.inputs,
+            taylor=None if self.taylor is None else self.taylor[:, index.to(self.taylor.device)],
+            coactivation=square(self.coactivation),
+        )
+
     def __add__(self, other: "ChannelStatistics") -> "ChannelStatistics":
         if self.count == 0 or other.count == 0:
             return other if self.count == 0 else self

@@ -236,6 +236,7 @@ def figures(results: Results, curves: Sequence[dict[str, Any]]) -> dict[str, Any
         "domains": domain_rows(results),
         "affinity": affinity_figure(results),
         "overlap": results.overlap,
+        "layers": None if results.routing is None else results.routing.layers,
         "routing": None if results.routing is None else results.routing.share_by_layer,
         "curves": curves,
     }

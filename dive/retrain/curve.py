@@ -25,6 +25,8 @@ class Curve:
     """(L, E) float32, share of each expert in its layer's load."""
     entropy: list[Tensor] = field(default_factory=list)
     """(L,) float32, mean entropy of the gate in nats."""
+    layers: list[int] | None = None
+    """Numbers of the L layers with routers; from 0 on if none."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -38,14 +40,17 @@ class Curve:
             seconds=tensors["seconds"].tolist(),
             load=list(tensors["load"]),
             entropy=list(tensors["entropy"]),
+            layers=tensors["layers"].tolist() if "layers" in tensors else None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """For files: loss, learning_rate and seconds (S,) float64, load (S, L, E) and entropy (S, L) float32."""
+        """For files: loss, learning_rate and seconds (S,) float64, load (S, L, E) and entropy (S, L) float32, layers (L,)."""
         columns = {"loss": self.loss, "learning_rate": self.learning_rate, "seconds": self.seconds}
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
         for name, rows in (("load", self.load), ("entropy", self.entropy)):
             found[name] = torch.stack(rows) if rows else torch.zeros(0)
+        if self.layers is not None:
+            found["layers"] = torch.tensor(self.layers)
         return found
 
     def point(self, every: int, *, tokens: int) -> dict[str, float]:
@@ -75,7 +80,7 @@ class Curve:
         }
         load = torch.stack(self.load[start:end]).double().mean(dim=0).tolist()
         entropy = torch.stack(self.entropy[start:end]).double().mean(dim=0).tolist()
-        for number, shares in enumerate(load):
-            values[f"router_entropy/layer_{number:02d}"] = entropy[number]
+        for number, shares, nats in zip(self.layers or range(len(load)), load, entropy, strict=True):
+            values[f"router_entropy/layer_{number:02d}"] = nats
             values |= {f"expert_load/layer_{number:02d}/expert_{e}": share for e, share in enumerate(shares)}
         return values

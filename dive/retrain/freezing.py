@@ -7,7 +7,7 @@ from rich.table import Table
 
 from dive.config import PARTS, Freezing, FreezingConfig, LoRAConfig
 from dive.errors import require
-from dive.model.families import attention_projections, decoder_layers, part_of
+from dive.model.families import UNTRAINED, attention_projections, decoder_layers, part_of, shared_projections
 from dive.moe.plug import plug_expert_lora, plug_linear_lora
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def apply_policy(
     """
     plug_adapters(model, policy, lora)
     for name, parameter in model.named_parameters():
-        choice: Freezing = getattr(policy, part_of(model, name))
+        part = part_of(model, name)
+        choice = Freezing.frozen if part == UNTRAINED else getattr(policy, part)
         if name.endswith("down_bias"):
             parameter.requires_grad_(False)  # FLAP's bias is not trained, as in the paper
         else:
@@ -52,6 +53,8 @@ def plug_adapters(model: "PreTrainedModel", policy: FreezingConfig, lora: LoRACo
     """Give the parts under ``lora`` their adapters; existing ones are kept."""
     if policy.experts is Freezing.lora:
         plug_expert_lora(model, lora)
+        for module in shared_projections(model):
+            plug_linear_lora(module, lora)
     if policy.attention is Freezing.lora:
         for layer in range(len(decoder_layers(model))):
             for module in attention_projections(model, layer):
@@ -69,20 +72,21 @@ def is_adapter(name: str) -> bool:
 
 
 def trained_table(model: "PreTrainedModel", *, idle_routers: bool = False) -> list[tuple[str, int, int]]:
-    """(part, parameters, of which trained) for every part of the policy.
+    """(part, parameters, of which trained) for every part of the policy, and what no policy speaks of where there is any.
 
     Args:
         idle_routers: no gradient reaches the routers, so that they do not count as trained.
     """
-    totals = dict.fromkeys(PARTS, 0)
-    trained = dict.fromkeys(PARTS, 0)
+    parts = (*PARTS, UNTRAINED)
+    totals = dict.fromkeys(parts, 0)
+    trained = dict.fromkeys(parts, 0)
     for name, parameter in model.named_parameters():
         part = part_of(model, name)
         totals[part] += parameter.numel()
         trained[part] += parameter.numel() if parameter.requires_grad else 0
     if idle_routers:
         trained["router"] = 0
-    return [(part, totals[part], trained[part]) for part in PARTS]
+    return [(part, totals[part], trained[part]) for part in parts if part in PARTS or totals[part]]
 
 
 def trained_parameters_table(stage: str, rows: Sequence[tuple[str, int, int]]) -> Table:

@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from dive.errors import UserError
-from dive.model.families import decoder_layers
+from dive.model.families import decoder_layers, sparse_layers
 from dive.moe.plug import routers
 from dive.retrain.corpus import BlockRange, Blocks
 from dive.retrain.curve import Curve
@@ -70,7 +70,7 @@ class MoERetraining(lightning.LightningModule):
         self.teacher = [teacher] if teacher is not None else []  # in a list: no submodule, not saved, not sharded
         self.steps = training.steps
         self.trained_names = {f"model.{n}" for n, p in model.named_parameters() if p.requires_grad}
-        self.curve = Curve()
+        self.curve = Curve(layers=sparse_layers(model.config))
         self.text_loss = MeanMetric(sync_on_compute=False, nan_strategy="disable").set_dtype(torch.float64)
         """Of the passes of the step under way; reduced over the processes with the rest of what is recorded."""
         self._learning_rate = 0.0

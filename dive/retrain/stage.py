@@ -14,7 +14,7 @@ from dive import preemption
 from dive.config import Config, Freezing, Storage, Strategy
 from dive.errors import UserError
 from dive.logger.build import build_stage_loggers
-from dive.model.families import decoder_layers, part_of
+from dive.model.families import decoder_layers, part_of, renormalises
 from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers
 from dive.progress import show
@@ -197,7 +197,8 @@ def fit(
 
 
 def _idle(config: "PretrainedConfig", training: Training) -> str | None:
-    return idle_routers(training.stage, experts=config.num_experts, top_k=config.num_experts_per_tok)
+    experts, top_k = config.num_experts, config.num_experts_per_tok
+    return idle_routers(training.stage, experts=experts, top_k=top_k, renormalised=renormalises(config))
 
 
 def _run(module: MoERetraining, execution: Execution, partial: Path) -> None:

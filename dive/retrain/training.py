@@ -137,16 +137,17 @@ def optimiser_steps(stage: StageConfig, length: int) -> int:
     return -(-stage.tokens // (stage.batch * length))
 
 
-def idle_routers(stage: StageConfig, *, experts: int, top_k: int) -> str | None:
+def idle_routers(stage: StageConfig, *, experts: int, top_k: int, renormalised: bool) -> str | None:
     """Why no gradient reaches the routers in a stage, or none where one does.
 
     Args:
         experts: of each layer.
         top_k: experts a token in sparse mode.
+        renormalised: whether their gates sum to one.
     """
     if experts == 1:  # its router is zero, where z_loss has no gradient either
         return "there is one expert"
-    if stage.z_loss or stage.mode is Mode.dense or top_k > 1 or stage.gate is not Gate.renormalised:
+    if not renormalised or stage.z_loss or stage.mode is Mode.dense or top_k > 1 or stage.gate is not Gate.renormalised:
         return None
     if stage.balance and stage.max_load < experts:  # the largest load of all is `experts` times the mean
         return None

@@ -60,7 +60,8 @@ def test_summary_by_hand() -> None:
         {
             "a": torch.tensor([[1.0, 0.0], [0.5, 0.5]]),
             "b": torch.tensor([[0.5, 0.5], [0.5, 0.5]]),
-        }
+        },
+        [0, 2],
     )
     summary = routing.summary()
     assert routing.load.tolist() == [[0.75, 0.25], [0.5, 0.5]]

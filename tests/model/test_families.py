@@ -23,8 +23,10 @@ from dive.config import PARTS
 from dive.errors import UserError
 from dive.model.families import (
     KNOWN,
+    SUPPORTED,
     TWINS,
     check_supported,
+    chosen_twin,
     decoder_layers,
     empty_moe,
     ffn,
@@ -40,7 +42,7 @@ from tests.model.families.checks import check_twin
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPT2Config(), "model_type 'gpt2' is not supported; choose one of llama, mistral, qwen3"),
+        (GPT2Config(), "model_type 'gpt2' is not supported; choose one of llama, mistral, qwen3, qwen2"),
         (LlamaConfig(attention_bias=True), "attention_bias=true has no place"),
         (LlamaConfig(mlp_bias=True), "mlp_bias=true has no place"),
     ],
@@ -73,7 +75,7 @@ def test_the_twins_configuration(dense: PreTrainedModel) -> None:
         "eos_token_id",
     ):
         assert getattr(config, name) == getattr(dense.config, name), name
-    assert config.sliding_window == getattr(dense.config, "sliding_window", None)
+    assert (config.sliding_window or None) == getattr(dense.config, "sliding_window", None)
     # Through the file and back, and into a model.
     again = AutoConfig.for_model(**config.to_dict())
     assert again.rope_parameters == dense.config.rope_parameters
@@ -99,11 +101,12 @@ def test_every_parameter_has_its_part(dense: PreTrainedModel) -> None:
     model = empty_moe(moe_config(dense.config, width=24, experts=4, top_k=2), torch.float32)
     parts = {name: part_of(model, name) for name, _ in model.named_parameters()}
     tied = dense.config.tie_word_embeddings
-    assert set(parts.values()) == set(PARTS) - ({"head"} if tied else set())
+    assert set(parts.values()) - {"ffn"} == set(PARTS) - ({"head"} if tied else set())
     for name, part in parts.items():
         end = name.rsplit(".", 1)[0]
         assert part == (
-            "norms" if end.endswith("norm")
+            "ffn" if "shared_expert" in name
+            else "norms" if end.endswith("norm")
             else "attention" if end.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
             else "router" if end.endswith("gate")
             else "experts" if "experts" in name
@@ -128,11 +131,53 @@ def test_an_empty_twin(dtype: torch.dtype) -> None:
 
 
 def test_a_model_type_leads_to_its_twin() -> None:
-    assert [twin_of(name).name for name in ("llama", "mistral", "qwen3")] == ["mixtral", "mixtral", "qwen3_moe"]
+    assert [twin_of(name).name for name in ("llama", "mistral", "qwen3", "qwen2")] == [
+        *("mixtral", "mixtral", "qwen3_moe", "qwen2_moe")
+    ]
     assert all(twin_of(twin.name) is twin for twin in TWINS)
     assert len(set(KNOWN)) == len(KNOWN)  # or one twin would hide another
     with pytest.raises(ValueError, match="'gpt2' belongs to no family"):
         twin_of("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "found"),
+    [
+        ("llama", "auto", "mixtral"),
+        ("llama", "mixtral", "mixtral"),
+        ("mistral", "qwen2_moe", "qwen2_moe"),
+        ("qwen3", "qwen3_moe", "qwen3_moe"),
+        ("llama", "qwen3_moe", "auto, mixtral, qwen2_moe"),
+        ("qwen3", "mixtral", "auto, qwen3_moe"),
+        ("qwen2", "Mixtral", "auto, qwen2_moe"),
+    ],
+)
+def test_a_twin_is_chosen_among_those_of_the_dense_model(model_type: str, name: str, found: str) -> None:
+    if ", " not in found:
+        assert chosen_twin(model_type, name).name == found
+        return
+    with pytest.raises(UserError, match=f"^model.twin={name}: .* '{model_type}' .*; choose one of {found}$"):
+        chosen_twin(model_type, name)
+
+
+def test_all_twins_of_a_dense_model_know_it_alike() -> None:
+    """Nobody chooses one to run the dense model."""
+    of_dense = (
+        "embeddings",
+        "layers",
+        "rotary",
+        "norm",
+        "head",
+        "attention",
+        "ffn",
+        "projections",
+        "activation",
+        "head_dim",
+    )
+    for name in SUPPORTED:
+        twins = [twin for twin in TWINS if name in twin.dense]
+        assert len({tuple(getattr(twin, place) for place in of_dense) for twin in twins}) == 1
+        assert len({name in twin.biased for twin in twins}) == 1
 
 
 PACKAGE = Path(dive.__file__).parent

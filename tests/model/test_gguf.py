@@ -125,6 +125,8 @@ def stored(directory: str | Path) -> dict[str, Tensor]:
 def test_every_family_comes_back(
     dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, tokens: Callable[..., Tensor]
 ) -> None:
+    if dense.config.model_type == "qwen2":
+        pytest.skip("not read from GGUF files")
     file = write_gguf(tmp_path / "dense.gguf", dense, tokenizer)
     model, loaded = dive.load_dense(str(file), device="cpu", store=str(tmp_path / "store"))
     expected = dense.state_dict()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MixtralForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel
 
 from dive.affinity.matrix import pruned_in_place
 from dive.api import reconstruct
@@ -24,7 +24,7 @@ from dive.config import (
     UpcycleConfig,
 )
 from dive.errors import UserError
-from dive.model.families import copy_shared_weights, decoder_layers, ffn, moe_block
+from dive.model.families import copy_shared_weights, decoder_layers, ffn, moe_block, moe_class
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
 from dive.moe.constructions.random_split import split_masks
@@ -65,7 +65,7 @@ def test_experts_without_the_channels_that_never_fire_are_the_dense_model(
     moe = reconstruct(
         dense, groups_of(dense, tokens), ratio=DEAD / 48, top_k=top_k, compensation=compensation, router_init="random"
     )
-    assert type(moe) is (Qwen3MoeForCausalLM if dense.config.model_type == "qwen3" else MixtralForCausalLM)
+    assert type(moe) is moe_class(moe.config)
     assert moe_block(moe, 0).experts.down_proj.shape == (3, 32, 48 - DEAD)
     ids = tokens(3, 20, seed=9)
     # The ridge draws the refit towards the weights that were there, so it is exact too.
@@ -93,7 +93,7 @@ def test_everything_but_the_ffns_is_the_dense_models(dense: PreTrainedModel, tok
     assert (moe.lm_head.weight is moe.model.embed_tokens.weight) is tied
     assert moe.lm_head.weight.data_ptr() != dense.lm_head.weight.data_ptr()
     for name in ("num_key_value_heads", "rope_parameters", "rms_norm_eps", "head_dim", "max_position_embeddings"):
-        assert getattr(moe.config, name) == getattr(dense.config, name), name
+        assert getattr(moe.config, name, None) == getattr(dense.config, name, None), name
     assert moe.config.num_experts_per_tok == 2
     assert not any(parameter.requires_grad for parameter in moe.parameters())
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import MixtralConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from dive.api import reconstruct
@@ -34,6 +35,14 @@ def stock_router(family: str, top_k: int) -> torch.nn.Module:
     return router
 
 
+def unnormalised_router(top_k: int) -> torch.nn.Module:
+    router: torch.nn.Module = Qwen2MoeTopKRouter(
+        Qwen2MoeConfig(hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=top_k, norm_topk_prob=False)
+    )
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
+
+
 def rows(count: int = 10) -> Tensor:
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(1))
 
@@ -47,6 +56,37 @@ def test_sparse_mode_is_the_stock_router(family: str, top_k: int) -> None:
         ours.train(training)
         for found, expected in zip(ours(rows()), stock(rows()), strict=True):
             assert torch.equal(found, expected)
+
+
+def test_an_annealed_gate_by_hand() -> None:
+    router, gates, selected, gradient = trained_gate(Gate.annealed, 1, exponent=0.5)
+    assert gates.shape[1] == 2
+    torch.testing.assert_close(gates, selected**2 / (selected**2).sum(dim=1, keepdim=True))  # softmax(log p / 0.5)
+    assert float(gradient.abs().max()) > 1e-2
+    load, _ = router.take_observations()
+    first = torch.nn.functional.one_hot(router.eval()(rows())[2][:, 0], EXPERTS).float().mean(dim=0)
+    torch.testing.assert_close(load, first)  # of the expert that the model will have
+    _, gates, selected, _ = trained_gate(Gate.annealed, 1, exponent=0.0)  # as cold as it gets
+    torch.testing.assert_close(gates, torch.softmax(selected.log() / 0.05, dim=1))
+
+
+@pytest.mark.parametrize("gate", list(Gate))
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gates_that_are_probabilities_are_the_stock_routers_and_teach_it(top_k: int, gate: Gate) -> None:
+    stock = unnormalised_router(top_k)
+    ours = Router(stock, experts=EXPERTS, top_k=top_k, renormalise=False)
+    ours.gate = gate
+    for training in (True, False):
+        ours.train(training)
+        for found, expected in zip(ours(rows()), stock(rows()), strict=True):
+            assert torch.equal(found, expected)
+    gradients = []
+    for router in (ours, stock):
+        stock.weight.grad = None
+        router(rows())[1].square().sum().backward()
+        gradients.append(stock.weight.grad)
+    assert gradients[0].abs().max() > 1e-3
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -179,7 +219,7 @@ def trained_gate(gate: Gate, top_k: int, exponent: float = 1.0) -> tuple[Router,
     router = Router(stock_router("mixtral", top_k), experts=EXPERTS, top_k=top_k).train()
     router.gate, router.exponent = gate, exponent
     logits, gates, chosen = router(rows())
-    (gates * torch.arange(1, top_k + 1)).sum().backward()
+    (gates * torch.arange(1, gates.shape[1] + 1)).sum().backward()
     assert router.weight.grad is not None
     return router, gates, torch.softmax(logits, dim=-1).gather(1, chosen), router.weight.grad
 

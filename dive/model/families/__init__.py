@@ -9,20 +9,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dive.errors import UserError
+from dive.config import AUTO
+from dive.errors import UserError, require
 from dive.model.families.mixtral import Mixtral
+from dive.model.families.qwen2_moe import Qwen2Moe
 from dive.model.families.qwen3_moe import Qwen3Moe
-from dive.model.families.twin import Twin
+from dive.model.families.twin import UNTRAINED as UNTRAINED
+from dive.model.families.twin import Form, Twin
 
 if TYPE_CHECKING:  # the plan imports this without torch
     import torch
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-TWINS: tuple[Twin, ...] = (Mixtral(), Qwen3Moe())
-"""What dense models can become."""
+TWINS: tuple[Twin, ...] = (Mixtral(), Qwen3Moe(), Qwen2Moe())
+"""What dense models can become; one that can become several becomes the first of them where nobody chooses."""
 
-SUPPORTED = tuple(name for twin in TWINS for name in twin.dense)
+SUPPORTED = tuple(dict.fromkeys(name for twin in TWINS for name in twin.dense))
 """``model_type`` of the dense models that can be turned into a Mixture-of-Experts."""
 
 KNOWN = (*SUPPORTED, *(twin.name for twin in TWINS))
@@ -33,7 +36,9 @@ IN_GGUF: dict[str, bool] = {name: paired for twin in TWINS for name, paired in t
 
 
 def twin_of(model_type: str) -> Twin:
-    """The twin that is called so, or that dense models called so become.
+    """The twin that is called so, or that dense models called so become where nobody chooses.
+
+    Of a dense model all its twins say the same.
 
     Raises:
         ValueError: none.
@@ -42,6 +47,24 @@ def twin_of(model_type: str) -> Twin:
         if model_type in (twin.name, *twin.dense):
             return twin
     raise ValueError(f"model_type {model_type!r} belongs to no family; there are {', '.join(KNOWN)}")
+
+
+def chosen_twin(model_type: str, name: str) -> Twin:
+    """The twin that dense models of a ``model_type`` become.
+
+    Args:
+        name: ``model.twin``.
+
+    Raises:
+        UserError: they cannot become this one.
+    """
+    possible = {twin.name: twin for twin in TWINS if model_type in twin.dense}
+    choices = ", ".join((AUTO, *possible))
+    require(
+        name == AUTO or name in possible,
+        f"model.twin={name}: a dense model of model_type {model_type!r} does not become this; choose one of {choices}",
+    )
+    return twin_of(model_type) if name == AUTO else possible[name]
 
 
 def unsupported(path: str, family: object) -> str:
@@ -61,12 +84,23 @@ def check_supported(config: "PretrainedConfig", path: str) -> None:
     twin_of(config.model_type).check(config, path)
 
 
-def moe_config(dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
+def check_chosen(form: Form, config: "PretrainedConfig", path: str) -> None:
+    """Raise :class:`UserError` if the model at ``path`` cannot become what is chosen, or has something it has no place for."""
+    twin = chosen_twin(config.model_type, form.twin)
+    twin.check(config, path)
+    twin.check_form(form, layers=config.num_hidden_layers)
+
+
+def moe_config(
+    dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int = 0, form: Form | None = None
+) -> "PretrainedConfig":
     """The stock configuration of the twin: everything of ``dense``, with ``experts`` FFNs of ``width`` channels.
 
     Grouped-query attention, tied embeddings and RoPE scaling are carried over.
     """
-    return twin_of(dense.model_type).config(dense, width=width, experts=experts, top_k=top_k)
+    form = form or Form()
+    twin = chosen_twin(dense.model_type, form.twin)
+    return twin.config(dense, width=width, experts=experts, top_k=top_k, shared=shared, form=form)
 
 
 def moe_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
@@ -124,6 +158,16 @@ def moe_block(model: "PreTrainedModel", layer: int) -> Any:
     return decoder_layers(model)[layer].get_submodule(twin_of(model.config.model_type).block)
 
 
+def sparse_layers(config: "PretrainedConfig") -> list[int]:
+    """Numbers of the layers that have experts, in a twin of this configuration."""
+    return twin_of(config.model_type).sparse_layers(config)
+
+
+def moe_blocks(model: "PreTrainedModel") -> list[Any]:
+    """The sparse blocks of a twin, in the order of its layers."""
+    return [moe_block(model, layer) for layer in sparse_layers(model.config)]
+
+
 def attention_projections(model: "PreTrainedModel", layer: int) -> list["nn.Linear"]:
     """The linear maps of one layer's attention."""
     from torch import nn
@@ -134,16 +178,49 @@ def attention_projections(model: "PreTrainedModel", layer: int) -> list["nn.Line
 
 def part_of(model: "PreTrainedModel", parameter: str) -> str:
     """Part of the freezing policy that a parameter of a twin belongs to, from its name in ``named_parameters``."""
-    return twin_of(model.config.model_type).part_of(parameter)
+    return twin_of(model.config.model_type).part_of(model.config, parameter)
 
 
 def is_inherited(model: "PreTrainedModel", parameter: str) -> bool:
     """Whether a twin has a parameter from its dense model, from its name in ``named_parameters``."""
-    return f".{twin_of(model.config.model_type).block}." not in parameter
+    return twin_of(model.config.model_type).is_inherited(model.config, parameter)
+
+
+def renormalises(config: "PretrainedConfig") -> bool:
+    """Whether the gates of the chosen experts sum to one, in a twin of this configuration."""
+    return bool(getattr(config, "norm_topk_prob", True))
+
+
+def is_zero_at_first(model: "PreTrainedModel", parameter: str) -> bool:
+    """Whether a parameter that a twin would have from its dense model is zero where that has none, from its name."""
+    return twin_of(model.config.model_type).is_zero_at_first(parameter)
+
+
+def shared_projections(model: "PreTrainedModel") -> list["nn.Linear"]:
+    """The linear maps of all layers' shared experts, where they add anything."""
+    names = twin_of(model.config.model_type).shared_projections(model.config)
+    return [block.get_submodule(name) for block in moe_blocks(model) for name in names]
+
+
+def fill_beside_experts(model: "PreTrainedModel", layer: int, shared: "tuple[Tensor, Tensor] | None") -> None:
+    """Write what a sparse block has beside router and experts.
+
+    Args:
+        shared: gate and up (2 S, D) and down (D, S) of the shared expert, if there is one.
+    """
+    block = moe_block(model, layer)
+    for name, tensor in twin_of(model.config.model_type).beside_experts(model.config, shared).items():
+        block.get_parameter(name).data.copy_(tensor)
 
 
 def stock_layer_tensors(
-    config: "PretrainedConfig", layer: int, *, gate_up: "Tensor", down: "Tensor", router: "Tensor"
+    config: "PretrainedConfig",
+    layer: int,
+    *,
+    gate_up: "Tensor",
+    down: "Tensor",
+    router: "Tensor",
+    shared: "tuple[Tensor, Tensor] | None" = None,
 ) -> Iterator[tuple[str, "Tensor"]]:
     """(name, tensor) of one sparse block as a twin's checkpoint has them on disk, which is what engines read.
 
@@ -152,6 +229,7 @@ def stock_layer_tensors(
         gate_up: (E, 2 W, D)
         down: (E, D, W)
         router: (E, D)
+        shared: gate and up (2 S, D) and down (D, S) of the shared expert, if there is one.
     """
     twin = twin_of(config.model_type)
     block = f"{twin.layers}.{layer}.{twin.block_on_disk}"
@@ -159,6 +237,8 @@ def stock_layer_tensors(
     for expert, (first, last) in enumerate(zip(gate_up, down, strict=True)):
         for name, tensor in zip(twin.experts_on_disk, (*first.chunk(2), last), strict=True):
             yield f"{block}.experts.{expert}.{name}.weight", tensor
+    for name, tensor in twin.beside_experts(config, shared).items():
+        yield f"{block}.{name}", tensor
 
 
 def empty_moe(config: "PretrainedConfig", dtype: "torch.dtype") -> "PreTrainedModel":
@@ -191,6 +271,9 @@ def copy_shared_weights(dense: "PreTrainedModel", moe: "PreTrainedModel") -> Non
         for name, parameter in moe.named_parameters():
             if not is_inherited(moe, name):
                 continue
+            if name not in source and is_zero_at_first(moe, name):
+                parameter.zero_()
+                continue
             if name not in source:
                 raise ValueError(f"{name} of {type(moe).__name__} is not in {type(dense).__name__}")
             parameter.copy_(source[name])
@@ -209,5 +292,6 @@ def count_parameters(config: "PretrainedConfig") -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     if config.model_type in SUPPORTED:
         return total, total
-    experts = sum(p.numel() for name, p in model.named_parameters() if part_of(model, name) == "experts")
+    one_of_many = f".{twin_of(config.model_type).block}.experts."
+    experts = sum(p.numel() for name, p in model.named_parameters() if one_of_many in name)
     return total, total - experts + experts // config.num_experts * config.num_experts_per_tok

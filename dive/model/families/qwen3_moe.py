@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dive.config import ArchitectureConfig
-from dive.model.families.twin import Twin
+from dive.config import ArchitectureConfig, Gates
+from dive.model.families.twin import Form, Twin
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -17,8 +17,10 @@ class Qwen3Moe(Twin):
     in_gguf = {"qwen3": False}  # noqa: RUF012
     head_dim = 128
 
-    def config(self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
-        """Gates are renormalised, and every layer is sparse."""
+    def config(
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int, form: Form
+    ) -> "PretrainedConfig":
+        """Layers that stay dense keep their FFN's width."""
         from transformers import Qwen3MoeConfig
 
         return Qwen3MoeConfig(
@@ -26,9 +28,9 @@ class Qwen3Moe(Twin):
             num_experts=experts,
             moe_intermediate_size=width,
             intermediate_size=dense.intermediate_size,
-            norm_topk_prob=True,
+            norm_topk_prob=form.gates is Gates.renormalised,
             decoder_sparse_step=1,
-            mlp_only_layers=[],
+            mlp_only_layers=list(form.dense_layers),
             use_sliding_window="sliding_attention" in dense.layer_types,
         )
 

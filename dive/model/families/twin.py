@@ -4,13 +4,41 @@ Neither torch nor transformers is imported here or beside: the plan asks a twin 
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dive.config import ArchitectureConfig
-from dive.errors import UserError
+from dive.config import AUTO, ArchitectureConfig, Config, Gates
+from dive.errors import UserError, require
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
+
+UNTRAINED = "ffn"
+"""Part of a twin that the freezing policy does not speak of: no stage trains it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What a run chooses of a Mixture-of-Experts beside the number and the sizes of its experts."""
+
+    twin: str = AUTO
+    """Its class, see :class:`dive.config.ModelConfig`."""
+    gates: Gates = Gates.renormalised
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have no experts but the dense model's own FFN."""
+    shares: bool = False
+    """Whether there is a shared expert."""
+
+    @classmethod
+    def of(cls, config: Config) -> "Form":
+        """Of a run's configuration."""
+        return cls(
+            twin=config.model.twin,
+            gates=config.moe.gates if config.moe.scales else Gates.renormalised,
+            dense_layers=tuple(sorted(config.moe.dense_layers)),
+            shares=config.moe.shares,
+        )
 
 
 class Twin(ABC):
@@ -26,6 +54,14 @@ class Twin(ABC):
     """``model_type`` of the dense models that become it."""
     head_dim: ClassVar[int | None] = None
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
+    plain: ClassVar[bool] = False
+    """Whether its gates are always renormalised, and every layer has experts."""
+    shared: ClassVar[bool] = False
+    """Whether it has a place for a shared expert."""
+    qkv_bias: ClassVar[bool] = False
+    """Whether queries, keys and values have biases: the dense model's, or zeros."""
+    biased: ClassVar[tuple[str, ...]] = ()
+    """``model_type`` of the dense models that have such biases."""
     in_gguf: ClassVar[dict[str, bool]]
     """{``general.architecture`` of GGUF files that hold a dense model of this ``model_type``: whether neighbouring rows of query
     and key projections are the pairs that RoPE turns, which in transformers are half a head apart}"""
@@ -76,8 +112,13 @@ class Twin(ABC):
     """What the twin's configuration takes over from the dense model's, where that has it."""
 
     @abstractmethod
-    def config(self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int) -> "PretrainedConfig":
-        """The stock configuration with ``experts`` FFNs of ``width`` channels; :meth:`settings` gives most of it."""
+    def config(
+        self, dense: "PretrainedConfig", *, width: int, experts: int, top_k: int, shared: int, form: Form
+    ) -> "PretrainedConfig":
+        """The stock configuration with ``experts`` FFNs of ``width`` channels and a shared one of ``shared``.
+
+        :meth:`settings` gives most of it.
+        """
 
     @abstractmethod
     def model_class(self) -> type["PreTrainedModel"]:
@@ -105,6 +146,61 @@ class Twin(ABC):
                 "choose another model"
             )
 
+    def check_form(self, form: Form, *, layers: int) -> None:
+        """Refuse a choice that the stock class, or a model of so many layers, has no place for.
+
+        Raises:
+            UserError: it has none.
+        """
+        require(
+            not self.plain or form.gates is Gates.renormalised,
+            f"moe.gates={form.gates.value} has no place in {self.name}, which renormalises its gates; set model.twin=qwen2_moe",
+        )
+        require(
+            self.shared or not form.shares,
+            f"moe.shared_expert has no place in {self.name}; set model.twin=qwen2_moe, or moe.shared_expert=0",
+        )
+        stated = f"moe.dense_layers={list(form.dense_layers)}".replace(" ", "")
+        require(
+            not self.plain or not form.dense_layers,
+            f"{stated} has no place in {self.name}, whose layers all have experts; set model.twin=qwen2_moe",
+        )
+        beyond = [number for number in form.dense_layers if number >= layers]
+        require(not beyond, f"{stated}: the model's {layers} layers are numbered from 0 to {layers - 1}")
+        require(len(form.dense_layers) < layers, f"{stated} leaves no layer to have experts; take one away")
+
+    def sparse_layers(self, config: "PretrainedConfig") -> list[int]:
+        """Numbers of the layers that have experts, in a twin of this configuration."""
+        dense, every = set(getattr(config, "mlp_only_layers", None) or ()), getattr(config, "decoder_sparse_step", 1)
+        return [n for n in range(config.num_hidden_layers) if n not in dense and (n + 1) % every == 0]
+
+    def is_inherited(self, config: "PretrainedConfig", parameter: str) -> bool:
+        """Whether the twin has a parameter from its dense model, from its name in ``named_parameters``."""
+        if f".{self.block}." not in parameter:
+            return True
+        number = parameter.removeprefix(f"{self.layers}.").partition(".")[0]
+        return int(number) not in self.sparse_layers(config)
+
+    def is_zero_at_first(self, parameter: str) -> bool:
+        """Whether a parameter of the twin outside its sparse blocks is zero where the dense model has none of this name."""
+        return self.qkv_bias and parameter.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))
+
+    def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:
+        """{name in a sparse block: tensor} of what it has beside router and experts, in memory and on disk alike.
+
+        Args:
+            shared: gate and up (2 S, D) and down (D, S) of the shared expert, if there is one.
+        """
+        return {}
+
+    def weights_beside_experts(self, architecture: ArchitectureConfig, *, shared: int) -> int:
+        """How many numbers these are."""
+        return 0
+
+    def shared_projections(self, config: "PretrainedConfig") -> tuple[str, ...]:
+        """Names in a sparse block of the linear maps of the shared expert; none where it adds nothing."""
+        return ()
+
     def spare(self, *, tied: bool) -> tuple[str, ...]:
         """How names end of tensors that a checkpoint may hold without the model having a place for them.
 
@@ -114,16 +210,19 @@ class Twin(ABC):
         frequencies = f"{self.rotary.rpartition('.')[2]}.inv_freq"
         return (frequencies, f"{self.head}.weight") if tied else (frequencies,)
 
-    def part_of(self, parameter: str) -> str:
+    def part_of(self, config: "PretrainedConfig", parameter: str) -> str:
         """Part of the freezing policy that a parameter of the twin belongs to, from its name in ``named_parameters``.
 
         Raises:
             ValueError: none.
         """
-        if f".{self.block}.experts." in parameter:
+        of_experts = ("experts", *self.shared_projections(config))
+        if any(f".{self.block}.{name}." in parameter for name in of_experts):
             return "experts"
         if f".{self.block}.gate." in parameter:
             return "router"
+        if f".{self.block}." in parameter:
+            return UNTRAINED
         if f".{self.attention}." in parameter and "norm" not in parameter:
             return "attention"
         if "norm" in parameter:

@@ -11,16 +11,18 @@ from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from dive.config import MoEConfig, PruningConfig, RefinedConfig, Start
+from dive.config import Gates, MoEConfig, PruningConfig, RefinedConfig, Start
 from dive.model.families import FFN
 from dive.moe.balance import overload
 from dive.moe.distill import expert_errors, fit_router
+from dive.moe.gates import scaled_to_gates
 from dive.moe.layer import (
     CHUNK,
     ExpertLayer,
     convert,
     expert_function,
     float32,
+    gates_of,
     likeliest_experts,
     pair_errors,
     selected_outputs,
@@ -69,9 +71,12 @@ def layer(weights: FFN, tokens: LayerTokens, pruning: PruningConfig, moe: MoECon
         found.router = fit_router(rows, errors, moe.distillation, seed=seed)
         if not last:
             assignment = likeliest_experts(found, inputs)
+    scaled = partial(scaled_to_gates, act=weights.act, inputs=inputs, targets=targets, top_k=moe.top_k)
+    if moe.scales and moe.top_k > 1:  # of one expert the steps leave the gate out
+        found = scaled(found)
     if settings.steps:
-        found = train_layer(found, weights.act, inputs, targets, settings, top_k=moe.top_k, seed=seed)
-    return convert(found, element)
+        found = train_layer(found, weights.act, inputs, targets, settings, top_k=moe.top_k, gates=moe.gates, seed=seed)
+    return convert(scaled(found) if moe.scales else found, element)
 
 
 def first_assignment(inputs: Tensor, groups: Tensor | None, start: Start | None, *, experts: int, seed: int) -> Tensor:
@@ -171,12 +176,14 @@ def train_layer(
     settings: RefinedConfig,
     *,
     top_k: int,
+    gates: Gates = Gates.renormalised,
     seed: int,
 ) -> ExpertLayer:
     """Gradient steps on one layer's experts and router against its targets, in float32.
 
-    With K > 1 the loss is the squared error of the block's output. With K = 1 its gate is constant, so the loss is the
-    expected error over the two likeliest experts, Σ p_k ‖y − expert_k(x)‖²: its minimum sends each token to the better one.
+    With K > 1 the loss is the squared error of the block's output. With K = 1 its gate is constant, or taken for 1, so the
+    loss is the expected error over the two likeliest experts, Σ p_k ‖y − expert_k(x)‖²: its minimum sends each token to the
+    better one.
     Where p_2 is less than :data:`NEGLIGIBLE` it is taken as 0, and only the likeliest expert runs.
 
     Args:
@@ -221,10 +228,10 @@ def train_layer(
                 loss = errors_of(x, y, tokens=every, experts=torch.zeros_like(every)).mean() / energy
             else:
                 logits = x / scale @ router.T
-                highest, chosen = logits.topk(max(top_k, 2), dim=-1)
-                gates = torch.softmax(highest, dim=-1)
+                kind = Gates.renormalised if top_k == 1 else gates
+                shares, chosen = gates_of(logits, kind, top_k=max(top_k, 2))
                 if top_k == 1:
-                    close = (gates[:, 1] >= NEGLIGIBLE).nonzero().squeeze(1)
+                    close = (shares[:, 1] >= NEGLIGIBLE).nonzero().squeeze(1)
                     found = errors_of(
                         x,
                         y,
@@ -232,11 +239,11 @@ def train_layer(
                         experts=torch.cat([chosen[:, 0], chosen[close, 1]]),
                     )
                     errors, second = found.split([len(x), len(close)])
-                    errors = errors.index_add(0, close, gates[close, 1] * (second - errors[close]))
+                    errors = errors.index_add(0, close, shares[close, 1] * (second - errors[close]))
                 else:
                     training = ExpertLayer(start.masks, torch.stack(gate_up), torch.stack(down), router)
                     outputs = selected_outputs(training, act, x, chosen)
-                    errors = ((outputs * gates[..., None]).sum(dim=1) - y).square().sum(dim=-1)
+                    errors = ((outputs * shares[..., None]).sum(dim=1) - y).square().sum(dim=-1)
                 loss = errors.mean() / energy
                 if settings.balance:
                     probabilities = torch.softmax(logits, dim=-1)

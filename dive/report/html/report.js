@@ -17,6 +17,7 @@ const { of: groupOf, ink: groupInk, name: groupName } = data.groups.length > 1 ?
 if (data.routing) {
   const domains = d3.sort(Object.keys(data.routing), (d) => groupOf.get(d) ?? 1e9);
   const layers = data.routing[domains[0]].length;
+  const numbers = data.layers ?? d3.range(layers); // of those with experts
   const experts = data.routing[domains[0]][0].length;
   const built = data.groups.length === experts;
   let layer = -1;
@@ -30,11 +31,11 @@ if (data.routing) {
       ring: built ? (i, j) => groupOf.get(domains[i]) === j : null,
       rowInk: (d) => groupInk(domains[d]), columnInk: (d) => (built ? colour(d, experts) : "currentColor"),
       xLabel: "expert (values in %)",
-      title: (i, j, v) => `${domains[i]} → expert ${j}\n${d3.format(".1%")(v)} of its tokens\n${layer < 0 ? "mean over layers" : `layer ${layer}`}${built && groupOf.get(domains[i]) === j ? "\nbuilt from this domain" : ""}`,
+      title: (i, j, v) => `${domains[i]} → expert ${j}\n${d3.format(".1%")(v)} of its tokens\n${layer < 0 ? "mean over layers" : `layer ${numbers[layer]}`}${built && groupOf.get(domains[i]) === j ? "\nbuilt from this domain" : ""}`,
     }),
   ]);
   if (drawn && layers > 1) {
-    const texts = ["mean of all", ...d3.range(layers).map((l) => `${l} of 0–${layers - 1}`)];
+    const texts = ["mean of all", ...numbers.map((l) => `${l} of ${numbers[0]}–${numbers.at(-1)}`)];
     drawn.controls.append(slider("layer", texts, (value) => { layer = value - 1; drawn.redraw(); }));
   }
 }
@@ -175,7 +176,7 @@ if (data.curves.length) {
     if (loads) {
       if (kinds.length > 1) loads.controls.append(choice("figure", [kind, ...kinds.filter((k) => k !== kind)].map((k) => [k, k]), (v) => { kind = v; loads.redraw(); }));
       const layers = layersOf(kind);
-      if (layers.length > 1) loads.controls.append(slider("layer", ["mean of all", ...layers.map((l) => `${l} of 0–${layers.length - 1}`)], (v) => { layer = v ? layers[v - 1] : null; loads.redraw(); }));
+      if (layers.length > 1) loads.controls.append(slider("layer", ["mean of all", ...layers.map((l) => `${l} of ${layers[0]}–${layers.at(-1)}`)], (v) => { layer = v ? layers[v - 1] : null; loads.redraw(); }));
     }
   }
 

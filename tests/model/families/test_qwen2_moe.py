@@ -1,0 +1,114 @@
+"""Llama, Mistral without sliding windows and Qwen2 become Qwen2-MoE."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeForCausalLM,
+)
+
+from dive.errors import UserError
+from dive.export import save
+from dive.model.families import check_chosen, count_parameters, ffn, moe_block, moe_class, moe_config
+from dive.model.families.twin import Form
+from dive.moe.assemble import assemble
+from dive.moe.layer import ExpertLayer
+from tests.model.families.checks import check_twin
+
+Build = Callable[..., PreTrainedModel]
+CHOSEN = "model.twin=qwen2_moe"
+FORM = Form(twin="qwen2_moe")
+DENSE = LlamaConfig(
+    vocab_size=10, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def test_its_configuration() -> None:
+    config = moe_config(DENSE, width=6, experts=3, top_k=2, form=FORM)
+    assert moe_class(config) is Qwen2MoeForCausalLM
+    assert (config.num_experts, config.moe_intermediate_size, config.num_experts_per_tok) == (3, 6, 2)
+    assert config.norm_topk_prob
+    assert config.qkv_bias
+    assert config.mlp_only_layers == []
+
+
+def test_parameters_by_hand() -> None:
+    # Embeddings 40; attention 4·4 + 2·4·2 + 4·4 = 48, biases 4 + 2 + 2 = 8; norms 4 + 4 + 4; together 108.
+    # Router 3·4 = 12; the shared expert of 8 channels 3·4·8 = 96 and its gate 4; an expert of width 6: 3·4·6 = 72.
+    always = 108 + 12 + 96 + 4
+    found = count_parameters(moe_config(DENSE, width=6, experts=3, top_k=2, form=FORM))
+    assert found == (always + 3 * 72, always + 2 * 72)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "mistral"])
+def test_from_the_dense_model_to_the_export(
+    build: Build, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, variant: str
+) -> None:
+    dense = build(variant, sliding_window=None) if variant == "mistral" else build(variant)
+    assert isinstance(check_twin(dense, tokenizer, tmp_path, (CHOSEN,)), Qwen2MoeForCausalLM)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_one_whole_expert_is_the_dense_model(
+    build: Build, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, variant: str
+) -> None:
+    dense = build(variant)
+    layers = []
+    for number in range(2):
+        weights = ffn(dense, number)
+        layers.append(
+            ExpertLayer(
+                masks=torch.ones(1, 48, dtype=torch.bool),
+                gate_up=torch.cat([weights.gate, weights.up])[None],
+                down=weights.down[None],
+                router=torch.zeros(1, 32),
+            )
+        )
+    moe = assemble(dense, layers, top_k=1, form=FORM)
+    save(moe, tokenizer, tmp_path / "twin")
+    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.arange(32).reshape(2, 16) * 7 % 320
+    with torch.no_grad():
+        expected = dense(input_ids=ids).logits
+        torch.testing.assert_close(moe(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+        assert torch.equal(again(input_ids=ids).logits, moe(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_of_the_shared_expert_is_a_half_and_not_zero(build: Build, dtype: torch.dtype) -> None:
+    """llama.cpp computes its sigmoid as silu(x) / x."""
+    whole = [
+        ExpertLayer(
+            torch.ones(2, 48, dtype=torch.bool), torch.zeros(2, 96, 32), torch.zeros(2, 32, 48), torch.zeros(2, 32)
+        )
+    ] * 2
+    block = moe_block(assemble(build("llama"), whole, top_k=1, form=FORM), 0)
+    rows = torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = rows @ block.shared_expert_gate.weight.to(dtype).float().T
+        assert logits.all()
+        torch.testing.assert_close(logits.sigmoid(), torch.full((1000, 1), 0.5), rtol=0, atol=1e-6)
+        assert not block.shared_expert(rows).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MistralConfig(sliding_window=7), "engines give a qwen2_moe no sliding window; set model.twin=auto"),
+        (Qwen2Config(use_sliding_window=True, max_window_layers=0), "engines give a qwen2_moe no sliding window"),
+        (LlamaConfig(attention_bias=True), "attention_bias=true has no place"),
+    ],
+)
+def test_what_it_has_no_place_for_is_refused(config: LlamaConfig, message: str) -> None:
+    with pytest.raises(UserError, match=f"^model.path=here: {message}"):
+        check_chosen(FORM, config, "here")
