@@ -13,7 +13,7 @@ from dive.affinity.groups import Groups
 from dive.calibration_domains.amounts import check_amounts
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import DomainTexts, domain_names, fingerprint, load_domains
-from dive.config import Config, EvalConfig, EvaluateConfig, Grouping
+from dive.config import Config, EvalConfig, EvaluateConfig, Grouping, StageText
 from dive.errors import require
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluation_texts
@@ -21,7 +21,7 @@ from dive.eval.generation import Beginnings
 from dive.eval.tasks import TaskSuite, load_tasks
 from dive.model.chat import conversation
 from dive.model.load import DenseSource, document_tokens, load_tokenizer
-from dive.retrain.corpus import Corpus, local_documents, open_corpus
+from dive.retrain.corpus import Corpus, local_documents, open_corpora
 from dive.retrain.freezing import check_policy
 from dive.store import HasStore
 
@@ -50,7 +50,7 @@ class TrainingInputs(Inputs):
     """{domain: (samples, length) int64} for calibration."""
     measured: dict[str, Tensor]
     """{domain: (samples, length) int64} for affinity."""
-    corpus: Corpus
+    corpora: dict[StageText, Corpus]
     """For retraining."""
 
 
@@ -77,7 +77,7 @@ def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInput
         contamination=contamination(run, config.eval, domains, texts, tasks, corpus=local),
         tokens=tokens,
         measured=measured,
-        corpus=open_corpus(config.retrain, train, local, tokenize, seed=config.seed, chat=chat),
+        corpora=open_corpora(config.retrain, train, local, tokenize, seed=config.seed, chat=chat),
     )
 
 
