@@ -33,7 +33,7 @@ from dive.calibration_domains.local import domain_directories, split_file
 from dive.calibration_domains.sampling import pieces
 from dive.calibration_domains.texts import domain_names, load_domains
 from dive.cli import composed
-from dive.config import Config, Freezing, TextSource
+from dive.config import Config, Freezing, StageText, TextSource
 from dive.errors import UserError
 from dive.store import write_json
 
@@ -211,9 +211,10 @@ def stage_overrides(config: Config, *, tokens: int, learning_rate: float | None,
     Raises:
         UserError: the budget does not give every stage a step.
     """
+    before = [name for name, stage in config.retrain.stages.items() if stage.text is StageText.calibration]
+    stages = [(name, stage) for name, stage in config.retrain.stages.items() if name not in before]
     if tokens == 0:
-        return ["retrain=none"]
-    stages = list(config.retrain.stages.items())
+        return [f"~retrain.stages.{name}" for name, _ in stages] if before else ["retrain=none"]
     total = sum(stage.tokens for _, stage in stages)
     left, found = tokens, []
     for number, (name, stage) in enumerate(stages):
@@ -257,7 +258,7 @@ def run_cell(overrides: Sequence[str], directory: Path) -> dict[str, Any]:
         "parameters": to_json(results.parameters),
         "load_max_over_mean": max(results.routing.load_max_over_mean or [0.0]),
         "load_entropy": statistics.fmean(results.routing.load_entropy or [0.0]),
-        "calibration_tokens": sum(math.prod(shape) for shape in (results.run.samples.calibration or {}).values()),
+        "calibration_tokens": results.calibration_tokens,
         "seconds": time.monotonic() - start,
     }
 

@@ -38,8 +38,7 @@ def budget_line(planned: Plan) -> str:
             other = plan(_with(name, overrides), planned.job.architecture, device=planned.job.device_name)
         except UserError:
             continue  # it does not go with the other overrides: a batch that does not divide among the devices
-        tokens = sum(stage.tokens for stage in other.stages if stage.kind == "retrained")
-        line += f"; budget={name} trains on {count(tokens)} tokens and takes about {duration(other.seconds)}"
+        line += f"; budget={name} trains on {count(other.retraining_tokens)} tokens and takes about {duration(other.seconds)}"
     return line
 
 

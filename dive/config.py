@@ -43,6 +43,8 @@ class BudgetConfig:
     """Gradient steps a layer on experts and router together."""
     refinement_batch: int = bounded(MISSING, at_least=1, at_most=2**24)
     """Tokens of each."""
+    end_to_end_tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
+    """Calibration tokens of a stage that trains all layers together, where there is one."""
     tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
     """Retraining tokens of all stages of a preset."""
     router_tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
@@ -679,6 +681,13 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
+class StageText(Enum):
+    """What a stage of retraining reads."""
+
+    corpus = "corpus"
+    calibration = "calibration"
+
+
 @dataclass(slots=True, kw_only=True)
 class FreezingConfig:
     """The freezing policy: what is trained, and how."""
@@ -746,6 +755,9 @@ class StageConfig:
     """Cosine only: final learning rate as a share of the peak."""
     weight_decay: float = bounded(0.0, at_least=0, at_most=10)
     """Of AdamW."""
+    text: StageText = StageText.corpus
+    """``corpus``: the retraining corpus; ``calibration``: the train splits of the calibration domains, evenly, and the stage's
+    tokens count as calibration."""
     tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
     """Tokens of the whole stage, over all devices; rounded up to whole steps."""
     batch: int = bounded(16, at_least=1, at_most=10**6)

@@ -13,7 +13,7 @@ from dive.affinity.groups import Groups
 from dive.calibration_domains.amounts import check_amounts
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import DomainTexts, domain_names, fingerprint, load_domains
-from dive.config import Config, EvalConfig, EvaluateConfig, Grouping
+from dive.config import Config, EvalConfig, EvaluateConfig, Grouping, StageText
 from dive.errors import require
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluation_texts
@@ -23,7 +23,7 @@ from dive.model.chat import conversation
 from dive.model.families import check_chosen
 from dive.model.families.twin import Form
 from dive.model.load import DenseSource, document_tokens, load_tokenizer
-from dive.retrain.corpus import Corpus, local_documents, open_corpus
+from dive.retrain.corpus import Corpus, local_documents, open_corpora
 from dive.retrain.freezing import check_policy
 from dive.store import HasStore
 
@@ -52,7 +52,7 @@ class TrainingInputs(Inputs):
     """{domain: (samples, length) int64} for calibration."""
     measured: dict[str, Tensor]
     """{domain: (samples, length) int64} for affinity."""
-    corpus: Corpus
+    corpora: dict[StageText, Corpus]
     """For retraining."""
 
 
@@ -79,7 +79,7 @@ def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInput
         contamination=contamination(run, config.eval, domains, texts, tasks, corpus=local),
         tokens=tokens,
         measured=measured,
-        corpus=open_corpus(config.retrain, train, local, tokenize, seed=config.seed, chat=chat),
+        corpora=open_corpora(config.retrain, train, local, tokenize, seed=config.seed, chat=chat),
     )
 
 

@@ -65,9 +65,9 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     model: Mixture | Retrained = Mixture(dense, experts, config.moe.top_k, config.retrain.storage, form)
     run.measure(RECONSTRUCTED, model, data)
 
-    for name in config.retrain.stages:
+    for name, stage in config.retrain.stages.items():
         with run.stage(name):
-            model = retrain(run, config, name=name, model=model, corpus=data.corpus)
+            model = retrain(run, config, name=name, model=model, corpus=data.corpora[stage.text])
         run.measure(name, model, data)
 
     run.finish(config, model, data.tokenizer, beginnings(config.eval, data.texts, groups))

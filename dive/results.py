@@ -5,6 +5,7 @@ files of older versions. Shapes: n domains, E experts, L layers.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ class StageResult:
     name: str
     tokens: int
     """It was retrained on."""
+    calibration: bool = False
+    """Whether these were the calibration domains' and count as calibration."""
     seconds: float
     """Making it took, whenever that was."""
     reused: bool
@@ -334,7 +337,13 @@ class Results:
     @property
     def tokens(self) -> int:
         """Retraining tokens of all stages."""
-        return sum(stage.tokens for stage in self.stages)
+        return sum(stage.tokens for stage in self.stages if not stage.calibration)
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens that experts were built from, and those of the stages that count as calibration."""
+        sampled = (self.run.samples.calibration or {}).values()
+        return sum(map(math.prod, sampled)) + sum(stage.tokens for stage in self.stages if stage.calibration)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dive.affinity.grouping import adjusted_rand_index, favourite_groups, routing_overlap
 from dive.affinity.groups import Groups
-from dive.config import Config, EvaluateConfig, Load
+from dive.config import Config, EvaluateConfig, Load, StageText
 from dive.eval.generation import Beginnings
 from dive.eval.measure import measure, write_on
 from dive.eval.tasks import Metrics, headline
@@ -143,7 +143,7 @@ class Run:
             fingerprints=Fingerprints(
                 model=model.source.fingerprint,
                 domains={name: Split(**prints) for name, prints in data.fingerprints.items()},
-                retraining_corpus=None if trained is None else trained.corpus.identity,
+                retraining_corpus=None if trained is None else trained.corpora[StageText.corpus].identity,
             ),
             samples=Samples(
                 calibration=None if trained is None else _shapes(trained.tokens),
@@ -195,6 +195,7 @@ class Run:
         stage = StageResult(
             name=name,
             tokens=model.tokens,
+            calibration=self._reads_calibration(name),
             seconds=model.seconds if model.artifact is not None else found.seconds,
             reused=made.reused,
             trained=model.trained,
@@ -211,6 +212,12 @@ class Run:
             self.results.routing = RoutingResult(**values["routing"])
         self._log(stage)
         self._write()
+
+    def _reads_calibration(self, name: str) -> bool:
+        if not isinstance(self.config, Config):
+            return False
+        stage = self.config.retrain.stages.get(name)
+        return stage is not None and stage.text is StageText.calibration
 
     def _tasks_mean(self, tasks: dict[str, Metrics]) -> float:
         """Mean of one metric a task, the chosen or first one."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dive.config import StageText
 from dive.errors import UserError
 from dive.inputs import TrainingInputs, prepare, tokens_of
 from dive.model.architecture import read_architecture
@@ -91,7 +92,10 @@ def test_conversations_are_read_by_the_chat_template(
     (tmp_path / "set").mkdir()
     shutil.copy(tmp_path / "more.jsonl", tmp_path / "set" / "train.jsonl")
     hub = read(f"retrain.corpus.hub.path={tmp_path / 'set'}", 'retrain.corpus.hub.template="{messages}"')
-    for corpus, known in ((data.corpus, expected[:80]), (local.corpus, expected[90:]), (hub.corpus, expected[90:])):
+    texts = ((data, expected[:80]), (local, expected[90:]), (hub, expected[90:]))
+    for corpus, known in [(given.corpora[StageText.corpus], known) for given, known in texts] + [
+        (given.corpora[StageText.calibration], expected[:80]) for given in (data, local, hub)
+    ]:
         stream = torch.cat([*islice(corpus.blocks(), 8)]).tolist()
         starts = [place for place, token in enumerate(stream) if token == 0]
         assert len(starts) > 4

@@ -63,6 +63,8 @@ CONTENT = {
     "eval.task_settings",
     "model.path",
     "retrain.corpus",
+    "retrain.stages.router.text",
+    "retrain.stages.experts.text",
 }
 """Where text and questions come from: keys hold these themselves."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig
+from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig, StageText
 from dive.model.architecture import GGUF
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
@@ -85,6 +85,13 @@ class Plan:
     def disk(self) -> float:
         """Bytes on the disk at most, taking the largest checkpoints as lying beside everything else."""
         return self.store + self.export + self.checkpoints
+
+    @property
+    def retraining_tokens(self) -> int:
+        """Tokens of the stages of retraining, without those that count as calibration."""
+        stages = self.job.config.retrain.stages
+        retrained = [stage for stage in self.stages if stage.kind == "retrained"]
+        return sum(stage.tokens for stage in retrained if stages[stage.name].text is StageText.corpus)
 
     @property
     def seconds(self) -> float:

@@ -17,14 +17,13 @@ def headline(plan: Plan) -> list[str]:
     with_extras = p["total"] + p["noise"] + p["bias"]
     names = " and ".join(name for name, key in (("router noise", "noise"), ("expert biases", "bias")) if p[key])
     extras = f" ({precise(with_extras)} with {names})" if names else ""
-    tokens = sum(stage.tokens for stage in plan.stages if stage.kind == "retrained")
     memory = f"{size(plan.host)} of host memory"
     if job.on_gpu:
         memory += f", {size(plan.device)} of each device's"
     disk = f"{size(plan.store)} store, {size(plan.export)} export, {size(plan.checkpoints)} checkpoints"
     return [
         f"plan     {precise(p['dense'])} dense → {precise(p['total'])} total{extras}, {precise(p['active'])} active, "
-        f"{precise(p['trained'])} trained on {count(tokens)} tokens",
+        f"{precise(p['trained'])} trained on {count(plan.retraining_tokens)} tokens",
         f"         {memory}; disk: {disk}; "
         f"about {duration(plan.seconds)} on {job.place} at {job.device.utilisation:.0%} of its peak"
         + (f" × {job.world}" if job.world > 1 else ""),

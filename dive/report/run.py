@@ -61,7 +61,7 @@ def write_report(directory: Path) -> Path:
         contaminated=contaminated_rows(results),
         own_groups=has_own_groups(results),
         mined_groups=group_rows(results),
-        calibration_tokens=sum(n * length for n, length in (results.run.samples.calibration or {}).values()),
+        calibration_tokens=results.calibration_tokens,
         seconds=computing_seconds(results),
         has_curves=bool(curves),
         images=images(directory),
@@ -86,7 +86,10 @@ def stage_rows(results: Results) -> list[dict[str, Any]]:
     sizes = [results.size_of(stage) for stage in results.stages]
     return [
         {
-            **{key: getattr(stage, key) for key in ("name", "label", "tokens", "seconds", "reused", "trained")},
+            **{
+                key: getattr(stage, key)
+                for key in ("name", "label", "tokens", "calibration", "seconds", "reused", "trained")
+            },
             "perplexity": stage.mean,
             "sets": {name: stage.perplexity.get(name) for name in results.evaluation.sets},
             "active": active,

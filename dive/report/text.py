@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from dive.eval.tasks import headline
-from dive.results import AskedTask, Results
+from dive.results import AskedTask, Results, StageResult
 from dive.units import clock, count
 
 
@@ -25,10 +25,14 @@ def results_table(results: Results) -> Table:
             stage.name,
             *(f"{stage.perplexity[key]:.2f}" for key in ("mean", *named)),
             count(stage.trained) if stage.trained else "–",
-            count(stage.tokens) if stage.tokens else "–",
+            (count(stage.tokens) if stage.tokens else "–") + (" calibration" if stage.calibration else ""),
             clock(stage.seconds) + (" (reused)" if stage.reused else ""),
         )
     return table
+
+
+def _tokens(stage: StageResult) -> str:
+    return f"{stage.tokens:,} (calibration)" if stage.calibration else f"{stage.tokens:,}"
 
 
 def task_tables(results: Results) -> list[Table]:
@@ -139,7 +143,7 @@ def model_card(results: Results) -> str:
         "",
         "| stage | perplexity | retraining tokens |",
         "| --- | --- | --- |",
-        *(f"| {markdown(s.name)} | {s.mean:.2f} | {s.tokens:,} |" for s in results.stages),
+        *(f"| {markdown(s.name)} | {s.mean:.2f} | {_tokens(s)} |" for s in results.stages),
         "",
         "## Configuration",
         "",

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from dive.calibration_domains.local import SUFFIXES, read_documents, text_files
 from dive.calibration_domains.sampling import Tokenize, token_blocks
 from dive.calibration_domains.texts import fingerprint
-from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig
+from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, StageText
 from dive.errors import require
 from dive.model.chat import Chat
 from dive.store import identity
@@ -107,7 +107,7 @@ class BlockRange(IterableDataset[dict[str, Tensor]]):
                 yield {"input_ids": block, "index": torch.tensor(index)}
 
 
-def open_corpus(
+def open_corpora(
     config: RetrainConfig,
     domains: Mapping[str, Sequence[str]],
     local: Sequence[str],
@@ -115,16 +115,27 @@ def open_corpus(
     *,
     seed: int,
     chat: Chat | None = None,
-) -> Corpus:
-    """The configured corpus.
+) -> dict[StageText, Corpus]:
+    """What the stages read.
 
     Args:
         domains: {domain: train documents}.
         local: documents of a local corpus, see :func:`local_documents`.
         chat: what makes documents of the lists of messages of a hub corpus.
     """
-    corpus = config.corpus
     length = config.length
+    prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
+    evenly = partial(domain_blocks, domains, tokenize, length=length, seed=seed)
+    calibration = Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", evenly)
+    other = _other_corpus(config, local, tokenize, seed=seed, chat=chat)
+    return {StageText.calibration: calibration, StageText.corpus: other or calibration}
+
+
+def _other_corpus(
+    config: RetrainConfig, local: Sequence[str], tokenize: Tokenize, *, seed: int, chat: Chat | None
+) -> Corpus | None:
+    """The configured corpus; none if that is the text of the calibration domains."""
+    corpus, length = config.corpus, config.length
     if corpus.hub.path and corpus.chosen is not CorpusSource.hub:  # a preset's, with the source set to another
         log.warning("retrain.corpus.hub.path=%s has no say: another retrain.corpus.source is set", corpus.hub.path)
     if corpus.chosen is CorpusSource.hub:
@@ -142,9 +153,7 @@ def open_corpus(
     if corpus.chosen is CorpusSource.local:
         own = partial(token_blocks, local, tokenize, length=length, seed=seed)
         return Corpus(f"local:{fingerprint(local)}:{length}:{seed}", own)
-    prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
-    evenly = partial(domain_blocks, domains, tokenize, length=length, seed=seed)
-    return Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", evenly)
+    return None
 
 
 def local_documents(config: CorpusConfig, *, chat: Chat | None = None) -> list[str]:

@@ -33,6 +33,8 @@ class Retrained:
     artifact: Artifact
     """Of :func:`dive.retrain.stage.fit_stage`."""
     training: Training
+    corpus: str
+    """Identity of what it was trained on."""
 
     @property
     def key(self) -> str:

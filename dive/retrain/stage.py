@@ -52,7 +52,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
     checkpoint, as ``retrain.resume`` says.
 
     Args:
-        corpus: the stage begins in it where the one before it ended.
+        corpus: the stage begins in it where the last one that read it ended.
 
     Raises:
         UserError: the checkpoint to resume from is missing or of another stage, or the loss is not finite.
@@ -72,7 +72,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
     connect(config.trainer)
     artifact = (_lead if run.main else _follow)(run, execution, model, corpus, training)
     preemption.heed()
-    found = Retrained(model, artifact, training)
+    found = Retrained(model, artifact, training, corpus.identity)
     if artifact.reused and run.main:
         _replay(execution, found)
     return found
@@ -186,7 +186,7 @@ def fit(
         training,
         corpus.blocks,
         key=partial.name,
-        first_block=sum(stage.tokens for stage in model.chain()) // training.length,
+        first_block=sum(stage.tokens for stage in model.chain() if stage.corpus == corpus.identity) // training.length,
         accumulation=execution.accumulation,
         log_every=execution.log_every,
         shard=strategy is Strategy.fsdp2,

@@ -15,6 +15,7 @@ from dive.config import (
     Mode,
     Schedule,
     StageConfig,
+    StageText,
     TeacherConfig,
     TrainerConfig,
 )
@@ -107,7 +108,8 @@ def effective(stage: StageConfig, *, length: int) -> StageConfig:
     """The stage, without what cannot matter under its other settings.
 
     The temperature of the other mode, ``max_load`` without ``balance``, the temperature of a teacher that nobody listens to,
-    tokens within the same number of steps. How a step is cut into passes is the hardware's choice.
+    tokens within the same number of steps. How a step is cut into passes is the hardware's choice, and its text is a corpus,
+    which has an identity of its own.
 
     Args:
         length: tokens of a sequence.
@@ -125,6 +127,7 @@ def effective(stage: StageConfig, *, length: int) -> StageConfig:
         teacher=stage.teacher if stage.teacher.logits else TeacherConfig(hidden=stage.teacher.hidden),
         tokens=optimiser_steps(stage, length) * stage.batch * length,
         accumulation=None,
+        text=StageText.corpus,
     )
 
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from dive.calibration_domains.sampling import token_blocks
 from dive.cli import composed
-from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig
+from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, StageText
 from dive.errors import UserError
-from dive.retrain.corpus import BlockRange, domain_blocks, local_documents, open_corpus
+from dive.retrain.corpus import BlockRange, domain_blocks, local_documents, open_corpora
 
 
 def tokenize(text: str) -> list[int]:
@@ -90,13 +90,13 @@ def test_blocks_follow_the_seed() -> None:
 
 
 def configured(corpus: CorpusConfig, domains: dict[str, list[str]], **settings: int) -> tuple[list[list[int]], str]:
-    opened = open_corpus(
+    opened = open_corpora(
         RetrainConfig(length=settings.get("length", 10), corpus=corpus),
         domains,
         local_documents(corpus),
         tokenize,
         seed=settings.get("seed", 3),
-    )
+    )[StageText.corpus]
     return [block.tolist() for block in islice(opened.blocks(), 12)], opened.identity
 
 
@@ -112,6 +112,18 @@ def test_the_domains_as_a_corpus() -> None:
     }
     assert len(names) == 5
     assert configured(CorpusConfig(), DOMAINS)[1] == name
+
+
+def test_calibration_text_is_the_domains_whatever_the_corpus(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("second" * 50)
+    files = CorpusConfig(source=CorpusSource.local, path=str(tmp_path / "a.txt"))
+    settings = RetrainConfig(length=10, corpus=files)
+    opened = open_corpora(settings, DOMAINS, local_documents(files), tokenize, seed=3)
+    evenly = [block.tolist() for block in islice(blocks(), 12)]
+    assert [block.tolist() for block in islice(opened[StageText.calibration].blocks(), 12)] == evenly
+    assert [block.tolist() for block in islice(opened[StageText.corpus].blocks(), 12)] != evenly
+    same = open_corpora(RetrainConfig(length=10), DOMAINS, [], tokenize, seed=3)
+    assert len({opened[StageText.calibration].identity, *(corpus.identity for corpus in same.values())}) == 1
 
 
 def test_files_as_a_corpus(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,3 +190,38 @@ def test_resuming_from_a_path(workplace: Workplace, tmp_path: Path, monkeypatch:
             *("other", f"store={tmp_path / 'c'}", "~retrain.stages.router", f"retrain.resume='{checkpoint}'"),
             "retrain.stages.experts.learning_rate=1e-5",
         )
+
+
+def test_calibration_text_is_counted_as_such_and_no_block_of_it_is_read_twice(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dive.results import read_results
+    from dive.retrain import stage
+
+    began: list[int] = []
+
+    class Spied(stage.MoERetraining):
+        def __init__(self, *args: Any, first_block: int, **settings: Any) -> None:
+            began.append(first_block)
+            super().__init__(*args, first_block=first_block, **settings)
+
+    monkeypatch.setattr(stage, "MoERetraining", Spied)
+    pass_ = "retrain.stages.router.text=calibration"
+    found = workplace.run("counted", f"store={tmp_path / 'a'}", pass_)
+    assert [(s["tokens"], s["calibration"]) for s in found["stages"]][-2:] == [(512, True), (3072, False)]
+    results = read_results(workplace.root / "counted")
+    assert results.tokens == 3072
+    assert results.calibration_tokens == 4 * 6 * 32 + 512
+    assert began == [0, 512 // 32]  # the corpus is the domains' text too
+    page = (workplace.root / "counted/report.html").read_text()
+    assert "512 calibration</td>" in page
+    assert "Calibration read 1.28\xa0k tokens" in page
+
+    (tmp_path / "own.txt").write_text("the cat sat on the mat and slept all day long " * 60)
+    own = f"retrain.corpus.path={tmp_path / 'own.txt'}"
+    other = workplace.run("own", f"store={tmp_path / 'a'}", pass_, own)
+    assert began == [0, 16, 0]  # the router stage is found in the store; another corpus begins at its beginning
+    assert other["stages"][-2]["reused"]
+    same = workplace.run("same", f"store={tmp_path / 'a'}")  # the domains' text, whatever it counts as
+    assert [s["reused"] for s in same["stages"]] == [True] * 5
+    assert not same["stages"][-2]["calibration"]
