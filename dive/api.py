@@ -12,8 +12,7 @@ from torch import Tensor
 from dive.cli import composed
 from dive.config import Compensation, Config, Metric, RouterInit
 from dive.errors import UserError, require
-from dive.model.families import check_chosen
-from dive.model.families.twin import Form
+from dive.model.families import check_chosen, form_of
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
 from dive.pruning.statistics import ChannelStatistics
@@ -89,8 +88,8 @@ def reconstruct(
         moe=replace(config.moe, plain=plain, **_stated(moe)),
         **_stated({"seed": seed}),
     )
-    form = Form.of(config)
-    check_chosen(form, model.config, config.model.path)
+    form = form_of(config, model.config.model_type)
+    check_chosen(form, model.config, model.config.name_or_path or "the given one")
     layers = build_layers(
         model, matrices, config.pruning, config.moe, batch=config.calibration_domains.batch, seed=config.seed
     )

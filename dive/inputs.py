@@ -20,8 +20,7 @@ from dive.eval.evaluate import EvaluationTexts, evaluation_texts
 from dive.eval.generation import Beginnings
 from dive.eval.tasks import TaskSuite, load_tasks
 from dive.model.chat import conversation
-from dive.model.families import check_chosen
-from dive.model.families.twin import Form
+from dive.model.families import check_chosen, form_of
 from dive.model.load import DenseSource, document_tokens, load_tokenizer
 from dive.retrain.corpus import Corpus, local_documents, open_corpora
 from dive.retrain.freezing import check_policy
@@ -168,7 +167,7 @@ def check(config: Config, source: DenseSource) -> None:
         resume is None or resume == "last" or Path(resume).expanduser().is_file(),
         f"retrain.resume={resume}: no such checkpoint; `last` finds the newest one of a stage by itself, null starts anew",
     )
-    check_chosen(Form.of(config), source.config, config.model.path)
+    check_chosen(form_of(config, source.config.model_type), source.config, config.model.path)
     config.moe.widths(config.pruning, source.channels)
     for name, stage in config.retrain.stages.items():
         check_policy(stage.train, source.config, where=f"retrain.stages.{name}")

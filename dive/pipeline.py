@@ -11,7 +11,7 @@ from dive.affinity.groups import choose_groups
 from dive.config import Config, EvaluateConfig
 from dive.export import open_checkpoint
 from dive.inputs import beginnings, check, check_evaluation, prepare, prepare_evaluation, tokens_of
-from dive.model.families.twin import Form
+from dive.model.families import form_of
 from dive.model.load import resolve_device
 from dive.model.recipe import Dense
 from dive.moe.build import ONE_EXPERT, build_experts
@@ -53,12 +53,12 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     tokens = partial(tokens_of, data.tokens, group_samples=config.calibration_domains.group_samples)
     build = partial(build_experts, run, config.calibration_domains.batch, model=dense, seed=config.seed)
     pruning = config.pruning.effective()
-    moe, form = config.moe.effective(pruning), Form.of(config)
+    moe, form = config.moe.effective(pruning), form_of(config, dense.source.config.model_type)
     if run.evaluates:
         with run.stage(PRUNED):
             single = replace(ONE_EXPERT, dense_layers=moe.dense_layers)
             one = build(tokens=tokens(groups.together(), experts=1), pruning=pruning, moe=single)
-        run.measure(PRUNED, Mixture(dense, one, top_k=1, form=form), data)
+        run.measure(PRUNED, Mixture(dense, one, top_k=1, form=form.of_one_expert()), data)
     with run.stage(RECONSTRUCTED):
         text = tokens(groups.members, experts=moe.experts)
         experts = build(tokens=text, pruning=pruning, moe=moe)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dive.affinity.grouping import adjusted_rand_index, favourite_groups, routing_overlap
 from dive.affinity.groups import Groups
-from dive.config import Config, EvaluateConfig, Load, StageText
+from dive.config import AUTO, Config, EvaluateConfig, Load, StageText
 from dive.eval.generation import Beginnings
 from dive.eval.measure import measure, write_on
 from dive.eval.tasks import Metrics, headline
@@ -23,8 +23,7 @@ from dive.inputs import Inputs, TrainingInputs
 from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluation
 from dive.logger.wandb_run import close, log_results
 from dive.model.architecture import check_architecture, read_architecture
-from dive.model.families import KNOWN, count_parameters, moe_config
-from dive.model.families.twin import Form
+from dive.model.families import KNOWN, count_parameters, moe_config, twin_of
 from dive.model.recipe import Dense, Model, give_back
 from dive.moe.build import expert_overlap
 from dive.moe.mixture import Mixture
@@ -276,7 +275,7 @@ class Run:
             results.generations = [Continuation(**row) for row in rows]
         exporting = time.monotonic()
         results.timings["total"] = exporting - self.started
-        card = model_card(results)
+        card = model_card(results, _serving_notes(model.mixture))
         where = export(config.model, model, tokenizer, self.directory, card=card)
         meter.exported(where, time.monotonic() - exporting)
         results.export = str(where)
@@ -335,10 +334,14 @@ def compare_routing(results: Results) -> None:
     mined.routing = RoutingAgreement(rand=rand, within=within, between=between)
 
 
+def _serving_notes(mixture: Mixture) -> list[str]:
+    return twin_of(mixture.form.twin).unserved(mixture.form) if mixture.form.twin != AUTO else []
+
+
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:
     """Parameters of the dense model, of one pruned expert, total and active ones, and all that any stage trained."""
     source = model.dense.source.config
-    channels, sized = model.dense.channels, partial(moe_config, source, form=Form.of(config))
+    channels, sized = model.dense.channels, partial(moe_config, source, form=model.mixture.form)
     width, shared = config.moe.widths(config.pruning, channels)
     dense, _ = count_parameters(source)
     pruned, _ = count_parameters(sized(width=config.pruning.width(channels), experts=1, top_k=1))

@@ -139,7 +139,9 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     tokens = domains.batch * domains.length
     sums = (groups + 2) * construction.moment_bytes(s) if job.refits else 0  # two more while one is added
     sums *= 2 if s.shared_width and experts > 1 else 1  # again, of the channels that the shared expert leaves
-    sampled = min(moe.distillation.tokens, sequences * domains.length) if job.distils and experts > 1 else 0
+    sampled = (
+        min(moe.distillation.tokens, sequences * domains.length) if (job.distils or moe.scales) and experts > 1 else 0
+    )
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
     if job.eliminates:
@@ -293,7 +295,8 @@ def export(job: Job) -> Memory:
     """Writing the model, reading it back to the host and comparing."""
     s = job.shapes
     if job.streamed:  # the largest tensor is read back to be compared, and was read to be copied
-        largest = max(s.vocabulary * s.hidden, s.hidden * s.width)
+        widest = max(s.width, s.shared_width, s.channels if s.kept else 0)
+        largest = max(s.vocabulary, widest) * s.hidden
         parts = {
             "one layer's experts": float(job.weight * s.experts * s.expert),
             "a shard": float(max(SHARD_BYTES, job.exported_weight * largest)),

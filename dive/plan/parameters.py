@@ -17,8 +17,7 @@ from dive.config import (
     MoEConfig,
     StageConfig,
 )
-from dive.model.families import chosen_twin
-from dive.model.families.twin import Form
+from dive.model.families import check_form, chosen_twin, form_of
 from dive.retrain.training import idle_routers
 
 
@@ -151,8 +150,9 @@ def shapes(architecture: ArchitectureConfig, config: Config, moe: MoEConfig | No
         UserError: the pruning ratio leaves no channel, or all; or the model cannot become ``model.twin``.
     """
     moe = moe or config.moe
-    twin, form = chosen_twin(architecture.model_type, config.model.twin), Form.of(config)
-    twin.check_form(form, layers=architecture.num_hidden_layers)
+    kind = architecture.model_type
+    twin, form = chosen_twin(kind, config.model.twin), form_of(config, kind)
+    check_form(form, kind, layers=architecture.num_hidden_layers)
     width, shared = moe.widths(config.pruning, architecture.intermediate_size)
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_key_value_heads * architecture.head_dim

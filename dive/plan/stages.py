@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig, StageText
@@ -10,7 +10,7 @@ from dive.model.architecture import GGUF
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
-from dive.plan.parameters import reached, trained
+from dive.plan.parameters import reached, shapes, trained
 from dive.results import DEQUANTISED, PRUNED, RECONSTRUCTED
 
 
@@ -142,8 +142,9 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
         stages.append(_calibration(job, "mining", *config.affinity.mapped_of(domains.samples, domains.length)))
     refined = construction.refinement(config)
     one_shot = s.experts == 1 and refined is None
-    if one_shot or not job.streamed:  # one pruned expert is there to be measured
-        stages.append(_building(job, PRUNED, experts=1, groups=1, refined=None))
+    if one_shot or not job.streamed:  # one pruned expert is there to be measured, which shares nothing
+        alone = replace(job, shapes=shapes(architecture, config, replace(config.moe, experts=1, top_k=1)))
+        stages.append(_building(alone, PRUNED, experts=1, groups=1, refined=None))
     if not one_shot:
         stages.append(_building(job, RECONSTRUCTED, experts=s.experts, groups=job.groups, refined=refined))
     before: list[StageConfig] = []
@@ -243,6 +244,11 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         sampled = min(moe.distillation.tokens, tokens)
         work = construction.router_fit(s, moe.distillation, sampled) + sampled * 2 * s.ffn  # whose output is the target
         parts.append(("float32", float(s.sparse * work)))
+    if moe.scales and experts > 1:
+        seen = tokens if refined is not None else min(moe.distillation.tokens, tokens)
+        passes = 2 if refined is not None and moe.top_k > 1 else 1
+        targets = 0 if refined is not None else 2 * s.ffn
+        parts.append(("float32", float(s.sparse * passes * seen * (2 * moe.top_k * s.expert + targets))))
     of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
     of_layer += s.shared_expert * job.weight if experts > 1 else 0
     return Stage(

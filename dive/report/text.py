@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -108,8 +108,12 @@ def lost(precision: str) -> str:
     return f"The dense model was de-quantised from a GGUF file ({precision}): what its weights had beyond that is lost."
 
 
-def model_card(results: Results) -> str:
-    """README.md of an export: what it is, the domains of each expert, results, configuration."""
+def model_card(results: Results, notes: Sequence[str] = ()) -> str:
+    """README.md of an export: what it is, the domains of each expert, results, configuration.
+
+    Args:
+        notes: on engines that do not serve it.
+    """
     config, settings, counts = results.run.config, results.settings, results.parameters
     front = [
         "---",
@@ -129,7 +133,8 @@ def model_card(results: Results) -> str:
         "",
         f"{settings['moe.experts']} experts, {settings['moe.top_k']} active per token; each is the dense model's FFN with "
         f"{settings['pruning.ratio']:.0%} of its channels pruned. Made by pruning and reconstruction after DIVE "
-        "(ACL 2025, arXiv 2506.09351).",
+        "(ACL 2025, arXiv 2506.09351)." + _beside_experts(settings),
+        *([] if not notes else ["", "> **Not in every engine.** " + " ".join(notes)]),
         *([] if results.run.precision is None else ["", lost(results.run.precision)]),
         "",
         "| parameters | dense | total | active | trained |",
@@ -151,6 +156,19 @@ def model_card(results: Results) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _beside_experts(settings: Mapping[str, Any]) -> str:
+    """What a token meets beside its experts; settings of older runs lack these."""
+    found = ""
+    if settings.get("moe.shared_expert") and settings["moe.experts"] > 1:
+        found += (
+            f" {settings['moe.shared_expert']:.0%} of what is left of it is one shared expert, which every token meets."
+        )
+    if settings.get("moe.dense_layers"):
+        layers = ", ".join(map(str, settings["moe.dense_layers"]))
+        found += f" Layers {layers} stay dense, numbered from 0."
+    return found
 
 
 def markdown(text: str) -> str:

@@ -137,7 +137,10 @@ def test_no_stage_trains_them(build: Build, tokens: Tokens) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["moe.dense_layers=[0]"], r"moe.dense_layers=\[0\] has no place in mixtral, .*; set model.twin=qwen2_moe$"),
+        (
+            ["moe.dense_layers=[0]"],
+            r"moe.dense_layers=\[0\] has no place in mixtral, .*; set model.twin=qwen2_moe, or moe.dense_layers=\[\]$",
+        ),
         ([*OVERRIDES], r"moe.dense_layers=\[0,2\]: the model's 2 layers are numbered from 0 to 1$"),
         (
             [OVERRIDES[0], "moe.dense_layers=[1,0]"],

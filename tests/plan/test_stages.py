@@ -170,3 +170,25 @@ def test_the_summary_is_for_json() -> None:
     assert found["device"] == "cpu"
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["parameters"]["trained"] > 0
+
+
+SHARED = ("retrain=none", "model=llama3.2-1b", "model.twin=qwen2_moe", "moe.gates=probabilities", "plan.device=h100")
+
+
+def test_one_pruned_expert_shares_nothing() -> None:
+    alone, beside = planned(*SHARED), planned(*SHARED, "moe.shared_expert=0.5")
+    assert by_name(beside)["pruned"] == by_name(alone)["pruned"]
+    assert by_name(beside)["reconstructed"].operations < by_name(alone)["reconstructed"].operations
+
+
+def test_scaling_to_the_gates_is_counted() -> None:
+    """Llama-3.2-1B: 16 layers, D 2048, F 8192, experts of a quarter of it."""
+    expert = 3 * 2048 * 2048
+    for construction, sampled_passes in (("moe=default", None), ("moe=random_split", 1)):
+        with_, without = (
+            by_name(planned(*SHARED, construction, gates))["reconstructed"]
+            for gates in ("moe.gates=probabilities", "moe.gates=renormalised")
+        )
+        seen = with_.tokens if sampled_passes is None else min(32768, with_.tokens)
+        each = 2 * expert + (0 if sampled_passes is None else 2 * 3 * 2048 * 8192)
+        assert with_.operations - without.operations == pytest.approx(16 * seen * each, rel=1e-6)

@@ -97,3 +97,15 @@ def test_long_stages_are_timed_as_on_a_clock() -> None:
         results(stages=[stage("dense", 2.0, seconds=8.21), stage("x", 1.5, seconds=3847.0, reused=True)])
     )
     assert columns(table)["time"] == ["8.2 s", "1:04:07 (reused)"]
+
+
+def test_the_card_says_what_stands_beside_the_experts_and_where_it_is_not_served() -> None:
+    config = json.loads(json.dumps(CONFIG))
+    plain = model_card(results(config, groups=[], parameters=SIZES, routing={}))
+    assert "shared expert" not in plain.split("## Configuration")[0]
+    assert "Not in every engine" not in plain
+    config["moe"] |= {"shared_expert": 0.25, "dense_layers": [0, 29]}
+    notes = ["llama.cpp knows no dense layers in this class."]
+    card = model_card(results(config, groups=[], parameters=SIZES, routing={}), notes)
+    assert "25% of what is left of it is one shared expert, which every token meets. Layers 0, 29 stay dense" in card
+    assert "> **Not in every engine.** llama.cpp knows no dense layers in this class.\n" in card

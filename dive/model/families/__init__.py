@@ -5,11 +5,11 @@ Nothing outside this folder knows how a family is built. A new one is a file bes
 Shapes: L layers, D hidden width, F FFN channels of the dense model, W channels kept, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dive.config import AUTO
+from dive.config import AUTO, Config, Gates
 from dive.errors import UserError, require
 from dive.model.families.mixtral import Mixtral
 from dive.model.families.qwen2_moe import Qwen2Moe
@@ -84,11 +84,52 @@ def check_supported(config: "PretrainedConfig", path: str) -> None:
     twin_of(config.model_type).check(config, path)
 
 
+def form_of(config: Config, model_type: str) -> Form:
+    """What a run chooses for a dense model of a ``model_type``.
+
+    Raises:
+        UserError: it cannot become the class that is chosen.
+    """
+    moe = config.moe
+    return Form(
+        twin=chosen_twin(model_type, config.model.twin).name,
+        gates=moe.gates if moe.scales else Gates.renormalised,
+        dense_layers=tuple(sorted(moe.dense_layers)),
+        shares=moe.shares,
+    )
+
+
+def check_form(form: Form, model_type: str, *, layers: int, suits: Callable[[Twin], bool] = lambda _: True) -> None:
+    """Refuse a choice that the stock class, or a model of so many layers, has no place for.
+
+    Args:
+        suits: whether the dense model can become a twin at all; others are not named as a way out.
+
+    Raises:
+        UserError: it has none.
+    """
+    lacking = chosen_twin(model_type, form.twin).lacks(form)
+    if lacking is not None:
+        what, instead = lacking
+        others = [o.name for o in TWINS if model_type in o.dense and o.lacks(form) is None and suits(o)]
+        raise UserError(f"{what}; set {', or '.join([*(f'model.twin={name}' for name in others), instead])}")
+    beyond = [number for number in form.dense_layers if number >= layers]
+    require(not beyond, f"{form.stated_layers}: the model's {layers} layers are numbered from 0 to {layers - 1}")
+    require(len(form.dense_layers) < layers, f"{form.stated_layers} leaves no layer to have experts; take one away")
+
+
 def check_chosen(form: Form, config: "PretrainedConfig", path: str) -> None:
     """Raise :class:`UserError` if the model at ``path`` cannot become what is chosen, or has something it has no place for."""
-    twin = chosen_twin(config.model_type, form.twin)
-    twin.check(config, path)
-    twin.check_form(form, layers=config.num_hidden_layers)
+
+    def suits(twin: Twin) -> bool:
+        try:
+            twin.check(config, path)
+        except UserError:
+            return False
+        return True
+
+    chosen_twin(config.model_type, form.twin).check(config, path)
+    check_form(form, config.model_type, layers=config.num_hidden_layers, suits=suits)
 
 
 def moe_config(

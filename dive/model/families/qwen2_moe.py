@@ -25,6 +25,7 @@ class Qwen2Moe(Twin):
 
     name = "qwen2_moe"
     dense = ("llama", "mistral", "qwen2")
+    llama_cpp_gates = Gates.probabilities
     shared = True
     qkv_bias = True
     biased = ("qwen2",)
@@ -65,8 +66,9 @@ class Qwen2Moe(Twin):
         super().check(config, path)
         windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         if windows or (config.model_type == "mistral" and config.sliding_window is not None):
+            another = "" if config.model_type in self.biased else "set model.twin=auto, or "  # which is this one itself
             raise UserError(
-                f"model.path={path}: engines give a {self.name} no sliding window; set model.twin=auto, or choose another model"
+                f"model.path={path}: engines give a {self.name} no sliding window; {another}choose another model"
             )
 
     def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:

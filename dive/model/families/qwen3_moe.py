@@ -14,6 +14,7 @@ class Qwen3Moe(Twin):
 
     name = "qwen3_moe"
     dense = ("qwen3",)
+    llama_cpp_gates = Gates.renormalised
     in_gguf = {"qwen3": False}  # noqa: RUF012
     head_dim = 128
 

@@ -4,11 +4,11 @@ Neither torch nor transformers is imported here or beside: the plan asks a twin 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dive.config import AUTO, ArchitectureConfig, Config, Gates
-from dive.errors import UserError, require
+from dive.config import AUTO, ArchitectureConfig, Gates
+from dive.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,22 +23,21 @@ class Form:
     """What a run chooses of a Mixture-of-Experts beside the number and the sizes of its experts."""
 
     twin: str = AUTO
-    """Its class, see :class:`dive.config.ModelConfig`."""
+    """Its class, see :class:`dive.config.ModelConfig`. A run's has its name, so that nothing is made twice for ``auto``."""
     gates: Gates = Gates.renormalised
     dense_layers: tuple[int, ...] = ()
     """Layers that have no experts but the dense model's own FFN."""
     shares: bool = False
     """Whether there is a shared expert."""
 
-    @classmethod
-    def of(cls, config: Config) -> "Form":
-        """Of a run's configuration."""
-        return cls(
-            twin=config.model.twin,
-            gates=config.moe.gates if config.moe.scales else Gates.renormalised,
-            dense_layers=tuple(sorted(config.moe.dense_layers)),
-            shares=config.moe.shares,
-        )
+    @property
+    def stated_layers(self) -> str:
+        """The override of the dense layers."""
+        return f"moe.dense_layers={list(self.dense_layers)}".replace(" ", "")
+
+    def of_one_expert(self) -> "Form":
+        """The same of one pruned expert: its gate is 1 in every class, and nothing is shared."""
+        return replace(self, gates=Gates.renormalised, shares=False)
 
 
 class Twin(ABC):
@@ -56,6 +55,8 @@ class Twin(ABC):
     """Width of a head where config.json leaves it out; hidden width / heads if none."""
     plain: ClassVar[bool] = False
     """Whether its gates are always renormalised, and every layer has experts."""
+    llama_cpp_gates: ClassVar[Gates | None] = None
+    """Gates that llama.cpp gives the class; its own choice if none."""
     shared: ClassVar[bool] = False
     """Whether it has a place for a shared expert."""
     qkv_bias: ClassVar[bool] = False
@@ -146,28 +147,30 @@ class Twin(ABC):
                 "choose another model"
             )
 
-    def check_form(self, form: Form, *, layers: int) -> None:
-        """Refuse a choice that the stock class, or a model of so many layers, has no place for.
+    def lacks(self, form: Form) -> tuple[str, str] | None:
+        """What of a choice the stock class has no place for, and the override that takes it back; none if it has all."""
+        if self.plain and form.gates is not Gates.renormalised:
+            said = f"moe.gates={form.gates.value} has no place in {self.name}, which renormalises its gates"
+            return said, f"moe.gates={Gates.renormalised.value}"
+        if form.shares and not self.shared:
+            return f"moe.shared_expert has no place in {self.name}", "moe.shared_expert=0"
+        if self.plain and form.dense_layers:
+            return (
+                f"{form.stated_layers} has no place in {self.name}, whose layers all have experts",
+                "moe.dense_layers=[]",
+            )
+        return None
 
-        Raises:
-            UserError: it has none.
-        """
-        require(
-            not self.plain or form.gates is Gates.renormalised,
-            f"moe.gates={form.gates.value} has no place in {self.name}, which renormalises its gates; set model.twin=qwen2_moe",
-        )
-        require(
-            self.shared or not form.shares,
-            f"moe.shared_expert has no place in {self.name}; set model.twin=qwen2_moe, or moe.shared_expert=0",
-        )
-        stated = f"moe.dense_layers={list(form.dense_layers)}".replace(" ", "")
-        require(
-            not self.plain or not form.dense_layers,
-            f"{stated} has no place in {self.name}, whose layers all have experts; set model.twin=qwen2_moe",
-        )
-        beyond = [number for number in form.dense_layers if number >= layers]
-        require(not beyond, f"{stated}: the model's {layers} layers are numbered from 0 to {layers - 1}")
-        require(len(form.dense_layers) < layers, f"{stated} leaves no layer to have experts; take one away")
+    def unserved(self, form: Form) -> list[str]:
+        """Sentences on engines that load such a model and answer otherwise, or do not load it."""
+        dense = ["llama.cpp knows no dense layers in this class."] if form.dense_layers else []
+        if self.llama_cpp_gates in (None, form.gates):
+            return dense
+        said = "renormalises" if self.llama_cpp_gates is Gates.renormalised else "does not renormalise"
+        return [
+            f"llama.cpp {said} the gates of this class whatever `config.json` says: it gives other answers.",
+            *dense,
+        ]
 
     def sparse_layers(self, config: "PretrainedConfig") -> list[int]:
         """Numbers of the layers that have experts, in a twin of this configuration."""

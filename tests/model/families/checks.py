@@ -19,11 +19,11 @@ from dive.model.families import (
     empty_moe,
     ffn,
     ffn_modules,
+    form_of,
     moe_class,
     moe_config,
     part_of,
 )
-from dive.model.families.twin import Form
 from dive.model.load import load_weights, locate_dense
 from dive.model.streamed import load_streamed
 from dive.moe.assemble import assemble
@@ -46,7 +46,7 @@ def check_twin(
     source = locate_dense(str(directory / "dense"))
     here = (f"model.path={directory / 'dense'}", "model=local")
     config = composed([*here, "moe.experts=3", "pruning.ratio=0.5", *overrides])
-    form = Form.of(config)
+    form = form_of(config, dense.config.model_type)
     layers = [
         whole_experts(dense, number) for number in range(len(decoder_layers(dense))) if number not in form.dense_layers
     ]

@@ -1,6 +1,7 @@
 """Llama, Mistral without sliding windows and Qwen2 become Qwen2-MoE."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeForCausalLM,
+    Qwen3Config,
 )
 
+from dive.cli import composed
+from dive.config import Gates
 from dive.errors import UserError
 from dive.export import save
-from dive.model.families import check_chosen, count_parameters, ffn, moe_block, moe_class, moe_config
+from dive.model.families import check_chosen, count_parameters, ffn, form_of, moe_block, moe_class, moe_config, twin_of
 from dive.model.families.twin import Form
 from dive.moe.assemble import assemble
 from dive.moe.layer import ExpertLayer
@@ -105,10 +109,54 @@ def test_the_gate_of_the_shared_expert_is_a_half_and_not_zero(build: Build, dtyp
     ("config", "message"),
     [
         (MistralConfig(sliding_window=7), "engines give a qwen2_moe no sliding window; set model.twin=auto"),
-        (Qwen2Config(use_sliding_window=True, max_window_layers=0), "engines give a qwen2_moe no sliding window"),
+        (
+            Qwen2Config(use_sliding_window=True, max_window_layers=0),
+            "engines give a qwen2_moe no sliding window; choose another model$",
+        ),
         (LlamaConfig(attention_bias=True), "attention_bias=true has no place"),
     ],
 )
 def test_what_it_has_no_place_for_is_refused(config: LlamaConfig, message: str) -> None:
     with pytest.raises(UserError, match=f"^model.path=here: {message}"):
         check_chosen(FORM, config, "here")
+
+
+@pytest.mark.parametrize(
+    ("config", "ways"),
+    [
+        (LlamaConfig(), "model.twin=qwen2_moe, or moe.shared_expert=0"),
+        (MistralConfig(sliding_window=None), "model.twin=qwen2_moe, or moe.shared_expert=0"),
+        (MistralConfig(sliding_window=7), "moe.shared_expert=0"),
+        (Qwen3Config(), "moe.shared_expert=0"),
+    ],
+)
+def test_ways_out_are_open(config: LlamaConfig, ways: str) -> None:
+    form = Form(shares=True)
+    with pytest.raises(UserError, match=f"^moe.shared_expert has no place in .*; set {ways}$"):
+        check_chosen(form, config, "here")
+    for way in ways.split(", or "):
+        name, _, value = way.partition("=")
+        check_chosen(replace(form, twin=value) if name == "model.twin" else Form(), config, "here")
+
+
+def test_what_is_not_served_everywhere() -> None:
+    probable, layers = Gates.probabilities, (0,)
+    said = {
+        ("mixtral", Gates.renormalised, ()): [],
+        ("qwen3_moe", Gates.renormalised, ()): [],
+        ("qwen3_moe", probable, ()): ["llama.cpp renormalises"],
+        ("qwen2_moe", Gates.renormalised, ()): ["llama.cpp does not renormalise"],
+        ("qwen2_moe", probable, ()): [],
+        ("qwen2_moe", probable, layers): ["llama.cpp knows no dense layers"],
+        ("qwen3_moe", probable, layers): ["llama.cpp renormalises", "llama.cpp knows no dense layers"],
+    }
+    for (name, gates, dense), beginnings in said.items():
+        found = twin_of(name).unserved(Form(twin=name, gates=gates, dense_layers=dense))
+        assert len(found) == len(beginnings)
+        assert all(sentence.startswith(start) for sentence, start in zip(found, beginnings, strict=True))
+
+
+def test_auto_is_the_same_as_its_name() -> None:
+    of = {name: form_of(composed([f"model.twin={name}"]), "llama") for name in ("auto", "mixtral", "qwen2_moe")}
+    assert of["auto"] == of["mixtral"]
+    assert of["qwen2_moe"].twin == "qwen2_moe"
