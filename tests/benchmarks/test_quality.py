@@ -24,7 +24,7 @@ from benchmarks.quality import (
 from dive.calibration_domains.local import read_documents
 from dive.calibration_domains.texts import load_eval_set
 from dive.cli import composed
-from dive.config import Compensation, Config
+from dive.config import Compensation, Config, StageText
 from dive.errors import UserError
 from tests.workplace import WORDS, Workplace
 
@@ -58,13 +58,25 @@ def test_every_method_trains_on_the_same_tokens_with_the_same_optimiser(method: 
     overrides = METHODS[method].overrides(Setting.parse("ratio0.75-top1"))
     stages = stage_overrides(composed(overrides), tokens=budget, learning_rate=None, train="full")
     config = composed([*overrides, *stages])
-    last = list(config.retrain.stages.values())[-1]
+    read = {name: stage for name, stage in config.retrain.stages.items() if stage.text is StageText.corpus}
+    last = list(read.values())[-1]
     step = last.batch * config.retrain.length
-    assert sum(stage.tokens for stage in config.retrain.stages.values()) == budget // step * step
-    assert {stage.batch for stage in config.retrain.stages.values()} == {8}
+    assert sum(stage.tokens for stage in read.values()) == budget // step * step
+    assert {stage.batch for stage in read.values()} == {8}
     assert (last.learning_rate, last.schedule.value, last.warmup, last.floor) == (1.5e-3, "cosine", 0.1, 0.1)
     assert last.train.experts.value == "full"
-    assert list(config.retrain.stages) == (["router", "experts"] if method == "paper" else ["experts"])
+    assert list(read) == (["router", "experts"] if method == "paper" else ["experts"])
+    calibrated = {"dive_end_to_end": ["end_to_end"]}
+    assert [name for name in config.retrain.stages if name not in read] == calibrated.get(method, [])
+
+
+def test_a_stage_on_calibration_text_stays_where_nothing_is_retrained() -> None:
+    overrides = METHODS["dive_end_to_end"].overrides(Setting.parse("ratio0.75-top1"))
+    stages = stage_overrides(composed(overrides), tokens=0, learning_rate=None, train="full")
+    found = composed([*overrides, *stages])
+    assert list(found.retrain.stages) == ["end_to_end"]
+    sampled = 23 * found.calibration_domains.samples * found.calibration_domains.length
+    assert sampled + found.retrain.stages["end_to_end"].tokens <= 23 * 32 * 256
 
 
 def test_only_ours_and_the_method_that_says_so_learn_from_the_dense_model() -> None:
