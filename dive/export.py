@@ -94,7 +94,7 @@ def save(
         use_stock_experts(model)
     target = Path(directory)
     with _replacing(target) as working:
-        model.save_pretrained(working)
+        model.save_pretrained(working, state_dict=_with_head(model))
         tokenizer.save_pretrained(working)
         copy_sentencepiece(tokenizer, working)
         add_earlier_names(working)
@@ -102,6 +102,19 @@ def save(
             (working / "README.md").write_text(card, encoding="utf-8")
         verify(model, working)
     return target
+
+
+def _with_head(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """The model's tensors, and of a tied head a copy that is written as well.
+
+    SGLang never ties the head of these classes: without the tensor it serves one that nobody initialised, in silence. Others
+    tie it whether it is there or not.
+    """
+    tensors: dict[str, torch.Tensor] = model.state_dict()
+    if model.config.tie_word_embeddings:
+        head = f"{twin_of(model.config.model_type).head}.weight"
+        tensors[head] = tensors[head].clone()
+    return tensors
 
 
 def copy_sentencepiece(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
@@ -212,8 +225,13 @@ def save_streamed(
         for other in range(written, config.num_hidden_layers):
             _copy_shared(dense, twin, writer, f"{places.layers}.{other}.")
         _copy_shared(dense, twin, writer, f"{places.norm}.", f"{places.head}.")
-        writer.close()
         total = twin.num_parameters()
+        if config.tie_word_embeddings:  # see _with_head
+            embedding = f"{places.embeddings}.weight"
+            copy = dense.checkpoint.read([embedding], dtype=writer.dtype, device=torch.device("cpu"))[embedding]
+            writer.add(f"{places.head}.weight", copy)
+            total += copy.numel()
+        writer.close()
         if writer.parameters != total:
             raise UserError(f"{target}: {writer.parameters} parameters were written, {type(twin).__name__} has {total}")
         tokenizer.save_pretrained(working)

@@ -86,6 +86,32 @@ def test_it_reloads_as_the_stock_class(
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
 
 
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen3"])
+def test_the_head_is_written_whether_it_is_tied_or_not(
+    build: Callable[..., PreTrainedModel],
+    tokens: Tokens,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    variant: str,
+) -> None:
+    """SGLang never ties it, and serves what its memory held before."""
+    dense = build(variant)
+    tied = dense.config.tie_word_embeddings
+    streamed, layers = stream(dense, tokens, tmp_path)
+    save_streamed(streamed, layers, tokenizer, tmp_path / "streamed", top_k=1)
+    save(assemble(dense, layers, top_k=1), tokenizer, tmp_path / "whole")
+    for kind in ("streamed", "whole"):
+        files = (tmp_path / kind).glob("*.safetensors")
+        stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]) is tied
+        assert torch.equal(stored["lm_head.weight"], dense.lm_head.weight)
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / kind, output_loading_info=True)
+        assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+        written = sum(tensor.numel() for tensor in stored.values())
+        assert written == again.num_parameters() + tied * dense.lm_head.weight.numel()
+
+
 @pytest.mark.parametrize(
     ("variant", "names"),
     [

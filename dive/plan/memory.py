@@ -306,4 +306,5 @@ def export(job: Job) -> Memory:
     copy = float(job.weight * (s.total + s.biases))
     if s.bias:
         return _memory(job, _both(job, exported=True))
-    return _memory(job, _both(job, exported=True), {"in the files' layout": copy, "read back": copy})
+    layout = copy + job.weight * s.tied_head
+    return _memory(job, _both(job, exported=True), {"in the files' layout": layout, "read back": copy})

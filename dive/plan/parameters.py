@@ -83,6 +83,11 @@ class Shapes:
         return 3 * self.hidden * self.shared_width
 
     @property
+    def tied_head(self) -> int:
+        """Numbers that an export has twice: of a tied head."""
+        return self.vocabulary * self.hidden if self.tied else 0
+
+    @property
     def norms(self) -> int:
         """Weights of one layer's norms."""
         return 2 * self.hidden + self.head_norms

@@ -325,5 +325,5 @@ def _evaluation(job: Job) -> Stage:
 
 def _export(job: Job) -> Stage:
     s = job.shapes
-    size = float(job.exported_weight * (s.total + s.biases))
+    size = float(job.exported_weight * (s.total + (s.biases if s.bias else s.tied_head)))
     return Stage("export", "export", 0, {}, memory.export(job), moved=16 * size, written=size)

@@ -102,6 +102,8 @@ def test_disk() -> None:
     assert stages["experts"].written == 21_358_592 * 2  # 32-true keeps them in bfloat16
     assert stages["experts"].temporary == 2 * 3 * 21_358_592 * 2  # with Adam's states; the old beside the new
     assert it.export == 2 * (3_384_207_360 + 360_448)
+    tied = planned("model=llama3.2-1b", "retrain=none", "model.dtype=bfloat16")  # whose head is written as well
+    assert tied.export == 2 * (tied.parameters["total"] + 128_256 * 2048)
 
 
 def test_seconds() -> None:
