@@ -142,7 +142,7 @@ def build_experts(
     finished = whole_layers(place.partial, numbers)
     before = 0.0
     if finished:
-        log.info("experts: going on after layer %d", numbers[len(finished) - 1])
+        log.info("experts: going on after %d of %d layers", len(finished), len(numbers))
         with contextlib.suppress(OSError, ValueError):  # cut short: the time is not worth more than the layers
             before = float((place.partial / "seconds").read_text())
     if len(finished) < len(numbers):
