@@ -220,10 +220,13 @@ def stage_overrides(config: Config, *, tokens: int, learning_rate: float | None,
     """
     before = [name for name, stage in config.retrain.stages.items() if stage.text is StageText.calibration]
     stages = [(name, stage) for name, stage in config.retrain.stages.items() if name not in before]
+    alike = [f"retrain.stages.{name}.train.experts={train}" for name in before]
     if tokens == 0:
-        return [f"~retrain.stages.{name}" for name, _ in stages] if before else ["retrain=none"]
+        return [*alike, *(f"~retrain.stages.{name}" for name, _ in stages)] if before else ["retrain=none"]
+    if not stages:
+        raise UserError(f"--tokens {tokens}: no stage reads the retraining corpus")
     total = sum(stage.tokens for _, stage in stages)
-    left, found = tokens, []
+    left, found = tokens, alike
     for number, (name, stage) in enumerate(stages):
         step = stage.batch * config.retrain.length
         share = left if number == len(stages) - 1 else max(round(tokens * stage.tokens / total / step), 1) * step

@@ -43,7 +43,7 @@ class BudgetConfig:
     """Gradient steps a layer on experts and router together."""
     refinement_batch: int = bounded(MISSING, at_least=1, at_most=2**24)
     """Tokens of each."""
-    end_to_end_tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
+    end_to_end_tokens: int = bounded(57_344, at_least=1, at_most=10**14)
     """Calibration tokens of a stage that trains all layers together, where there is one."""
     tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
     """Retraining tokens of all stages of a preset."""
@@ -1271,7 +1271,7 @@ class Config:
                 f"others; set retrain.stages.{name}.mode=sparse, or moe.gates=renormalised",
             )
             require(
-                stage.gate is not Gate.annealed or self.moe.top_k == 1,
+                stage.gate is not Gate.annealed or stage.mode is Mode.dense or self.moe.top_k == 1,
                 f"retrain.stages.{name}.gate=annealed is for one expert a token; from moe.top_k=2 on routers learn without: set "
                 f"retrain.stages.{name}.gate=renormalised",
             )

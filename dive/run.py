@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dive.affinity.grouping import adjusted_rand_index, favourite_groups, routing_overlap
 from dive.affinity.groups import Groups
-from dive.config import AUTO, Config, EvaluateConfig, Load, StageText
+from dive.config import Config, EvaluateConfig, Load, StageText
 from dive.eval.generation import Beginnings
 from dive.eval.measure import measure, write_on
 from dive.eval.tasks import Metrics, headline
@@ -23,7 +23,7 @@ from dive.inputs import Inputs, TrainingInputs
 from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluation
 from dive.logger.wandb_run import close, log_results
 from dive.model.architecture import check_architecture, read_architecture
-from dive.model.families import KNOWN, count_parameters, moe_config, twin_of
+from dive.model.families import KNOWN, chosen_twin, count_parameters, moe_config
 from dive.model.recipe import Dense, Model, give_back
 from dive.moe.build import expert_overlap
 from dive.moe.mixture import Mixture
@@ -275,7 +275,7 @@ class Run:
             results.generations = [Continuation(**row) for row in rows]
         exporting = time.monotonic()
         results.timings["total"] = exporting - self.started
-        card = model_card(results, _serving_notes(model.mixture))
+        card = model_card(results, _serving_notes(model.mixture, experts=config.moe.experts))
         where = export(config.model, model, tokenizer, self.directory, card=card)
         meter.exported(where, time.monotonic() - exporting)
         results.export = str(where)
@@ -334,8 +334,9 @@ def compare_routing(results: Results) -> None:
     mined.routing = RoutingAgreement(rand=rand, within=within, between=between)
 
 
-def _serving_notes(mixture: Mixture) -> list[str]:
-    return twin_of(mixture.form.twin).unserved(mixture.form) if mixture.form.twin != AUTO else []
+def _serving_notes(mixture: Mixture, *, experts: int) -> list[str]:
+    form, dense = mixture.form, mixture.dense.source.config
+    return chosen_twin(dense.model_type, form.twin).unserved(form, dense, experts=experts)
 
 
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:

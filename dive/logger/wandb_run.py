@@ -62,8 +62,9 @@ def log_results(run: "Run", results: Results, directory: Path) -> None:
 def tables(results: Results) -> dict[str, tuple[list[str | int], list[list[Any]]]]:
     """{section/name: (columns, rows)} of what a run found."""
     made: dict[str, tuple[list[str | int], list[list[Any]]]] = {}
-    columns: list[str | int] = ["stage", "perplexity", "trained parameters", "tokens", "seconds"]
-    made["results/stages"] = (columns, [[s.name, s.mean, s.trained, s.tokens, s.seconds] for s in results.stages])
+    columns: list[str | int] = ["stage", "perplexity", "trained parameters", "tokens", "calibration", "seconds"]
+    rows = [[s.name, s.mean, s.trained, s.tokens, s.calibration, s.seconds] for s in results.stages]
+    made["results/stages"] = (columns, rows)
     if results.stages:
         keys = [key for key in results.stages[0].perplexity if not key.startswith("mean")]
         values = [[key, *(stage.perplexity[key] for stage in results.stages)] for key in keys]
@@ -82,11 +83,13 @@ def tables(results: Results) -> dict[str, tuple[list[str | int], list[list[Any]]
             if matrix is not None:
                 rows = [[domain, *row] for domain, row in zip(mined.domains, matrix, strict=True)]
                 made[f"affinity/{measure}"] = (["pruned on", *mined.domains], rows)
-    by_layer = (results.routing.share_by_layer if results.routing is not None else None) or {}
+    routing = results.routing
+    by_layer = (routing.share_by_layer if routing is not None else None) or {}
+    numbers = routing.layers if routing is not None else None
     shares = [
         [domain, layer, expert, share]
         for domain, layers in by_layer.items()
-        for layer, experts in enumerate(layers)
+        for layer, experts in zip(numbers or range(len(layers)), layers, strict=True)
         for expert, share in enumerate(experts)
     ]
     if shares:
@@ -101,6 +104,7 @@ def final_summary(results: Results) -> dict[str, Any]:
     if results.stages:
         last = results.stages[-1]
         summary |= {"final/stage": last.name, "final/perplexity": last.mean, "final/tokens": results.tokens}
+        summary["final/calibration_tokens"] = results.calibration_tokens
         if results.dense is not None:
             summary["final/perplexity_over_dense"] = last.mean / results.dense.mean
         if last.tasks_mean is not None:

@@ -131,6 +131,7 @@ def _row(
         "dense_perplexity": None if dense is None else dense.mean,
         "dense_parameters": counts.dense,
         "tokens": finished.tokens if finished else None,
+        "calibration_tokens": finished.calibration_tokens if finished else None,
         "seconds": computing_seconds(finished) if finished else None,
         "texts": letters[text] if text is not None else None,
     }

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from dive.logger.wandb_run import run_id, run_id_file
+from dive.logger.wandb_run import run_id, run_id_file, tables
 from dive.store import plain
+from tests.report import made
 from tests.workplace import Workplace
 
 
@@ -165,3 +166,11 @@ def test_an_interrupted_run_goes_on_under_its_id(workplace: Workplace, results: 
     assert run_id(settings, tmp_path) != first
     # The run above ended, so that another of the same configuration would be another run.
     assert not run_id_file(plain(workplace.compose("logger=[csv,wandb]")), workplace.root / "store").exists()
+
+
+def test_layers_have_their_own_numbers() -> None:
+    shares = {"law": [[0.75, 0.25]]}
+    for layers, number in (([1], 1), (None, 0)):  # older runs did not record them
+        routing = {"share": {"law": [0.75, 0.25]}, "share_by_layer": shares, "layers": layers}
+        _, rows = tables(made.results(groups=[], parameters={}, routing=routing))["routing/share"]
+        assert rows == [["law", number, 0, 0.75], ["law", number, 1, 0.25]]

@@ -71,6 +71,17 @@ class Qwen2Moe(Twin):
                 f"model.path={path}: engines give a {self.name} no sliding window; {another}choose another model"
             )
 
+    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[str]:
+        """Two more: its converter and its engines take heads and positions to be Qwen2's."""
+        found = super().unserved(form, dense, experts=experts)
+        if (getattr(dense, "rope_parameters", None) or {}).get("rope_type") == "llama3":
+            found.append(
+                "llama.cpp's converter leaves Llama 3's RoPE scaling out of this class: it gives other answers."
+            )
+        if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
+            found.append("vLLM and SGLang take a head of this class to be hidden size / heads wide.")
+        return found
+
     def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:
         """The shared expert, of zeros where there is none, its output doubled; and its gate, which halves it."""
         import torch

@@ -161,16 +161,22 @@ class Twin(ABC):
             )
         return None
 
-    def unserved(self, form: Form) -> list[str]:
-        """Sentences on engines that load such a model and answer otherwise, or do not load it."""
-        dense = ["llama.cpp knows no dense layers in this class."] if form.dense_layers else []
-        if self.llama_cpp_gates in (None, form.gates):
-            return dense
-        said = "renormalises" if self.llama_cpp_gates is Gates.renormalised else "does not renormalise"
-        return [
-            f"llama.cpp {said} the gates of this class whatever `config.json` says: it gives other answers.",
-            *dense,
-        ]
+    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[str]:
+        """Sentences on engines that load such a model and answer otherwise, or do not load it, see docs/serving.md.
+
+        Args:
+            dense: configuration of the dense model.
+            experts: of each layer; a single one's gate is 1 in every class.
+        """
+        found = []
+        if experts > 1 and self.llama_cpp_gates not in (None, form.gates):
+            said = "renormalises" if self.llama_cpp_gates is Gates.renormalised else "does not renormalise"
+            found.append(
+                f"llama.cpp {said} the gates of this class whatever `config.json` says: it gives other answers."
+            )
+        if form.dense_layers:
+            found.append("llama.cpp knows no dense layers in this class.")
+        return found
 
     def sparse_layers(self, config: "PretrainedConfig") -> list[int]:
         """Numbers of the layers that have experts, in a twin of this configuration."""

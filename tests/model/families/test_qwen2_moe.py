@@ -151,9 +151,16 @@ def test_what_is_not_served_everywhere() -> None:
         ("qwen3_moe", probable, layers): ["llama.cpp renormalises", "llama.cpp knows no dense layers"],
     }
     for (name, gates, dense), beginnings in said.items():
-        found = twin_of(name).unserved(Form(twin=name, gates=gates, dense_layers=dense))
+        form = Form(twin=name, gates=gates, dense_layers=dense)
+        found = twin_of(name).unserved(form, LlamaConfig(), experts=4)
         assert len(found) == len(beginnings)
         assert all(sentence.startswith(start) for sentence, start in zip(found, beginnings, strict=True))
+        assert twin_of(name).unserved(form, LlamaConfig(), experts=1) == found[len(found) - len(dense) :]
+    qwen, scaled = twin_of("qwen2_moe"), {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    form = Form(twin="qwen2_moe", gates=probable)
+    assert "RoPE scaling" in qwen.unserved(form, LlamaConfig(rope_parameters=scaled), experts=4)[0]
+    assert "hidden size / heads" in qwen.unserved(form, MistralConfig(head_dim=64), experts=4)[0]
 
 
 def test_auto_is_the_same_as_its_name() -> None:
