@@ -11,7 +11,7 @@ from dive.results import from_json, read_results, to_json, write_results
 from tests.report.made import results, stage
 from tests.workplace import WORDS, Workplace
 
-STAGE = {"name", "tokens", "seconds", "reused", "trained", "perplexity"}
+STAGE = {"name", "calibration", "tokens", "seconds", "reused", "trained", "perplexity"}
 SPENT = {"name", "seconds", "reused", "host_bytes", "device_bytes", "disk_bytes"}
 LAYOUT: dict[str, set[str]] = {
     "": {
@@ -47,7 +47,8 @@ LAYOUT: dict[str, set[str]] = {
     "generations.0": {"domain", "prompt", "reference", "dense", "moe"},
     "plan": {"planned", "actual"},
     "plan.planned": {
-        *("device", "utilisation", "parameters", "host_bytes", "device_bytes", "disk_bytes", "seconds", "stages")
+        *("device", "cores", "utilisation", "parameters"),
+        *("host_bytes", "device_bytes", "disk_bytes", "seconds", "stages"),
     },
     "plan.planned.disk_bytes": {"store", "export", "checkpoints"},
     "plan.planned.stages.0": {"name", "tokens", "flops", "host_bytes", "device_bytes", "disk_bytes", "seconds"},

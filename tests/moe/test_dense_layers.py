@@ -165,7 +165,11 @@ def test_a_run(workplace: Workplace, load: str) -> None:
         without.settings = [
             s for s in workplace.settings if not s.startswith(("retrain", "affinity=", "eval.generations"))
         ]
-    results = without.run(f"dense-layers-{load}", *overrides, *(streamed if load == "streamed" else ()))
+    results = without.run(
+        f"dense-layers-{load}",
+        *overrides,
+        *(streamed if load == "streamed" else ("retrain.stages.router.mode=sparse",)),
+    )
     model, report = AutoModelForCausalLM.from_pretrained(results["export"], output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (model.config.mlp_only_layers, model.config.norm_topk_prob) == ([0], False)

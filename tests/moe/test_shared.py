@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused(build: Build, tokens: Tokens, overrides: tupl
 def test_a_run(workplace: Workplace) -> None:
     place = Workplace(workplace.root, workplace.root / "dense", workplace.root / "domains")
     overrides = ("model.twin=qwen2_moe", "moe.shared_expert=0.67", "moe.refined.steps=2", "moe.gates=probabilities")
-    results = place.run("shared-expert", *overrides)
+    results = place.run("shared-expert", *overrides, "retrain.stages.router.mode=sparse")
     model, report = AutoModelForCausalLM.from_pretrained(results["export"], output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     counts, planned = results["parameters"], results["plan"]["planned"]["parameters"]
