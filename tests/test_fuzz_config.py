@@ -167,10 +167,24 @@ def try_out(data: st.DataObject) -> None:
         assert any(names(line, leaf.path) for leaf in chosen), f"{line} names none of {overrides}"
 
 
+READ_BY = {
+    "samples": ("calibration_domains.samples",),
+    "group_samples": ("calibration_domains.group_samples",),
+    "refinement_steps": ("moe.refined.steps",),
+    "refinement_batch": ("moe.refined.batch",),
+    "length": ("retrain.length", "eval.lengths"),
+    "windows": ("eval.windows",),
+    "questions": ("eval.task_limit",),
+}
+"""{figure of a budget: options that are it where nobody says otherwise, and that messages name}; others are stages'."""
+
+
 def names(line: str, path: str) -> bool:
-    """Whether a message names an option, or what it is part of."""
+    """Whether a message names an option, or what it is part of, or what has its value from it."""
     parts = path.split(".")
-    ways = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    ways = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    if parts[0] == "budget":
+        ways += READ_BY.get(parts[-1], ("retrain",))
     return any(re.search(rf"(?<![\w.]){re.escape(way)}(?!\w)", line) for way in ways)
 
 
