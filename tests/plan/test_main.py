@@ -37,7 +37,7 @@ def test_the_plan_of_a_hub_model_needs_no_network_and_leaves_nothing_behind(tmp_
 
 
 def test_the_budget_is_named_and_the_next_one_planned_with_the_same_overrides(tmp_path: Path) -> None:
-    overrides = ("model=smollm2-135m", "budget=minutes", "trainer=cpu", "moe.experts=4")
+    overrides = ("model=smollm2-135m", "budget=minutes", "trainer=cpu", "moe.experts=4", "plan.cores=2")
     first, *_ = command("-m", "dive.plan", *overrides, cwd=tmp_path).stdout.splitlines()
     config = typed(*(o.replace("minutes", "hours") for o in overrides))
     next_one = duration(plan(config, locate_architecture(config.model)).seconds)
