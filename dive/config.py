@@ -587,6 +587,11 @@ class MoEConfig:
         return self.experts > 1 and self.gates is Gates.probabilities
 
     @property
+    def samples_inputs(self) -> bool:
+        """Whether a layer's inputs are sampled, ``distillation.tokens`` of them, for routers or scales to be fitted to."""
+        return self.distils or self.scales
+
+    @property
     def shares(self) -> bool:
         """Whether there is a shared expert."""
         return self.experts > 1 and self.shared_expert > 0

@@ -62,6 +62,13 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return found
 
 
+def reloaded(directory: Path, **settings: Any) -> Any:
+    """An export as any user would load it; it has every tensor, and no other."""
+    again, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **settings)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return again
+
+
 def test_it_reloads_as_the_stock_class(
     dense: PreTrainedModel, make_moe: MakeMoE, tokens: Tokens, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -69,10 +76,9 @@ def test_it_reloads_as_the_stock_class(
     expected = logits(moe, tokens(2, 10))
     assert save(moe, tokenizer, tmp_path / "moe", card="# A card\n") == tmp_path / "moe"
 
-    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
+    again = reloaded(tmp_path / "moe")
     others = {"qwen3": Qwen3MoeForCausalLM, "qwen2": Qwen2MoeForCausalLM}
     assert type(again) is others.get(dense.config.model_type, MixtralForCausalLM)
-    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.dtype == torch.float32
     torch.testing.assert_close(logits(again, tokens(2, 10)), expected, rtol=1e-4, atol=1e-4)
     tied = dense.config.tie_word_embeddings
@@ -105,8 +111,7 @@ def test_the_head_is_written_whether_it_is_tied_or_not(
         stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
         assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"]) is tied
         assert torch.equal(stored["lm_head.weight"], dense.lm_head.weight)
-        again, report = AutoModelForCausalLM.from_pretrained(tmp_path / kind, output_loading_info=True)
-        assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        again = reloaded(tmp_path / kind)
         assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
         written = sum(tensor.numel() for tensor in stored.values())
         assert written == again.num_parameters() + tied * dense.lm_head.weight.numel()
@@ -343,9 +348,8 @@ def test_streamed_it_is_the_same_checkpoint(
     for name in others:
         assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
-    again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype="auto", output_loading_info=True)
+    again = reloaded(tmp_path / "streamed", dtype="auto")
     assert type(again) is type(moe)
-    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits(again, tokens(2, 10)), logits(moe, tokens(2, 10)))
 
 

@@ -96,7 +96,7 @@ class StatisticsWalk:
             parts,
             batch=batch,
             second_moments=refits,
-            inputs=-(-moe.distillation.tokens // len(groups)) if moe.distils or moe.scales else 0,
+            inputs=-(-moe.distillation.tokens // len(groups)) if moe.samples_inputs else 0,
             taylor=pruning.metric is Metric.taylor,
             active_channels=0 if moe.coactivation is None else moe.coactivation.active_channels,
             seed=seed,

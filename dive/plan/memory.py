@@ -139,9 +139,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     tokens = domains.batch * domains.length
     sums = (groups + 2) * construction.moment_bytes(s) if job.refits else 0  # two more while one is added
     sums *= 2 if s.shared_width and experts > 1 else 1  # again, of the channels that the shared expert leaves
-    sampled = (
-        min(moe.distillation.tokens, sequences * domains.length) if (job.distils or moe.scales) and experts > 1 else 0
-    )
+    sampled = min(moe.distillation.tokens, sequences * domains.length) if moe.samples_inputs and experts > 1 else 0
     layer = experts * s.expert * job.weight
     solve = construction.solve_bytes(s) - 2 * construction.moment_bytes(s) if job.refits else 0
     if job.eliminates:
