@@ -21,6 +21,7 @@ from dive.retrain.retrained import Retrained
 from dive.retrain.stage import retrain
 from dive.run import Run
 from dive.trainer.build import check_devices
+from dive.trainer.processes import connect
 
 
 def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
@@ -42,6 +43,7 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     check(config, dense.source)
     run = Run(config, ["python", "-m", "dive.train", *overrides], directory)
     run.plan(config, dense)
+    connect(config.trainer)
     with run.stage(DEQUANTISED):
         dense = dense.in_safetensors(run)
     data = prepare(run, config, dense.source)

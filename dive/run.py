@@ -82,7 +82,7 @@ class Run:
         self.started = time.monotonic()
         self.config, self.command, self.directory = config, list(command), directory
         self.main = process_rank() == 0
-        """Whether this process measures, writes and exports; the others train."""
+        """Whether this process records, writes and exports; the others compute with it."""
         if not self.main:
             logging.getLogger("dive").setLevel(logging.WARNING)
         self.store = Store(Path(config.store))
@@ -184,11 +184,13 @@ class Run:
             self.results.affinity = AffinityResult(**groups.clustering)
 
     def measure(self, name: str, model: Model, data: Inputs) -> None:
-        """Measure a stage's model and record it; nothing in the other processes, or where no model is whole in memory."""
-        if not self.main or not self.evaluates:
+        """Measure a stage's model, in all processes, and record it in the first; nothing where no model is whole in memory."""
+        if not self.evaluates:
             return
         with self.stage("evaluation"):
             found = measure(self, name, self.config.eval.batch, model=model, texts=data.texts, tasks=data.tasks)
+        if not self.main:
+            return
         values = found.read("evaluation.json")
         made = model.artifact or found
         stage = StageResult(

@@ -73,6 +73,8 @@ class Place:
     """Of the artifact's files; it is moved to its place once the step returns."""
     partial: Path
     """For what an interrupted step leaves behind to go on from; not made, and removed once the artifact is whole."""
+    writes: bool = True
+    """Whether the files of this process count; see :func:`dive.together.shared_step`."""
 
 
 # -------------------------------------------------------------------------------------------------------------- identity

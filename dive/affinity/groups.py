@@ -24,13 +24,14 @@ from dive.pruning.calibrate import calibrate, read_statistics
 from dive.pruning.metrics import importance_of_layers, keep_highest
 from dive.pruning.statistics import ChannelStatistics
 from dive.store import Artifact, HasStages, HasStore, Place, step, write_json
+from dive.together import ranks, shared_step
 
 log = logging.getLogger(__name__)
 
 MATRIX = "matrix.json"
 
 
-@step("matrix")
+@shared_step("matrix")
 def mine(
     place: Place,
     run: HasStore,
@@ -60,7 +61,9 @@ def mine(
     for mask in masks.values():
         mask[list(dense_layers)] = True
     means = {domain: s.mean for domain, s in found.items()} if bias else None
-    matrix = cross_domain_perplexity(model.load(), measured, masks, means=means, batch=batch)
+    matrix = cross_domain_perplexity(model.load(), measured, masks, means=means, batch=batch, ranks=ranks())
+    if not place.writes:
+        return
     write_json(place.directory / MATRIX, {"domains": list(masks), "perplexity": matrix.tolist()})
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from dive.eval.perplexity import token_nll
 from dive.model.families import FFN, ffn, ffn_modules
 from dive.progress import track
+from dive.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,6 +98,7 @@ def cross_domain_perplexity(
     *,
     means: Mapping[str, Tensor] | None = None,
     batch: int = 16,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """P[i, j], the perplexity on domain j of the model pruned on domain i, (n, n) float64.
 
@@ -106,11 +108,13 @@ def cross_domain_perplexity(
         masks: {domain: (L, F) bool}, see :func:`dive.keep_masks`.
         means: {domain: (L, F)} calibration means for FLAP's bias compensation; none for plain removal.
         batch: sequences per forward pass.
+        ranks: the processes that compute together; each takes some of the pruned models.
     """
     domains = list(tokens)
     matrix = torch.zeros(len(domains), len(domains), dtype=torch.float64)
-    steps = iter(track(range(len(domains) ** 2), "mining affinity", "pair"))
-    for i, pruned_on in enumerate(domains):
+    own = [(i, domain) for i, domain in enumerate(domains) if ranks.owns(i)]
+    steps = iter(track(range(len(own) * len(domains)), "mining affinity", "pair"))
+    for i, pruned_on in own:
         mask = masks[pruned_on]
         fill = torch.zeros(mask.shape) if means is None else means[pruned_on]
         pass_tokens = min(windows[:batch].numel() for windows in tokens.values())
@@ -121,4 +125,4 @@ def cross_domain_perplexity(
                 nll, count = token_nll(model, tokens[measured_on], batch=batch)
                 matrix[i, j] = torch.tensor(nll / count, dtype=torch.float64).exp()
     next(steps, None)
-    return matrix
+    return ranks.sum(matrix)

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dive.calibration_domains.sampling import Tokenize, evaluation_windows
 from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap, training_documents
 from dive.config import EvalConfig
 from dive.errors import UserError
-from dive.eval.perplexity import geometric_mean, perplexity
+from dive.eval.perplexity import geometric_mean, token_nll
 from dive.model.chat import Chat, Conversation
 from dive.progress import track
+from dive.ranks import ALONE, Ranks
 from dive.store import identity
 
 if TYPE_CHECKING:
@@ -79,18 +81,27 @@ def evaluation_texts(
     return texts
 
 
-def evaluate(model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, description: str) -> dict[str, float]:
+def evaluate(
+    model: "PreTrainedModel", texts: EvaluationTexts, *, batch: int, description: str, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """Perplexity under every key, and ``mean``: the geometric mean over the domains, if any, at the first length.
 
     Further lengths have means of their own, ``mean@<length>``.
 
+    Args:
+        batch: windows per forward pass.
+        ranks: the processes that measure together, each its share of the windows.
+
     Raises:
         UserError: a perplexity is not finite.
     """
-    items = list(texts.all().items())
+    items = texts.all()
+    totals = torch.zeros(len(items), 2, dtype=torch.float64)
+    for number, windows in enumerate(track(list(items.values()), f"evaluating {description}")):
+        totals[number] = torch.tensor(token_nll(model, ranks.part(windows), batch=batch), dtype=torch.float64)
     values: dict[str, float] = {}
-    for key, windows in track(items, f"evaluating {description}"):
-        values[key] = perplexity(model, windows, batch=batch)
+    for key, (nll, count) in zip(items, ranks.sum(totals).tolist(), strict=True):
+        values[key] = math.exp(min(nll / count, 700.0))
         if not math.isfinite(values[key]):
             raise UserError(
                 f"{description}: the perplexity of {key} is {values[key]}: weights that are not finite, or a model beyond the "

@@ -11,12 +11,13 @@ from dive.eval.routing import routing_share
 from dive.eval.tasks import TaskSuite
 from dive.model.recipe import Model
 from dive.store import HasStore, Place, step, write_json
+from dive.together import ranks, shared_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@step("evaluation")
+@shared_step("evaluation")
 def measure(
     place: Place, run: HasStore, name: str, batch: int, *, model: Model, texts: EvaluationTexts, tasks: TaskSuite
 ) -> None:
@@ -27,12 +28,14 @@ def measure(
         batch: windows per forward pass.
     """
     ready = model.load()
-    found: dict[str, object] = {"perplexity": evaluate(ready, texts, batch=batch, description=name)}
-    if tasks.tasks:
-        found["tasks"] = tasks.measure(run, model)
+    found: dict[str, object] = {"perplexity": evaluate(ready, texts, batch=batch, description=name, ranks=ranks())}
     if model.routed and texts.domains:
         first = next(iter(texts.domains.values()))
-        found["routing"] = routing_share(ready, first, batch=batch).summary()
+        found["routing"] = routing_share(ready, first, batch=batch, ranks=ranks()).summary()
+    if not place.writes:
+        return
+    if tasks.tasks:
+        found["tasks"] = tasks.measure(run, model)
     write_json(place.directory / "evaluation.json", found)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def token_nll(model: "PreTrainedModel", windows: Tensor, *, batch: int) -> tuple[float, int]:
     """(sum of negative log-likelihoods in nats, number of predicted tokens) over windows (N, T) int64."""
     total, count = 0.0, 0
-    for rows in windows.split(batch):
+    for rows in windows.split(batch) if len(windows) else ():
         ids = rows.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         # A window at a time: the softmax of a large vocabulary is as large again as the logits.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dive.model.families import moe_blocks, sparse_layers
+from dive.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,30 +44,36 @@ class Routing:
 
 
 @torch.no_grad()
-def routing_share(model: "PreTrainedModel", windows: Mapping[str, Tensor], *, batch: int = 16) -> Routing:
-    """Count which experts the routers select on each domain's windows (N, T) int64."""
+def routing_share(
+    model: "PreTrainedModel", windows: Mapping[str, Tensor], *, batch: int = 16, ranks: Ranks = ALONE
+) -> Routing:
+    """Count which experts the routers select on each domain's windows (N, T) int64.
+
+    Args:
+        batch: windows per forward pass.
+        ranks: the processes that count together, each on its share of the windows.
+    """
     layers, experts = sparse_layers(model.config), int(model.config.num_experts)
     if experts == 1:
         return Routing({domain: torch.ones(len(layers), 1) for domain in windows}, layers)
-    counts = torch.zeros(len(layers), experts)
-    hooks = []
+    counts = torch.zeros(len(windows), len(layers), experts)
+    hooks, current = [], 0
     for number, block in enumerate(moe_blocks(model)):
 
         def count(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor], number: int = number) -> None:
-            counts[number] += torch.bincount(output[2].reshape(-1).cpu(), minlength=experts)
+            counts[current, number] += torch.bincount(output[2].reshape(-1).cpu(), minlength=experts)
 
         hooks.append(block.gate.register_forward_hook(count))
-    share = {}
     try:
-        for domain, matrix in windows.items():
-            counts.zero_()
-            for rows in matrix.split(batch):
+        for current, matrix in enumerate(windows.values()):  # noqa: B007  # the hooks read it
+            own = ranks.part(matrix)
+            for rows in own.split(batch) if len(own) else ():
                 model.base_model(input_ids=rows.to(model.device), use_cache=False)
-            share[domain] = counts / counts.sum(dim=1, keepdim=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return Routing(share, layers)
+    counts = ranks.sum(counts)
+    return Routing(dict(zip(windows, counts / counts.sum(dim=-1, keepdim=True), strict=True)), layers)
 
 
 def mask_overlap(masks: Tensor) -> Tensor:

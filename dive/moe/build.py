@@ -28,7 +28,9 @@ from dive.moe.shared import beside_shared
 from dive.moe.walk import GivenStatistics, StatisticsWalk, Walk
 from dive.progress import track
 from dive.pruning.statistics import ChannelStatistics
-from dive.store import Artifact, HasStore, Place, step, write_json
+from dive.ranks import ALONE, Ranks
+from dive.store import Artifact, HasStore, Place, write_json
+from dive.together import from_first, ranks, shared_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +53,12 @@ def build_layers(
     batch: int = 16,
     seed: int,
     finished: Iterable[ExpertLayer] = (),
+    ranks: Ranks = ALONE,
 ) -> Iterator[ExpertLayer]:
     """Experts of one layer after another, but of those that stay dense, in one pass over the calibration tokens.
 
-    One layer's statistics are alive at a time: those of every group, or where experts are refined on tokens of one expert.
+    Processes that compute together share the tokens and the experts out; all yield the same layers. One layer's statistics are
+    alive at a time: those of every group, or where experts are refined on tokens of one expert.
 
     Args:
         model: dense model.
@@ -63,6 +67,7 @@ def build_layers(
         batch: sequences per forward pass.
         seed: of the first layer.
         finished: the first layers, of an interrupted construction: the tokens pass through them, and they are not yielded.
+        ranks: the processes that compute together; each is given all groups.
 
     Raises:
         UserError: there are not as many groups as experts, the statistics lack what the settings need, or the model's hidden
@@ -78,7 +83,7 @@ def build_layers(
     walk: Walk[Any] = (
         GivenStatistics(statistics)
         if statistics
-        else construction.WALK(model, groups, pruning, moe, batch=batch, seed=seed)
+        else construction.WALK(model, groups, pruning, moe, batch=batch, seed=seed, ranks=ranks)
     )
     built = iter(finished)
     description = f"building {moe.experts} experts" if moe.experts > 1 else "pruning"
@@ -91,9 +96,9 @@ def build_layers(
         if layer is None:  # what is shown may be F² numbers a group: nothing here may hold on to it
             weights, place = ffn(model, number), seed + 1000 * number
             if moe.shares:
-                layer = beside_shared(construction, weights, walk.read(number), pruning, moe, seed=place)
+                layer = beside_shared(construction, weights, walk.read(number), pruning, moe, seed=place, ranks=ranks)
             else:
-                layer = construction.layer(weights, walk.read(number), pruning, moe, seed=place)
+                layer = construction.layer(weights, walk.read(number), pruning, moe, seed=place, ranks=ranks)
         else:
             walk.skip(number)
         walk.leave(layer)
@@ -113,7 +118,7 @@ def _check_groups(count: int, moe: MoEConfig) -> None:
     )
 
 
-@step("experts", version=2)
+@shared_step("experts", version=2)
 def build_experts(
     place: Place,
     run: HasStore,
@@ -140,8 +145,9 @@ def build_experts(
     place.partial.mkdir(parents=True, exist_ok=True)
     numbers = [number for number in range(model.source.config.num_hidden_layers) if number not in moe.dense_layers]
     finished = whole_layers(place.partial, numbers)
+    finished = finished[: from_first(len(finished))]  # files on a shared disk may be late
     before = 0.0
-    if finished:
+    if finished and place.writes:
         log.info("experts: going on after %d of %d layers", len(finished), len(numbers))
         with contextlib.suppress(OSError, ValueError):  # cut short: the time is not worth more than the layers
             before = float((place.partial / "seconds").read_text())
@@ -149,7 +155,11 @@ def build_experts(
         model.slot.clear()  # measured already
         left = iter(numbers[len(finished) :])  # enumerate would hold a layer while the next is built
         known = map(read_layer, finished)
-        for layer in build_layers(model.load(), tokens, pruning, moe, batch=batch, seed=seed, finished=known):
+        for layer in build_layers(
+            model.load(), tokens, pruning, moe, batch=batch, seed=seed, finished=known, ranks=ranks()
+        ):
+            if not place.writes:
+                continue
             tensors = {name: tensor.cpu().contiguous() for name, tensor in layer.tensors().items()}
             save_file(tensors, place.partial / UNFINISHED)
             with (place.partial / UNFINISHED).open("rb") as written:
@@ -157,6 +167,8 @@ def build_experts(
             write_json(place.partial / "seconds", before + time.monotonic() - start)
             os.replace(place.partial / UNFINISHED, place.partial / LAYER_FILE.format(next(left)))
             del layer, tensors
+    if not place.writes:
+        return before
     built = whole_layers(place.partial, numbers)
     assert len(built) == len(numbers), f"{len(built)} of {len(numbers)} layers"
     for file in built:  # which stay until the artifact is whole

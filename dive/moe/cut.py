@@ -16,6 +16,7 @@ from dive.moe.gates import scaled_to_gates
 from dive.moe.layer import CHUNK, ExpertLayer, dense_output, expert_function
 from dive.moe.walk import Group
 from dive.pruning import compensation as compensate
+from dive.ranks import ALONE, Ranks
 
 
 def cut_experts(
@@ -28,6 +29,7 @@ def cut_experts(
     *,
     seed: int,
     scale: float | Tensor = 1.0,
+    ranks: Ranks = ALONE,
 ) -> ExpertLayer:
     """The experts of these channels, and their router.
 
@@ -38,16 +40,20 @@ def cut_experts(
         groups: all tokens, to which the routers are fitted.
         seed: of the router.
         scale: of the channels where nothing makes up for the others; one number, or one of each, (F,).
+        ranks: the processes that compute together, which all are given the same; each fits some of the experts.
 
     Raises:
         UserError: the statistics lack what the settings need.
     """
+
+    def down(expert: int) -> Tensor:
+        return _down(weights.down, fitted[expert], masks[expert], pruning, scale)
+
+    like = weights.down.new_empty(weights.down.shape[0], int(masks[0].sum()))
     layer = ExpertLayer(
         masks=masks,
         gate_up=torch.stack([torch.cat([weights.gate[mask], weights.up[mask]]) for mask in masks]),
-        down=torch.stack(
-            [_down(weights.down, group, mask, pruning, scale) for group, mask in zip(fitted, masks, strict=True)]
-        ),
+        down=torch.stack(ranks.each(len(masks), down, like)),
         router=torch.zeros(len(masks), weights.gate.shape[1], dtype=weights.gate.dtype),
         bias=torch.stack(
             [
@@ -58,7 +64,7 @@ def cut_experts(
         if pruning.compensation is Compensation.bias
         else None,
     )
-    layer.router = _router(weights, layer, groups, moe, seed=seed)
+    layer.router = ranks.from_owner(0, _router(weights, layer, groups, moe, seed=seed))
     if moe.scales:
         rows = _inputs(weights, groups, "moe.gates=probabilities")
         layer = scaled_to_gates(layer, weights.act, rows, _outputs(weights, rows), top_k=moe.top_k)

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from dive.config import Gates
 from dive.moe.layer import CHUNK, ExpertLayer, convert, gates_of, selected_outputs
+from dive.ranks import ALONE, Ranks
 
 RIDGE = 1e-4
 """Of the scales, as a share of an expert's mean energy: what draws those that tokens hardly tell apart to a common one."""
 
 
 @torch.no_grad()
-def scaled_to_gates(layer: ExpertLayer, act: nn.Module, inputs: Tensor, targets: Tensor, *, top_k: int) -> ExpertLayer:
+def scaled_to_gates(
+    layer: ExpertLayer, act: nn.Module, inputs: Tensor, targets: Tensor, *, top_k: int, ranks: Ranks = ALONE
+) -> ExpertLayer:
     """The layer with the down projection of each expert e times s_e, the least squares under the gates p of the chosen experts C.
 
     s minimises Σ_t ‖y_t − Σ_{e ∈ C_t} p_te s_e expert_e(x_t)‖². Of one expert a token that is
@@ -24,6 +27,7 @@ def scaled_to_gates(layer: ExpertLayer, act: nn.Module, inputs: Tensor, targets:
     Args:
         inputs: x, (T, D).
         targets: y, (T, D).
+        ranks: the processes that have tokens, each its own.
     """
     whole = convert(layer, torch.float32)
     device, experts = whole.down.device, len(whole.masks)
@@ -39,6 +43,7 @@ def scaled_to_gates(layer: ExpertLayer, act: nn.Module, inputs: Tensor, targets:
         pairs = (chosen[:, :, None].expand(-1, -1, top_k), chosen[:, None, :].expand(-1, top_k, -1))
         gram.index_put_(pairs, (outputs @ outputs.transpose(1, 2)).double(), accumulate=True)
         cross.index_put_((chosen,), (outputs @ y[..., None]).squeeze(-1).double(), accumulate=True)
+    gram, cross = ranks.sum(gram), ranks.sum(cross)
     common = cross.sum() / gram.sum().clamp_min(1e-30)
     ridge = torch.eye(experts, dtype=torch.float64, device=device) * (RIDGE * gram.diagonal().mean()).clamp_min(1e-30)
     scales = common + torch.linalg.solve(gram + ridge, cross - gram @ common.expand(experts))

@@ -88,13 +88,22 @@ def likeliest_experts(layer: ExpertLayer, inputs: Tensor) -> Tensor:
     return torch.cat([(part.to(router.device) @ router.T).argmax(dim=-1).cpu() for part in inputs.split(CHUNK)])
 
 
-def selected_outputs(layer: ExpertLayer, act: nn.Module, rows: Tensor, chosen: Tensor) -> Tensor:
-    """Outputs of each token's chosen experts, (T, K, D), for chosen (T, K) int64."""
-    top_k = chosen.shape[1]
-    _, order, offsets = sort_by_expert(chosen, len(layer.masks))
+def selected_outputs(
+    layer: ExpertLayer, act: nn.Module, rows: Tensor, chosen: Tensor, *, own: Tensor | None = None
+) -> Tensor:
+    """Outputs of each token's chosen experts, (T, K, D), for chosen (T, K) int64.
+
+    Args:
+        own: (T, K) bool, the pairs that are computed; all if none. The outputs of others are zero.
+    """
+    top_k, experts = chosen.shape[1], len(layer.masks)
+    # What is not computed stands behind the last expert's rows, where no offset reaches.
+    _, order, offsets = sort_by_expert(chosen if own is None else chosen.masked_fill(~own, experts), experts)
+    if own is not None:
+        order, offsets = order[: int(offsets[experts - 1])], offsets[:experts]
     gate, up = grouped_linear(rows.index_select(0, order // top_k), layer.gate_up, offsets).chunk(2, dim=-1)
     output = grouped_linear(act(gate) * up, layer.down, offsets)
-    return torch.empty_like(output).index_copy(0, order, output).view(len(rows), top_k, -1)
+    return output.new_zeros(chosen.numel(), output.shape[1]).index_copy(0, order, output).view(len(rows), top_k, -1)
 
 
 def pair_errors(

@@ -18,7 +18,8 @@ from dive.model.families import FFN
 from dive.moe.layer import CHUNK, ExpertLayer, dense_output, float32
 from dive.moe.walk import Group, LayerTokens, together
 from dive.pruning.metrics import importance, keep_highest
-from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled_rows
+from dive.pruning.statistics import ChannelStatistics, batch_statistics, nothing, over_ranks, sampled_rows
+from dive.ranks import ALONE, Ranks
 
 SAMPLED = 32768
 """Tokens from which channels are scored where the tokens themselves are shown."""
@@ -32,6 +33,7 @@ def beside_shared(
     moe: MoEConfig,
     *,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> ExpertLayer:
     """The experts of one layer beside a shared one, which has the channels most important to all text together.
 
@@ -40,6 +42,7 @@ def beside_shared(
         weights: of the dense FFN.
         shown: what the construction's walk shows of the layer.
         seed: of this layer.
+        ranks: the processes that compute together.
 
     Raises:
         UserError: the statistics lack what the metric needs, or the settings leave an expert nothing.
@@ -50,7 +53,9 @@ def beside_shared(
     common = keep_highest(scores, count)
     shared, rest = _of_channels(weights, common), _of_channels(weights, ~common)
     narrower = replace(pruning, ratio=1.0 - width / (channels - count))
-    layer: ExpertLayer = construction.layer(rest, _without(shown, shared, common), narrower, moe, seed=seed)
+    layer: ExpertLayer = construction.layer(
+        rest, _without(shown, shared, common), narrower, moe, seed=seed, ranks=ranks
+    )
     masks = torch.zeros(len(layer.masks), channels, dtype=torch.bool)
     masks[:, ~common] = layer.masks.cpu()
     gate_up = torch.cat([shared.gate, shared.up])
@@ -67,10 +72,13 @@ def _statistics(weights: FFN, shown: Sequence[Group] | LayerTokens, *, seed: int
     if not isinstance(shown, LayerTokens):
         return together(shown).statistics
     whole, found = float32(weights), ChannelStatistics(0, torch.empty(0), torch.empty(0))
-    for rows in sampled_rows(len(shown.inputs), SAMPLED, seed=seed).split(CHUNK):
+    for rows in shown.share.own(sampled_rows(shown.share.count, SAMPLED, seed=seed)).split(CHUNK):
         inputs = shown.inputs.index_select(0, rows).to(weights.down.device)
         found += batch_statistics(whole.channels(inputs), second_moment=False, inputs=None)
-    return found
+    if not found.count:
+        hidden, channels = weights.down.shape
+        found = nothing(channels, hidden, weights.down.device, second_moment=False)
+    return over_ranks(found, shown.share.ranks)
 
 
 def _without(shown: Sequence[Group] | LayerTokens, shared: FFN, common: Tensor) -> Sequence[Group] | LayerTokens:

@@ -19,6 +19,7 @@ from dive.moe.layer import CHUNK, ExpertLayer, convert, dense_output, float32, l
 from dive.pruning.calibrate import Calibration
 from dive.pruning.compensation import held_out
 from dive.pruning.statistics import ChannelStatistics
+from dive.ranks import ALONE, Ranks, Share, shared_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +77,7 @@ class StatisticsWalk:
         *,
         batch: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
@@ -83,6 +85,7 @@ class StatisticsWalk:
             groups: calibration tokens (N, T) int64 of each group.
             batch: sequences per forward pass.
             seed: of what is sampled among the tokens.
+            ranks: the processes that compute together.
         """
         refits = pruning.compensation is Compensation.least_squares
         self._halves = refits and pruning.ridge is None
@@ -100,6 +103,7 @@ class StatisticsWalk:
             taylor=pruning.metric is Metric.taylor,
             active_channels=0 if moe.coactivation is None else moe.coactivation.active_channels,
             seed=seed,
+            ranks=ranks,
         )
 
     def read(self, number: int) -> list[Group]:
@@ -147,12 +151,14 @@ class GivenStatistics:
 
 @dataclass(slots=True)
 class LayerTokens:
-    """All calibration tokens at one FFN, on the host."""
+    """All calibration tokens at one FFN, on the host; the vectors of all T tokens, the matrices of the t of this process."""
 
     inputs: Tensor
-    """What it is given, (T, D) float32."""
+    """What it is given, (t, D) float32."""
     targets: Tensor
-    """What it should return, (T, D)."""
+    """What it should return, (t, D)."""
+    share: Share
+    """Which tokens are this process's."""
     groups: Tensor | None = None
     """(T,) int64, the expert that each token begins with; none where the inputs themselves decide."""
     before: Tensor | None = None
@@ -176,6 +182,7 @@ class TokenWalk:
         *,
         batch: int,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
@@ -183,9 +190,12 @@ class TokenWalk:
             groups: calibration tokens (N, T) int64 of each group.
             batch: sequences per forward pass.
             seed: of what is sampled among the tokens.
+            ranks: the processes that compute together.
         """
         assert moe.refined is not None
-        settings, batches = moe.refined, [part for group in groups for part in group.split(batch)]
+        own = shared_tokens(ranks, {str(number): group for number, group in enumerate(groups)}).values()
+        settings, batches = moe.refined, [part for group in own if len(group) for part in group.split(batch)]
+        self._share = Share.of_sequences(ranks, groups)
         self._model, self._moe, self._correction = model, moe, settings.correction
         self._dense = Track(model, batches)
         self._rebuilt = Track(model, batches) if settings.sequential else self._dense
@@ -207,11 +217,13 @@ class TokenWalk:
             UserError: they are not finite.
         """
         inputs, targets = self._meet(number, wanted=True)
-        if not (inputs.isfinite().all() and targets.isfinite().all()):
+        # Of all processes: one that ended alone would leave the others waiting.
+        infinite = torch.tensor(float(not (inputs.isfinite().all() and targets.isfinite().all())))
+        if self._share.ranks.sum(infinite) > 0:
             raise UserError(
                 f"layer {number}: its FFN gets or makes what is not finite; set model.dtype=float32, or look at the weights"
             )
-        return LayerTokens(inputs, targets, self._groups, self._before)
+        return LayerTokens(inputs, targets, self._share, self._groups, self._before)
 
     def skip(self, number: int) -> None:
         """Let the tokens pass."""
@@ -221,7 +233,7 @@ class TokenWalk:
         """The layers after it are given what the experts make of the tokens, as they are stored, where ``sequential``."""
         inputs = self._inputs
         if self._clusters:
-            self._before = likeliest_experts(layer, inputs)
+            self._before = self._share.whole(likeliest_experts(layer, inputs))
         if self._rebuilt is not self._dense:
             stored = convert(layer, torch.float32, self._model.device)
             block = partial(layer_output, stored, self._act, top_k=self._moe.top_k, gates=self._moe.gates)

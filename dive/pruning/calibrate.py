@@ -12,16 +12,22 @@ from dive.errors import UserError
 from dive.model.layers import Track
 from dive.model.recipe import Dense
 from dive.progress import track
-from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled_rows, stack_layers
+from dive.pruning.statistics import ChannelStatistics, batch_statistics, nothing, over_ranks, sampled_rows, stack_layers
 from dive.pruning.taylor import taylor_scores
-from dive.store import Artifact, HasStore, Place, step, write_json
+from dive.ranks import ALONE, Ranks, sequences_of, shared_tokens
+from dive.store import Artifact, HasStore, Place, write_json
+from dive.together import ranks as all_ranks
+from dive.together import shared_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Calibration:
-    """Statistics of every set of tokens, of one layer after another; one layer's are alive at a time."""
+    """Statistics of every set of tokens, of one layer after another; one layer's are alive at a time.
+
+    Processes that compute together share the sequences out, and all have the statistics of all of them.
+    """
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class Calibration:
         taylor: bool = False,
         active_channels: int = 0,
         seed: int = 42,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
@@ -45,16 +52,18 @@ class Calibration:
             taylor: also Taylor scores, by a pass with gradients of its own, here and now.
             active_channels: also count co-activation of so many channels a token, F × F.
             seed: of the tokens whose FFN inputs are kept.
+            ranks: the processes that compute together.
 
         Raises:
             UserError: tokens are not a non-empty int64 matrix.
         """
-        self.names = list(tokens)
+        self.names, self._ranks, self._inputs = list(tokens), ranks, inputs > 0
         self.second_moments, self.active_channels = second_moments, active_channels
         batches: list[Tensor] = []
         self._owner: list[int] = []
         self._keep: list[Tensor | None] = []
-        for position, (name, matrix) in enumerate(tokens.items()):
+        shares = sequences_of(ranks, [len(matrix) for matrix in tokens.values()])
+        for position, ((name, matrix), share) in enumerate(zip(tokens.items(), shares, strict=True)):
             if matrix.ndim != 2 or matrix.dtype != torch.int64 or matrix.numel() == 0:
                 raise UserError(
                     f"tokens of {name!r} must be a non-empty (samples, length) int64 matrix, not {tuple(matrix.shape)} "
@@ -62,15 +71,18 @@ class Calibration:
                 )
             # At random: tokens at even distances would stand at a few positions of their sequences alone.
             sampled = sampled_rows(matrix.numel(), inputs, seed=seed + position).sort().values if inputs else None
-            for start in range(0, len(matrix), batch):
-                rows = matrix[start : start + batch]
+            for start in range(share.start, share.stop, batch):
+                rows = matrix[start : min(start + batch, share.stop)]
                 first = start * matrix.shape[1]
                 batches.append(rows)
                 self._owner.append(position)
                 stop = first + rows.numel()
                 here = None if sampled is None else sampled[(sampled >= first) & (sampled < stop)] - first
                 self._keep.append(here)
-        self._taylor = taylor_scores(model, tokens, batch=batch) if taylor else None
+        self._taylor = None
+        if taylor:
+            own = taylor_scores(model, shared_tokens(ranks, tokens), batch=batch)
+            self._taylor = {name: ranks.sum(scores) for name, scores in own.items()}
         self._track = Track(model, batches)
 
     def layer(self, number: int) -> list[ChannelStatistics]:
@@ -84,10 +96,23 @@ class Calibration:
                 inputs=None if chosen is None else seen.inputs[chosen.to(seen.inputs.device)],
                 active_channels=self.active_channels,
             )
+        if self._ranks.count > 1:
+            merged = [over_ranks(found if found.count else self._nothing(), self._ranks) for found in merged]
         if self._taylor is not None:
             for name, statistics in zip(self.names, merged, strict=True):
                 statistics.taylor = self._taylor[name][number : number + 1]
         return merged
+
+    def _nothing(self) -> ChannelStatistics:
+        model = self._track.model
+        return nothing(
+            model.config.intermediate_size,
+            model.config.hidden_size,
+            model.device,
+            second_moment=self.second_moments,
+            inputs=self._inputs,
+            active_channels=self.active_channels,
+        )
 
     def skip(self, number: int) -> None:
         """Let the tokens merely pass through the layer that comes next."""
@@ -105,6 +130,7 @@ def collect_statistics(
     taylor: bool = False,
     active_channels: int = 0,
     seed: int = 42,
+    ranks: Ranks = ALONE,
 ) -> dict[str, ChannelStatistics]:
     """Statistics of every domain over all layers, in one forward pass.
 
@@ -119,6 +145,7 @@ def collect_statistics(
         taylor: needed by ``metric="taylor"``; one more pass, forward and backward.
         active_channels: channels counted as active on a token, for ``moe=coactivation``; 0 counts none.
         seed: of the tokens whose FFN inputs are kept.
+        ranks: the processes that compute together; each is given all tokens and gets all statistics.
 
     Raises:
         UserError: a domain's tokens are not a non-empty int64 matrix.
@@ -132,6 +159,7 @@ def collect_statistics(
         taylor=taylor,
         active_channels=active_channels,
         seed=seed,
+        ranks=ranks,
     )
     by_layer = [
         [_to_host(statistics) for statistics in calibration.layer(number)]
@@ -155,7 +183,7 @@ def _to_host(statistics: ChannelStatistics) -> ChannelStatistics:
     )
 
 
-@step("statistics")
+@shared_step("statistics")
 def calibrate(
     place: Place, run: HasStore, batch: int, *, model: Dense, tokens: Mapping[str, Tensor], taylor: bool
 ) -> None:
@@ -166,7 +194,11 @@ def calibrate(
     Args:
         batch: sequences per forward pass.
     """
-    statistics = collect_statistics(model.load(), tokens, batch=batch, second_moments=False, inputs=0, taylor=taylor)
+    statistics = collect_statistics(
+        model.load(), tokens, batch=batch, second_moments=False, inputs=0, taylor=taylor, ranks=all_ranks()
+    )
+    if not place.writes:
+        return
     for number, found in enumerate(statistics.values()):
         tensors = {"mean": found.mean, "squared_deviations": found.squared_deviations}
         if found.taylor is not None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dive.ranks import Ranks
+
 STRIPS = 8
 """Of rows of a Gram matrix: of so many, 1/2 + 1/(2 · so many) of the square is computed."""
 
@@ -105,6 +107,59 @@ class ChannelStatistics:
         if other != 0:
             return NotImplemented
         return self
+
+
+def nothing(
+    channels: int,
+    hidden: int,
+    device: torch.device,
+    *,
+    second_moment: bool,
+    inputs: bool = False,
+    active_channels: int = 0,
+) -> ChannelStatistics:
+    """Statistics of one layer over no tokens, of the kinds that :func:`batch_statistics` takes."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(1, *shape, dtype=dtype, device=device)
+
+    return ChannelStatistics(
+        count=0,
+        mean=zeros(channels, dtype=torch.float64),
+        squared_deviations=zeros(channels, dtype=torch.float64),
+        second_moment=zeros(channels, channels) if second_moment else None,
+        inputs=zeros(0, hidden) if inputs else None,
+        coactivation=zeros(channels, channels) if active_channels else None,
+    )
+
+
+def over_ranks(statistics: ChannelStatistics, ranks: Ranks, *, owner: int | None = None) -> ChannelStatistics:
+    """Statistics of the tokens of all processes, from those of each one's own.
+
+    Args:
+        owner: the only process that needs them; all do if none. What the others get means nothing.
+    """
+    if ranks.count == 1:
+        return statistics
+
+    def total(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return ranks.sum(tensor) if owner is None else ranks.sum_at(owner, tensor)
+
+    kept = None if statistics.inputs is None else statistics.inputs[0]
+    sizes = torch.zeros(ranks.count, 2, dtype=torch.int64, device=statistics.mean.device)
+    sizes[ranks.rank, 0], sizes[ranks.rank, 1] = statistics.count, 0 if kept is None else len(kept)
+    counts, inputs = ranks.sum(sizes).T.tolist()
+    moments = torch.stack([statistics.mean, statistics.squared_deviations])[None]
+    parts = [
+        ChannelStatistics(count, *moment)
+        for count, moment in zip(counts, ranks.joined(moments, [1] * ranks.count), strict=True)
+    ]
+    merged: ChannelStatistics = sum(parts[1:], parts[0])
+    merged.second_moment, merged.coactivation = total(statistics.second_moment), total(statistics.coactivation)
+    merged.inputs = None if kept is None else ranks.joined(kept, inputs)[None]
+    return merged
 
 
 def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -38,7 +38,7 @@ def taylor_scores(model: "PreTrainedModel", tokens: Mapping[str, Tensor], *, bat
     """
     layers, channels = len(decoder_layers(model)), int(model.config.intermediate_size)
     found = {name: torch.zeros(layers, channels, dtype=torch.float64) for name in tokens}
-    steps = [(name, rows) for name, matrix in tokens.items() for rows in matrix.split(batch)]
+    steps = [(name, rows) for name, matrix in tokens.items() for rows in matrix.split(batch) if len(rows)]
     for name, rows in track(steps, "Taylor scores"):
         gates, activations, gradients = _backward(model, rows.to(model.device))
         for number in range(layers):

@@ -24,9 +24,9 @@ from dive.retrain.module import MoERetraining, log_values
 from dive.retrain.retrained import CURVE, STAGE, WEIGHTS, Retrained
 from dive.retrain.teacher import share_frozen
 from dive.retrain.training import Execution, Training, idle_routers
-from dive.store import Artifact, HasStages, Place, step, write_json
+from dive.store import HasStages, Place, write_json
+from dive.together import shared_step
 from dive.trainer.build import build_trainer
-from dive.trainer.processes import connect, connected, from_first
 from dive.trainer.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
         directory=run.directory,
         wandb=run.wandb,
     )
-    connect(config.trainer)
-    artifact = (_lead if run.main else _follow)(run, execution, model, corpus, training)
+    artifact = fit_stage(run, execution, model=model, corpus=corpus, training=training)
     preemption.heed()
     found = Retrained(model, artifact, training, corpus.identity)
     if artifact.reused and run.main:
@@ -78,46 +77,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
     return found
 
 
-FOUND, TRAIN, FAILED = range(3)
-"""What the first process tells the others: the stage is in the store, train it with me, I could not write it."""
-
-
-def _lead(
-    run: HasLoggers, execution: Execution, model: Mixture | Retrained, corpus: Corpus, training: Training
-) -> Artifact:
-    """The artifact, in the first process: it alone looks into the store and writes, and tells the others."""
-    try:
-        artifact = fit_stage(run, execution, model=model, corpus=corpus, training=training)
-    except Exception:
-        if execution.taken_part:
-            from_first(FAILED)
-        raise
-    from_first(FOUND)
-    return artifact
-
-
-def _follow(
-    run: HasLoggers, execution: Execution, model: Mixture | Retrained, corpus: Corpus, training: Training
-) -> Artifact:
-    """The artifact, in another process.
-
-    Whether to train is the first one's decision: another run may be computing the stage, and the first process waits for it.
-    A process that Lightning has just started is not connected yet: the first one trains what is not in the store.
-    """
-    inputs = {"model": model, "corpus": corpus, "training": training}
-    decision = from_first(FOUND) if connected() else None
-    if decision is None and fit_stage.find(run, **inputs) is None:
-        decision = TRAIN
-    if decision == TRAIN:
-        fit(execution, fit_stage.partial(run, **inputs), model, corpus, training, speak=False)
-        decision = from_first(FOUND)
-    found = None if decision == FAILED else fit_stage.find(run, **inputs)
-    if found is None:
-        raise UserError("the first process of this run could not write the stage; what it said tells why")
-    return found
-
-
-@step("retrained")
+@shared_step("retrained")
 def fit_stage(
     place: Place,
     run: HasLoggers,
@@ -129,11 +89,11 @@ def fit_stage(
 ) -> None:
     """Train a stage; write every parameter trained up to and with it, its curve, and the sizes of what it trained.
 
-    In the first process alone; the others train with it by :func:`fit`.
+    All processes train; the first one writes.
     """
-    from_first(TRAIN)
-    module, state = fit(execution, place.partial, model, corpus, training, speak=True)
-    execution.taken_part = True
+    module, state = fit(execution, place.partial, model, corpus, training, speak=place.writes)
+    if not place.writes:
+        return
     earlier = load_file(model.artifact.path / WEIGHTS) if isinstance(model, Retrained) else {}
     save_file(earlier | state, place.directory / WEIGHTS)
     save_file(module.curve.tensors(), place.directory / CURVE)

@@ -100,8 +100,6 @@ class Execution:
     directory: Path
     """Of the run's outputs."""
     wandb: "WandbLogger | None"
-    taken_part: bool = False
-    """Whether the other processes have trained with this one, and wait for its word."""
 
 
 def effective(stage: StageConfig, *, length: int) -> StageConfig:

@@ -29,6 +29,7 @@ from dive.moe.layer import ExpertLayer, expert_function, layer_output, likeliest
 from dive.moe.walk import LayerTokens
 from dive.pruning.calibrate import collect_statistics
 from dive.pruning.statistics import sampled_rows
+from dive.ranks import Share
 
 Build = Callable[..., PreTrainedModel]
 Tokens = Callable[..., Tensor]
@@ -71,7 +72,7 @@ def settings(experts: int = 3, top_k: int = 1, **changed: object) -> MoEConfig:
 def refine(
     weights: FFN, inputs: Tensor, targets: Tensor, groups: Tensor, pruning: PruningConfig, moe: MoEConfig, *, seed: int
 ) -> ExpertLayer:
-    return refined.layer(weights, LayerTokens(inputs, targets, groups), pruning, moe, seed=seed)
+    return refined.layer(weights, LayerTokens(inputs, targets, Share.all_of(inputs), groups), pruning, moe, seed=seed)
 
 
 def relative_error(layer: ExpertLayer, weights: FFN, rows: Tensor, top_k: int = 1) -> float:

@@ -18,13 +18,22 @@ from dive.moe.cut import common_channels, cut_experts
 from dive.moe.layer import ExpertLayer
 from dive.moe.walk import Group, StatisticsWalk, together
 from dive.pruning.metrics import importance
+from dive.ranks import ALONE, Ranks
 
 WALK = StatisticsWalk
 ITERATIONS = 3
 """Of k-means at most; it stops earlier when no channel moves. More gain next to nothing, and each costs O(n³)."""
 
 
-def layer(weights: FFN, groups: Sequence[Group], pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
+def layer(
+    weights: FFN,
+    groups: Sequence[Group],
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> ExpertLayer:
     """The experts of one layer, from all text together.
 
     CMoE adds the chosen experts up; the stock classes average them, which is right for the common channels alone. Without a
@@ -44,7 +53,7 @@ def layer(weights: FFN, groups: Sequence[Group], pruning: PruningConfig, moe: Mo
         union.statistics.coactivation[0], scores, experts=moe.experts, width=width, common=common
     )
     scale = torch.where(masks.all(dim=0), 1.0, float(moe.top_k))
-    return cut_experts(weights, masks, [union] * moe.experts, groups, pruning, moe, seed=seed, scale=scale)
+    return cut_experts(weights, masks, [union] * moe.experts, groups, pruning, moe, seed=seed, scale=scale, ranks=ranks)
 
 
 def coactivation_masks(coactivation: Tensor, importance: Tensor, *, experts: int, width: int, common: int) -> Tensor:

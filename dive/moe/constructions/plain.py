@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from dive.config import MoEConfig, PruningConfig
 from dive.model.families import FFN
@@ -11,11 +12,20 @@ from dive.moe.cut import common_channels, cut_experts
 from dive.moe.layer import ExpertLayer
 from dive.moe.walk import Group, StatisticsWalk, together
 from dive.pruning.metrics import choose_channels
+from dive.ranks import ALONE, Ranks
 
 WALK = StatisticsWalk
 
 
-def layer(weights: FFN, groups: Sequence[Group], pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
+def layer(
+    weights: FFN,
+    groups: Sequence[Group],
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> ExpertLayer:
     """The experts of one layer; channels that all have are those most important to all text together."""
     assert moe.plain is not None
     width = pruning.width(weights.down.shape[1])
@@ -24,7 +34,9 @@ def layer(weights: FFN, groups: Sequence[Group], pruning: PruningConfig, moe: Mo
     always = None
     if common and len(groups) > 1:
         always = choose(together(groups).statistics, width=common, seed=seed)
-    masks = torch.stack(
-        [choose(group.statistics, width=width, seed=seed + i, always=always) for i, group in enumerate(groups)]
-    )
-    return cut_experts(weights, masks, groups, groups, pruning, moe, seed=seed)
+
+    def mask(number: int) -> Tensor:
+        return choose(groups[number].statistics, width=width, seed=seed + number, always=always)
+
+    masks = torch.stack(ranks.each(len(groups), mask, torch.zeros(weights.down.shape[1], dtype=torch.bool)))
+    return cut_experts(weights, masks, groups, groups, pruning, moe, seed=seed, ranks=ranks)

@@ -13,17 +13,26 @@ from dive.model.families import FFN
 from dive.moe.cut import cut_experts
 from dive.moe.layer import ExpertLayer
 from dive.moe.walk import Group, StatisticsWalk, together
+from dive.ranks import ALONE, Ranks
 
 WALK = StatisticsWalk
 
 
-def layer(weights: FFN, groups: Sequence[Group], pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
+def layer(
+    weights: FFN,
+    groups: Sequence[Group],
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> ExpertLayer:
     """The experts of one layer. A random W of F channels gives W / F of the output on average, and is scaled back."""
     channels = weights.down.shape[1]
     width = pruning.width(channels)
     masks = split_masks(channels, width, moe.experts, seed=seed)
     fitted = [together(groups)] * moe.experts
-    return cut_experts(weights, masks, fitted, groups, pruning, moe, seed=seed, scale=channels / width)
+    return cut_experts(weights, masks, fitted, groups, pruning, moe, seed=seed, scale=channels / width, ranks=ranks)
 
 
 def split_masks(channels: int, width: int, experts: int, *, seed: int) -> Tensor:

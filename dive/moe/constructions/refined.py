@@ -30,7 +30,8 @@ from dive.moe.layer import (
 from dive.moe.walk import LayerTokens, TokenWalk
 from dive.pruning.compensation import choose_ridge, held_out, least_squares
 from dive.pruning.metrics import choose_channels
-from dive.pruning.statistics import ChannelStatistics, batch_statistics, sampled_rows
+from dive.pruning.statistics import ChannelStatistics, batch_statistics, nothing, over_ranks, sampled_rows
+from dive.ranks import ALONE, Ranks, Share, joined_pairs, summed
 
 WALK = TokenWalk
 KMEANS_TOKENS = 32768
@@ -40,7 +41,15 @@ NEGLIGIBLE = 0.01
 """Probability of a token's second expert below which a local step leaves it out: most tokens', once the router is sure."""
 
 
-def layer(weights: FFN, tokens: LayerTokens, pruning: PruningConfig, moe: MoEConfig, *, seed: int) -> ExpertLayer:
+def layer(
+    weights: FFN,
+    tokens: LayerTokens,
+    pruning: PruningConfig,
+    moe: MoEConfig,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> ExpertLayer:
     """The experts of one layer, from the tokens themselves.
 
     Each expert's channels and refit are derived from its tokens; a router is fitted to the experts' errors; tokens go to
@@ -54,43 +63,73 @@ def layer(weights: FFN, tokens: LayerTokens, pruning: PruningConfig, moe: MoECon
     """
     settings = moe.refined
     assert settings is not None
-    inputs, targets, element = tokens.inputs, tokens.targets, weights.gate.dtype
+    inputs, targets, share, element = tokens.inputs, tokens.targets, tokens.share, weights.gate.dtype
     weights = float32(weights)
-    assignment = first_assignment(inputs, tokens.groups, settings.start, experts=moe.experts, seed=seed)
+    assignment = first_assignment(inputs, tokens.groups, settings.start, experts=moe.experts, seed=seed, share=share)
     if tokens.before is not None:
         assignment = renumbered(assignment, tokens.before, experts=moe.experts)
-    sample = sampled_rows(len(inputs), moe.distillation.tokens, seed=seed)
+    sample = sampled_rows(share.count, moe.distillation.tokens, seed=seed)
     device = weights.down.device
     for last in [False] * (settings.rounds if moe.experts > 1 else 0) + [True]:
         most = None if last else ROUND_TOKENS * weights.down.shape[1]
-        found = derive_experts(weights, inputs, targets, assignment, pruning, experts=moe.experts, most=most, seed=seed)
+        found = derive_experts(
+            weights, inputs, targets, assignment, pruning, experts=moe.experts, most=most, seed=seed, share=share
+        )
         if moe.experts == 1:
             break
-        rows, wanted = inputs.index_select(0, sample).to(device), targets.index_select(0, sample).to(device)
-        errors = expert_errors(rows, wanted, [expert_function(found, e, weights.act) for e in range(moe.experts)])
-        found.router = fit_router(rows, errors, moe.distillation, seed=seed)
+        rows, wanted = share.take(inputs, sample).to(device), share.take(targets, sample).to(device)
+        errors = _errors(found, weights.act, rows, wanted, ranks)
+        found.router = ranks.from_owner(0, fit_router(rows, errors, moe.distillation, seed=seed))
         if not last:
-            assignment = likeliest_experts(found, inputs)
-    scaled = partial(scaled_to_gates, act=weights.act, inputs=inputs, targets=targets, top_k=moe.top_k)
+            assignment = share.whole(likeliest_experts(found, inputs))
+    scaled = partial(scaled_to_gates, act=weights.act, inputs=inputs, targets=targets, top_k=moe.top_k, ranks=ranks)
     if moe.scales and moe.top_k > 1:  # of one expert the steps leave the gate out
         found = scaled(found)
     if settings.steps:
-        found = train_layer(found, weights.act, inputs, targets, settings, top_k=moe.top_k, gates=moe.gates, seed=seed)
+        found = train_layer(
+            found, weights.act, inputs, targets, settings, top_k=moe.top_k, gates=moe.gates, seed=seed, share=share
+        )
     return convert(scaled(found) if moe.scales else found, element)
 
 
-def first_assignment(inputs: Tensor, groups: Tensor | None, start: Start | None, *, experts: int, seed: int) -> Tensor:
-    """Expert of each token before the first round, (T,) int64: its group's, where there are any."""
+def _errors(layer: ExpertLayer, act: nn.Module, rows: Tensor, wanted: Tensor, ranks: Ranks) -> Tensor:
+    """(T, E), each expert's by its owner."""
+
+    def of(expert: int) -> Tensor:
+        return expert_errors(rows, wanted, [expert_function(layer, expert, act)])[:, 0]
+
+    return torch.stack(ranks.each(len(layer.masks), of, rows.new_empty(len(rows))), dim=-1)
+
+
+def first_assignment(
+    inputs: Tensor,
+    groups: Tensor | None,
+    start: Start | None,
+    *,
+    experts: int,
+    seed: int,
+    share: Share | None = None,
+) -> Tensor:
+    """Expert of each token before the first round, (T,) int64: its group's, where there are any.
+
+    Args:
+        inputs: (t, D), of the tokens of this process.
+        share: which these are; all if none.
+    """
+    share = share or Share.all_of(inputs)
     if experts == 1:
-        return torch.zeros(len(inputs), dtype=torch.int64)
+        return torch.zeros(share.count, dtype=torch.int64)
     if groups is not None:
         return groups
     if start is Start.random:
-        return torch.randint(experts, (len(inputs),), generator=torch.Generator().manual_seed(seed))
-    rows = sampled_rows(len(inputs), KMEANS_TOKENS, seed=seed)
-    centroids, _ = kmeans2(inputs[rows].double().cpu().numpy(), experts, minit="++", rng=seed)
-    centres = torch.from_numpy(centroids).to(inputs)
-    return torch.cat([torch.cdist(part, centres).argmin(dim=-1).cpu() for part in inputs.split(CHUNK)])
+        return torch.randint(experts, (share.count,), generator=torch.Generator().manual_seed(seed))
+    sampled = share.take(inputs, sampled_rows(share.count, KMEANS_TOKENS, seed=seed))
+    centres = inputs.new_empty(experts, inputs.shape[1])
+    if share.ranks.owns(0):
+        centroids, _ = kmeans2(sampled.double().cpu().numpy(), experts, minit="++", rng=seed)
+        centres = torch.from_numpy(centroids).to(inputs)
+    centres = share.ranks.from_owner(0, centres)
+    return share.whole(torch.cat([torch.cdist(part, centres).argmin(dim=-1).cpu() for part in inputs.split(CHUNK)]))
 
 
 def renumbered(assignment: Tensor, other: Tensor, *, experts: int) -> Tensor:
@@ -102,14 +141,14 @@ def renumbered(assignment: Tensor, other: Tensor, *, experts: int) -> Tensor:
 
 def token_statistics(weights: FFN, inputs: Tensor, targets: Tensor, rows: Tensor) -> tuple[ChannelStatistics, Tensor]:
     """(statistics with second moments, Σ y xᵀ (D, F)) of some rows: x the FFN's channels, y the target."""
-    device = weights.down.device
+    device, (hidden, channels) = weights.down.device, weights.down.shape
     merged = ChannelStatistics(0, torch.empty(0), torch.empty(0))
     cross = torch.zeros_like(weights.down)
     for part in rows.split(CHUNK):
-        channels = weights.channels(inputs.index_select(0, part).to(device))
-        merged += batch_statistics(channels, second_moment=True, inputs=None)
-        cross += targets.index_select(0, part).to(device).T @ channels
-    return merged, cross
+        values = weights.channels(inputs.index_select(0, part).to(device))
+        merged += batch_statistics(values, second_moment=True, inputs=None)
+        cross += targets.index_select(0, part).to(device).T @ values
+    return merged if merged.count else nothing(channels, hidden, device, second_moment=True), cross
 
 
 def derive_experts(
@@ -122,45 +161,89 @@ def derive_experts(
     experts: int,
     most: int | None = None,
     seed: int,
+    share: Share | None = None,
 ) -> ExpertLayer:
     """One pruned and refitted FFN for each expert's tokens, or of ``most`` of them; the routers are zero.
 
-    One expert's moments are alive at a time. An expert with fewer tokens than channels to keep starts over from random ones,
-    as k-means does.
+    One expert's moments are alive at a time, in the process that owns it. An expert with fewer tokens than channels to keep
+    starts over from random ones, as k-means does.
+
+    Args:
+        inputs: (t, D), of the tokens of this process.
+        targets: (t, D).
+        assignment: expert of each token, (T,) int64.
+        share: which tokens are this process's; all if none.
     """
-    width = pruning.width(weights.down.shape[1])
-    masks, gate_up, down = [], [], []
-    for expert in range(experts):
+    share = share or Share.all_of(inputs)
+    hidden, channels = weights.down.shape
+    width = pruning.width(channels)
+
+    def rows_of(expert: int) -> Tensor:
         rows = (assignment == expert).nonzero().squeeze(1)
         if len(rows) < width:
-            rows = sampled_rows(len(inputs), max(len(inputs) // experts, 1), seed=seed + expert)
-        elif most is not None and len(rows) > most:
-            rows = rows[sampled_rows(len(rows), most, seed=seed + expert)]
-        held = held_out(len(rows)) if pruning.ridge is None else torch.zeros(len(rows), dtype=torch.bool)
-        statistics, cross = token_statistics(weights, inputs, targets, rows[~held])
-        moment = _moment(statistics)
-        ridge = pruning.ridge
-        chosen = choose_channels(
-            pruning,
-            weights,
-            statistics,
-            width=width,
-            cross=cross,
-            seed=seed + expert,
-        )
-        if ridge is None:
-            other, other_cross = token_statistics(weights, inputs, targets, rows[held])
-            ridge = choose_ridge(weights.down, moment, _moment(other), chosen, cross=(cross, other_cross))
-            moment, cross = moment + _moment(other), cross + other_cross
-        masks.append(chosen)
-        gate_up.append(torch.cat([weights.gate[chosen], weights.up[chosen]]))
-        down.append(least_squares(weights.down, moment, chosen, ridge=ridge, cross=cross))
+            return sampled_rows(share.count, max(share.count // experts, 1), seed=seed + expert)
+        if most is not None and len(rows) > most:
+            return rows[sampled_rows(len(rows), most, seed=seed + expert)]
+        return rows
+
+    def moments(expert: int, rows: Tensor) -> tuple[ChannelStatistics, Tensor] | None:
+        """Of the rows of all processes; none but for the expert's owner."""
+        statistics, cross = token_statistics(weights, inputs, targets, share.own(rows))
+        ranks, owner = share.ranks, expert % share.ranks.count
+        statistics, cross = over_ranks(statistics, ranks, owner=owner), ranks.sum_at(owner, cross)
+        return (statistics, cross) if ranks.owns(expert) else None
+
+    kept, refitted = [], []
+    for first in range(
+        0, experts, share.ranks.count
+    ):  # as many at once as there are processes: each has one of its own
+        several = range(first, min(first + share.ranks.count, experts))
+        rows = {expert: rows_of(expert) for expert in several}
+        held = {
+            expert: held_out(len(found)) if pruning.ridge is None else torch.zeros(len(found), dtype=torch.bool)
+            for expert, found in rows.items()
+        }
+        chosen, down = torch.zeros(channels, dtype=torch.bool), weights.down.new_empty(hidden, width)
+        fit: tuple[ChannelStatistics, Tensor] | None = None
+        for expert in several:
+            fit = moments(expert, rows[expert][~held[expert]]) or fit
+        if fit is not None:
+            chosen = choose_channels(
+                pruning, weights, fit[0], width=width, cross=fit[1], seed=seed + first + share.ranks.rank
+            )
+        other: tuple[ChannelStatistics, Tensor] | None = None
+        if pruning.ridge is None:
+            for expert in several:
+                other = moments(expert, rows[expert][held[expert]]) or other
+        if fit is not None:
+            down = _refit(weights.down, chosen, fit, other, pruning.ridge)
+        del fit, other
+        for expert in several:
+            kept.append(share.ranks.from_owner(expert % share.ranks.count, chosen.clone()))
+            refitted.append(share.ranks.from_owner(expert % share.ranks.count, down.clone()))
     return ExpertLayer(
-        masks=torch.stack(masks),
-        gate_up=torch.stack(gate_up),
-        down=torch.stack(down),
+        masks=torch.stack(kept),
+        gate_up=torch.stack([torch.cat([weights.gate[mask], weights.up[mask]]) for mask in kept]),
+        down=torch.stack(refitted),
         router=weights.gate.new_zeros(experts, weights.gate.shape[1]),
     )
+
+
+def _refit(
+    down: Tensor,
+    chosen: Tensor,
+    fit: tuple[ChannelStatistics, Tensor],
+    other: tuple[ChannelStatistics, Tensor] | None,
+    ridge: float | None,
+) -> Tensor:
+    """(D, W), from moments and crosses of an expert's tokens; where no ridge is given, the best one for the others of them."""
+    moment, cross = _moment(fit[0]), fit[1]
+    if ridge is None:
+        assert other is not None
+        beside, beside_cross = _moment(other[0]), other[1]
+        ridge = choose_ridge(down, moment, beside, chosen, cross=(cross, beside_cross))
+        moment, cross = moment + beside, cross + beside_cross
+    return least_squares(down, moment, chosen, ridge=ridge, cross=cross)
 
 
 def _moment(statistics: ChannelStatistics) -> Tensor:
@@ -178,6 +261,7 @@ def train_layer(
     top_k: int,
     gates: Gates = Gates.renormalised,
     seed: int,
+    share: Share | None = None,
 ) -> ExpertLayer:
     """Gradient steps on one layer's experts and router against its targets, in float32.
 
@@ -186,21 +270,26 @@ def train_layer(
     better one.
     Where p_2 is less than :data:`NEGLIGIBLE` it is taken as 0, and only the likeliest expert runs.
 
+    Processes that compute together divide the experts, not the tokens: rows and errors of a step are less to tell each other
+    than gradients are, and each owner alone has its experts' optimiser states. All train the router, on the same errors.
+
     Args:
-        inputs: (T, D) float32.
-        targets: (T, D).
+        inputs: (t, D) float32, of the tokens of this process.
+        targets: (t, D).
         top_k: experts a token.
         seed: of the order of the tokens.
+        share: which tokens are this process's; all if none.
     """
-    device = start.down.device
+    share = share or Share.all_of(inputs)
+    ranks, device = share.ranks, start.down.device
     experts = len(start.masks)
-    scale = inputs.square().mean().sqrt().clamp_min(1e-12).to(device)
-    gate_up = [matrix.clone().requires_grad_() for matrix in start.gate_up]
-    down = [matrix.clone().requires_grad_() for matrix in start.down]
+    scale = share.mean(inputs.square()).sqrt().clamp_min(1e-12).to(device)
+    gate_up = [matrix.clone().requires_grad_(ranks.owns(number)) for number, matrix in enumerate(start.gate_up)]
+    down = [matrix.clone().requires_grad_(ranks.owns(number)) for number, matrix in enumerate(start.down)]
     router = (start.router * scale).requires_grad_()
     optimiser = torch.optim.Adam(
         [
-            {"params": [*gate_up, *down], "lr": settings.learning_rate},
+            {"params": [m for m in (*gate_up, *down) if m.requires_grad], "lr": settings.learning_rate},
             {"params": [router], "lr": settings.router_learning_rate},
         ],
         betas=(0.9, 0.95),
@@ -212,17 +301,23 @@ def train_layer(
         return min(1.0, (step + 1) / 10) * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    energy = targets.square().sum(dim=-1).mean().clamp_min(1e-30).to(device)
-    errors_of = partial(pair_errors, gate_up, down, act)
+    energy = share.mean(targets.square().sum(dim=-1)).clamp_min(1e-30).to(device)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    batch = min(settings.batch, len(inputs))
+    batch = min(settings.batch, share.count)
+
+    def errors_of(x: Tensor, y: Tensor, *, tokens: Tensor, experts: Tensor) -> Tensor:
+        """Of pairs, each by its expert's owner."""
+        own = (experts % ranks.count == ranks.rank).nonzero().squeeze(1)
+        found = pair_errors(gate_up, down, act, x, y, tokens=tokens[own], experts=experts[own])
+        return joined_pairs(found, own, len(experts), ranks)
+
     with torch.enable_grad():
         for _ in range(steps):
             if len(order) < batch:
-                order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
+                order = torch.cat([order, torch.randperm(share.count, generator=generator)])
             rows, order = order[:batch], order[batch:]
-            x, y = inputs.index_select(0, rows).to(device), targets.index_select(0, rows).to(device)
+            x, y = share.take(inputs, rows).to(device), share.take(targets, rows).to(device)
             if experts == 1:
                 every = torch.arange(len(x), device=device)
                 loss = errors_of(x, y, tokens=every, experts=torch.zeros_like(every)).mean() / energy
@@ -242,20 +337,24 @@ def train_layer(
                     errors = errors.index_add(0, close, shares[close, 1] * (second - errors[close]))
                 else:
                     training = ExpertLayer(start.masks, torch.stack(gate_up), torch.stack(down), router)
-                    outputs = selected_outputs(training, act, x, chosen)
-                    errors = ((outputs * shares[..., None]).sum(dim=1) - y).square().sum(dim=-1)
+                    own = chosen % ranks.count == ranks.rank
+                    outputs = selected_outputs(training, act, x, chosen, own=None if ranks.count == 1 else own)
+                    mixed = summed((outputs * shares[..., None]).sum(dim=1), ranks)
+                    errors = (mixed - y).square().sum(dim=-1)
                 loss = errors.mean() / energy
                 if settings.balance:
                     probabilities = torch.softmax(logits, dim=-1)
                     penalty = overload(probabilities, chosen[:, :top_k], max_load=settings.max_load)
-                    loss = loss + settings.balance * penalty
+                    loss = loss + settings.balance * penalty / (1 if top_k == 1 else ranks.count)
             optimiser.zero_grad()
             loss.backward()
+            if top_k > 1 and router.grad is not None:  # of the pairs that were computed here
+                ranks.sum(router.grad)
             optimiser.step()
             schedule.step()
-    return ExpertLayer(
-        masks=start.masks,
-        gate_up=torch.stack(gate_up).detach(),
-        down=torch.stack(down).detach(),
-        router=(router / scale).detach(),
-    )
+            ranks.from_owner(0, router.detach())  # or rounding would part them in time
+
+    def owned(matrices: list[Tensor]) -> Tensor:
+        return torch.stack([ranks.from_owner(e % ranks.count, m.detach()) for e, m in enumerate(matrices)])
+
+    return ExpertLayer(masks=start.masks, gate_up=owned(gate_up), down=owned(down), router=(router / scale).detach())
