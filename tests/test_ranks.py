@@ -96,7 +96,7 @@ def work(rank: int, processes: int, names: list[str], directory: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Files' directory and a name to fill in, of each process."""
     directory, processes = tmp_path_factory.mktemp("ranks"), request.param

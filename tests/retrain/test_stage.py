@@ -89,7 +89,8 @@ def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: str) -> None:
-    same = ("moe.top_k=2", "trainer.accumulation=2", TEACHER[0], ROUTERS[0])
+    # 300 local steps on six hundred tokens make rounding large, in one process as well: tests/test_ranks.py has a few.
+    same = ("moe.top_k=2", "moe.refined.steps=0", "trainer.accumulation=2", TEACHER[0], ROUTERS[0])
     finish(workplace.start("one", f"store={workplace.root / 'one-store'}", *same))
     output = finish(
         workplace.start(
