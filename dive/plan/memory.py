@@ -63,6 +63,19 @@ def dequantising(job: Job) -> Memory:
     return _memory(job, {}, {"a shard": shard, "a tensor in float32, twice": 8.0 * largest}, first=True)
 
 
+def _together(job: Job, found: Memory, *shared: str) -> Memory:
+    """The same of all processes of one machine: each has its own of everything on the host, but for what they share out."""
+    trainer = job.config.trainer
+    if trainer.devices * trainer.num_nodes > 1:
+        found.host = {
+            name if name in shared else f"{name} × {trainer.devices} processes": size / trainer.num_nodes
+            if name in shared
+            else size * trainer.devices
+            for name, size in found.host.items()
+        }
+    return found
+
+
 def _attention(job: Job) -> float:
     """Numbers a token, at the peak of an attention block: queries and keys before and after RoPE, values, output."""
     s = job.shapes
@@ -95,9 +108,8 @@ def calibration(job: Job, *, sequences: int, length: int) -> Memory:
     tokens = domains.batch * length
     statistics = job.domains * s.layers * s.channels * 16
     rest = {"dense model": dense_model(job), "activations": dense_layer(job, tokens) + tokens * _extra(job)}
-    return _memory(
-        job, rest, {"hidden states": _hidden(job, sequences * length), "statistics": float(statistics)}, first=True
-    )
+    host = {"hidden states": _hidden(job, sequences * length), "statistics": float(statistics)}
+    return _together(job, _memory(job, rest, host, first=True), "hidden states")
 
 
 def _extra(job: Job) -> float:
@@ -117,7 +129,7 @@ def mining(job: Job) -> Memory:
     masks = job.domains * s.layers * s.channels * (1 + 16)
     layer = dense_layer(job, tokens) + tokens * job.weight * s.channels
     rest = {"dense model": float(job.weight * s.dense)} | _pass(job, layer, tokens, domains.length)
-    return _memory(job, rest, {"masks and statistics": float(masks)}, first=True)
+    return _together(job, _memory(job, rest, {"masks and statistics": float(masks)}, first=True))
 
 
 def _pass(job: Job, layer: float, tokens: int, length: int) -> dict[str, float]:
@@ -163,7 +175,7 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
         rest["refinement"] = float(construction.refine_device_bytes(s, refined))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
         host["refinement"] += 4.0 * sequences * domains.length * s.hidden if s.shared_width else 0.0  # targets again
-    return _memory(job, rest, host, first=job.streamed)
+    return _together(job, _memory(job, rest, host, first=job.streamed), "hidden states", "refinement")
 
 
 def evaluation(job: Job) -> Memory:
@@ -182,8 +194,9 @@ def evaluation(job: Job) -> Memory:
     loading = {"loading": float(max(2 * s.experts * s.expert * job.weight, kept * job.trained_weight))}
     if job.on_gpu:
         loading["loading"] = max(loading["loading"], float(job.weight * s.dense))
-        return _memory(job, _both(job) | rest, loading)
-    return _memory(job, _both(job) | (rest if sum(rest.values()) > sum(loading.values()) else loading))
+        return _together(job, _memory(job, _both(job) | rest, loading))
+    largest_part = rest if sum(rest.values()) > sum(loading.values()) else loading
+    return _together(job, _memory(job, _both(job) | largest_part))
 
 
 def _both(job: Job, stage: StageConfig | None = None, *, exported: bool = False) -> dict[str, float]:
@@ -236,13 +249,10 @@ def retraining(job: Job, stage: StageConfig, before: list[StageConfig]) -> Memor
     compute = BYTES[job.training_dtype]
     if compute != job.weight:
         rest["weights cast"] = float(compute * s.total)
-    processes = config.trainer.devices
     found = _memory(job, rest)
     if not job.on_gpu:
         found.host["allocator"] += SCATTERED * sum(size for name, size in rest.items() if name not in models)
-    if processes > 1:
-        found.host = {f"{name} × {processes} processes": size * processes for name, size in found.host.items()}
-    return found
+    return _together(job, found)
 
 
 def _loss(job: Job, stage: StageConfig, tokens: int) -> dict[str, float]:

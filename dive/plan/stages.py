@@ -39,6 +39,11 @@ class Stage:
     trained: int = 0
     """Parameters."""
     processes: int = 1
+    """That share it out."""
+    owners: int | None = None
+    """Things that are solved (float64), each in one process; none where that bounds nothing."""
+    alone: float = 0.0
+    """Operations of all element types, of those above, that the first process does while the others wait."""
     seconds: float = 0.0
     """On the named device."""
 
@@ -169,16 +174,26 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
 
 
 def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
-    """Time of a stage: arithmetic at the stated utilisation, weights read, transfers and files, one after another."""
+    """Time of a stage: arithmetic at the stated utilisation, weights read, transfers and files, one after another.
+
+    What processes tell each other is not counted.
+    """
     peaks = {
         "bfloat16": device.bfloat16,
         "float16": device.bfloat16,
         "float32": device.float32,
         "float64": device.float64,
     }
-    arithmetic = sum(count / (peaks[kind] * device.utilisation) for kind, count in stage.flops.items())
+    processes = dict.fromkeys(stage.flops, stage.processes)
+    if stage.owners is not None and "float64" in processes:
+        processes["float64"] = min(stage.processes, stage.owners)
+    whole = sum(count / (peaks[kind] * device.utilisation) for kind, count in stage.flops.items())
+    shared = sum(count / (peaks[kind] * device.utilisation * processes[kind]) for kind, count in stage.flops.items())
+    alone = stage.alone / max(stage.operations, 1.0)
+    arithmetic = alone * whole + (1.0 - alone) * shared
     moving = stage.moved / device.bandwidth + (stage.linked / device.link if device.memory is not None else 0.0)
-    return (arithmetic + moving) / stage.processes + stage.clustered / construction.KMEANS_RATE + stage.written / disk
+    moving /= stage.processes
+    return arithmetic + moving + stage.clustered / construction.KMEANS_RATE + stage.written / disk
 
 
 def _sum(*parts: tuple[str, float]) -> dict[str, float]:
@@ -208,6 +223,7 @@ def _calibration(job: Job, name: str, samples: int, length: int) -> Stage:
         moved=float(passes * s.dense * job.weight),
         linked=float(2 * s.layers * tokens * s.hidden * job.weight),
         written=float(job.domains * s.layers * s.channels * 16),
+        processes=job.world,
     )
 
 
@@ -223,6 +239,7 @@ def _mining(job: Job) -> Stage:
         {job.dtype: tokens * flops.dense_forward(s, domains.length)},
         memory.mining(job),
         moved=float(passes * s.dense * job.weight),
+        processes=min(job.world, job.domains),
     )
 
 
@@ -263,6 +280,8 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         if job.clusters_tokens and refined is not None
         else 0.0,
         written=float(s.sparse * of_layer),
+        processes=job.world if refined is None else min(job.world, experts),
+        owners=experts,
     )
 
 
@@ -297,8 +316,8 @@ def _evaluation(job: Job) -> Stage:
     """Every model of the run: dense, one pruned expert, reconstructed, and each retrained stage's."""
     s, config = job.shapes, job.config
     pruned = s.dense - s.sparse * (s.ffn - s.expert - s.shared_expert)
-    count = tokens = 0.0
-    for windows, length in [*job.evaluation_windows, *job.tasks]:
+    count = tokens = alone = 0.0
+    for number, (windows, length) in enumerate([*job.evaluation_windows, *job.tasks]):
         each = windows * length
         sparse = flops.sparse_forward(s, length, active=s.top_k)
         single = flops.head(s) + s.sparse * (
@@ -306,7 +325,9 @@ def _evaluation(job: Job) -> Stage:
         )
         single += s.kept * flops.dense_layer(s, length)
         models = 1 + len(config.retrain.stages)
-        count += each * (flops.dense_forward(s, length) + single + models * sparse)
+        work = each * (flops.dense_forward(s, length) + single + models * sparse)
+        count += work
+        alone += work if number >= len(job.evaluation_windows) else 0.0
         tokens += each * (2 + models)
     windows, length = job.evaluation_windows[0]  # how the domains are routed
     models = 1 + len(config.retrain.stages)
@@ -320,6 +341,8 @@ def _evaluation(job: Job) -> Stage:
         {job.dtype: count},
         memory.evaluation(job),
         moved=float(passes * job.weight * (s.dense + pruned + (1 + models) * s.total)),
+        processes=job.world,
+        alone=alone,
     )
 
 
