@@ -149,14 +149,19 @@ def _documented(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def meaning_of(schema: type[Any], name: str) -> str:
-    """The first paragraph of the string under a field; where there is none, of what its type says of itself."""
+def docstring_of(schema: type[Any], name: str) -> str:
+    """The string under a field; where there is none, what its type says of itself."""
     said = _documented(schema.__module__).get(schema.__name__, {}).get(name, "")
     if not said:
         hint = _inner(get_type_hints(schema)[name])
         if is_dataclass(hint) or _is_enum(hint):
             said = _documented(hint.__module__).get(hint.__name__, {}).get("", "")
-    paragraph = " ".join(said.partition("\n\n")[0].split())
+    return said
+
+
+def meaning_of(schema: type[Any], name: str) -> str:
+    """The first paragraph of :func:`docstring_of`, without markup."""
+    paragraph = " ".join(docstring_of(schema, name).partition("\n\n")[0].split())
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", paragraph.replace("``", ""))
 
 
@@ -225,7 +230,7 @@ def _introduction(description: str) -> Iterator[str]:
 
 
 def _row(option: Option) -> Iterator[str]:
-    value = "(needed)" if option.value == NEEDED else _written(option.value)
+    value = "(needed)" if option.value == NEEDED else written(option.value)
     yield from _columns(f"{option.name}={value}", option.meaning)
 
 
@@ -240,13 +245,14 @@ def _columns(left: str, right: str) -> Iterator[str]:
         left = ""
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as it is written on the command line."""
     if isinstance(value, Enum):
         return value.name
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{','.join(_written(item) for item in value)}]"
+        return f"[{','.join(written(item) for item in value)}]"
     return str(value).replace("\n", "\\n")
 
 

@@ -72,9 +72,7 @@ def mixture(x: float, y: float) -> Iterator[str]:
     yield words(x + 46, y + 84, "router", "small said")
     for row, fill in enumerate(KINDS):
         top, active = y + 26 * row, row == 1
-        yield line(
-            f"M{x + 80:g} {y + 50:g} L{x + 128:g} {top + 10:g}", more="" if active else ' stroke-opacity="0.25"'
-        )
+        yield line(f"M{x + 80:g} {y + 50:g} L{x + 128:g} {top + 10:g}", more="" if active else ' stroke-opacity="0.25"')
         yield rectangle(x + 128, top, 72, 20, fill, radius=4, more="" if active else ' fill-opacity="0.3"')
 
 
@@ -112,7 +110,8 @@ def draw() -> str:
     width, height = PANEL
     parts = [rectangle(0, 0, WIDTH, HEIGHT, "var(--paper)", radius=12)]
     places = [
-        (GAP + (width + GAP) * (number % 3), TOP + (height + 2 * GAP) * (number // 3)) for number in range(len(STATIONS))
+        (GAP + (width + GAP) * (number % 3), TOP + (height + 2 * GAP) * (number // 3))
+        for number in range(len(STATIONS))
     ]
     for (x, y), (title, said, picture) in zip(places, STATIONS, strict=True):
         parts.append(rectangle(x, y, width, height, "var(--panel)", radius=10, more=' stroke="var(--line)"'))
