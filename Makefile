@@ -26,7 +26,7 @@ check: .venv/installed-dev ## what CI checks beside the tests
 	$(BIN)/mypy dive
 
 docs: .venv/installed-docs ## the site in build/site; a broken link fails it
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 cover: .venv/installed-dev ## which lines the quick tests run; no share is asked for
 	$(BIN)/python -m pytest --cov=dive --cov-report=term --cov-report=html:build/coverage

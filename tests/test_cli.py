@@ -360,30 +360,6 @@ def test_what_cannot_be_read_is_told_from_what_cannot_be_written(attempt: str, m
 
 
 @pytest.mark.slow
-def test_the_configuration_works_from_an_installed_wheel(tmp_path: Path) -> None:
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*wheel, str(PACKAGE.parent)], check=True)
-    target = tmp_path / "site"
-    (built,) = tmp_path.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(built)]
-    subprocess.run(install, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "dive.train", "moe.experts=4", "--cfg", "job"],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert yaml.safe_load(done.stdout)["moe"]["experts"] == 4
-    assert (target / "dive/conf/config.yaml").is_file()
-    assert (target / "dive/model/tiny/model.safetensors").is_file()
-    for name in ("report.html", "page.css", "charts.js", "vendor/plot-0.6.17.umd.min.js", "vendor/LICENSE-plot"):
-        assert (target / "dive/report/html" / name).is_file()
-    assert (target / "dive/eval/paper_tasks/logiqa_parquet.yaml").is_file()
-
-
-@pytest.mark.slow
 def test_a_sweep_calibrates_once_and_mines_once_a_ratio(workplace: Workplace, tmp_path: Path) -> None:
     done = subprocess.run(
         [
