@@ -22,7 +22,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Send links to files outside of ``docs/`` to the repository, or leave their text alone where it has no address."""
+    """Send links to files outside of ``docs/`` to the repository, or leave their text alone where it has no address.
+
+    GitHub wants the bars of code in a table escaped, and Python-Markdown shows the backslash.
+    """
     root_page = page.file.src_uri in FROM_THE_ROOT
 
     def mended(found: "re.Match[str]") -> str:
@@ -36,4 +39,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"[{text}]({known[path]}{anchor})" if path in known else found[0]
         return f"[{text}]({config.repo_url}/blob/main/{path})" if config.repo_url else text
 
-    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", mended, markdown)
+    linked = re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", mended, markdown)
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].replace("\\|", "|"), linked)

@@ -72,7 +72,7 @@ def rows(schema: Any, values: Mapping[str, Any] | None, prefix: str = "") -> Ite
         yield Row(
             name=name,
             kind=_in_words(inner) + (" or null" if nullable else ""),
-            default=_shown(value),
+            default="set by the preset" if is_dataclass(inner) and value else _shown(value),
             bounds=str(bounds) if isinstance(bounds, Bounds) else "",
             meaning=as_markdown(docstring_of(schema, entry.name)),
         )
@@ -201,7 +201,7 @@ def _shown(value: Any) -> str:
     if value == NEEDED:
         return "none: it has to be set"
     if isinstance(value, Mapping) and value:
-        return "as below"
+        return f"`{{{', '.join(map(str, value))}}}`"
     return f"`{written(value)}`" if value != "" else "empty"
 
 
