@@ -121,8 +121,8 @@ def draw() -> str:
         for column in (1, 2):
             left = GAP + (width + GAP) * column - GAP
             parts.append(line(f"M{left + 2:g} {row - 6:g} l8 6 l-8 6"))
-    x, y = GAP + width / 2, TOP + height + GAP
-    parts.append(line(f"M{WIDTH - x:g} {y - GAP:g} V{y:g} H{x:g} V{y + GAP - 3:g} m-6 -6 l6 7 l6 -7"))
+    end, turn = GAP + width / 2, TOP + height + GAP
+    parts.append(line(f"M{WIDTH - end:g} {turn - GAP:g} V{turn:g} H{end:g} V{turn + GAP - 3:g} m-6 -6 l6 7 l6 -7"))
     said = "From a dense model through domains and pruned experts to a Mixture-of-Experts that is retrained and served"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'
     return "\n".join([head, f"<style>{STYLE}</style>", *parts, "</svg>", ""])

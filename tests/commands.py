@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 
 from dive.cli import CONF, register_schema, to_typed
 from dive.config import Config, EvaluateConfig
@@ -39,6 +40,15 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if (found := re.search(r"-m dive\.(\w+)", line)) and found[1] in SCHEMAS]
 
 
+def first(override: Override) -> str:
+    """An override, or the first of those that a sweep makes of it."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    swept = override.value()
+    value = swept.start if isinstance(swept, IntervalSweep) else next(iter(override.sweep_iterator()))
+    return f"{override.key_or_group}={value}"
+
+
 def typed(command: str) -> Any:
     """The typed configuration of a command; of a sweep, that of the first value of each.
 
@@ -54,12 +64,7 @@ def typed(command: str) -> Any:
         parsed = [
             p for p in OverridesParser.create().parse_overrides(overrides) if not p.key_or_group.startswith("hydra")
         ]
-        overrides = [
-            p.input_line
-            if not p.is_sweep_override()
-            else f"{p.key_or_group}={p.value().start if p.is_interval_sweep() else next(iter(p.sweep_iterator()))}"
-            for p in parsed
-        ]
+        overrides = [first(override) for override in parsed]
     register_schema(name, schema)
     places = {f"model.path={place}" for place in PLACEHOLDERS}
     here = ["model.path=embedded" if override in places else override for override in overrides]

@@ -44,7 +44,7 @@ def pages() -> dict[str, str]:
 def leaves(schema: type[Any], prefix: str = "") -> Iterator[str]:
     """Names of all options, those of settings that may be null and of entries by NAME included."""
     for name, hint in get_type_hints(schema).items():
-        parts = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        parts = [part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)]
         if name not in {entry.name for entry in fields(schema)}:
             continue  # a constant of the class
         nested = f"{prefix}{name}.NAME." if str(hint).startswith("dict[") else f"{prefix}{name}."
