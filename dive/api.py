@@ -47,7 +47,7 @@ def load_tokens(
         domains: names of the domains to read; all if None.
         samples: sequences per domain.
         length: tokens per sequence.
-        seed: of the crops.
+        seed: seed of the random crops.
 
     Returns:
         {domain: (samples, length) int64}
@@ -96,12 +96,15 @@ def reconstruct(
         overrides: of the command line, such as ``["moe.refined.steps=0"]`` or ``["moe=coactivation"]``.
         ratio: share of every FFN's channels that each expert loses, in (0, 1).
         experts: how many; as many as there are groups, where there are any.
-        top_k: experts a token.
+        top_k: experts that each token is sent to.
         metric: see :class:`dive.config.Metric`.
         compensation: ``least_squares``, ``bias`` or ``none``.
         router_init: ``distilled`` or ``random``, from statistics.
         width_multiple: the kept width is rounded to this multiple.
-        seed: of whatever is drawn.
+        seed: seed of everything that is drawn at random.
+
+    Returns:
+        The Mixture-of-Experts: the stock class, with routers of ours until it is saved.
 
     Raises:
         UserError: the settings contradict each other, or the statistics lack what they need.
