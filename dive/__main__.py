@@ -7,17 +7,23 @@ from pathlib import Path
 import dive
 
 PACKAGE = Path(__file__).parent
+ORDER = ("plan", "train", "evaluate", "generate", "report", "push", "dashboard", "store")
+"""In which they are met; others come last."""
 
 
 def commands() -> Iterator[tuple[str, str]]:
     """(module, what it does) of every module that can be run, read off their sources; nothing is imported."""
-    for file in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__main__.py")]):
+    found = {}
+    for file in [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__main__.py")]:
         source = file.read_text(encoding="utf-8")
         if file == Path(__file__) or 'if __name__ == "__main__":' not in source:
             continue
         name = file.parent.name if file.stem == "__main__" else file.stem
         said = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
-        yield f"dive.{name}", " ".join(said.partition(": ")[0].split()).rstrip(".")
+        found[name] = " ".join(said.partition(": ")[0].split()).rstrip(".")
+    known = [name for name in ORDER if name in found]
+    for name in [*known, *sorted(found.keys() - set(known))]:
+        yield f"dive.{name}", found[name]
 
 
 def main() -> None:
@@ -27,7 +33,8 @@ def main() -> None:
     for module, meaning in commands():
         print(f"  python -m {module:<16} {meaning}")
     print()
-    print("--help after any of them shows its options. A run begins with dive.plan, which says what it will cost.")
+    print("--help after any of them shows its options; dive-train is short for python -m dive.train, and so on.")
+    print("A first run: python -m dive.train, with the model and the texts of this package, minutes on a CPU.")
 
 
 if __name__ == "__main__":

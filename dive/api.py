@@ -1,26 +1,69 @@
-"""The method without configuration files: what ``dive.reconstruct`` is."""
+"""The method without configuration files: what ``dive.load_tokens`` and ``dive.reconstruct`` are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from dive.calibration_domains.texts import load_domains
 from dive.cli import composed
-from dive.config import Compensation, Config, Metric, RouterInit
+from dive.config import Compensation, Config, Metric, RouterInit, TextSource
 from dive.errors import UserError, require
+from dive.inputs import sample_tokens
+from dive.model.chat import conversation
 from dive.model.families import check_chosen, form_of
+from dive.model.load import document_tokens
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
 from dive.pruning.statistics import ChannelStatistics
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 E = TypeVar("E", bound=Enum)
+
+
+def load_tokens(
+    tokenizer: "PreTrainedTokenizerBase",
+    overrides: Sequence[str] = (),
+    *,
+    path: str | PathLike[str] | None = None,
+    domains: Sequence[str] | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Tensor]:
+    """Read the calibration text of each domain and cut it into tokens.
+
+    Args:
+        tokenizer: of the dense model.
+        overrides: of the command line, such as ``["calibration_domains=paper"]``.
+        path: directory with ``<domain>/{train,test}.jsonl|txt|parquet``; the texts that come with the package if None.
+        domains: names of the domains to read; all if None.
+        samples: sequences per domain.
+        length: tokens per sequence.
+        seed: seed of the random crops.
+
+    Returns:
+        {domain: (samples, length) int64}
+
+    Raises:
+        UserError: a domain is unknown, unreadable, empty, or has less text than is asked for.
+    """
+    config = _composed(tuple(overrides))
+    stated = {"path": None if path is None else fspath(path), "samples": samples, "length": length}
+    names = None if domains is None else list(domains)
+    source = None if path is None else TextSource.local
+    settings = replace(config.calibration_domains, **_stated({**stated, "domains": names, "source": source}))
+    config = replace(config, calibration_domains=settings, **_stated({"seed": seed}))
+    chat = partial(conversation, tokenizer)
+    texts = {domain.name: domain.train for domain in load_domains(settings, seed=config.seed, chat=chat)}
+    return sample_tokens(config, texts, partial(document_tokens, tokenizer))[0]
 
 
 def reconstruct(
@@ -53,12 +96,15 @@ def reconstruct(
         overrides: of the command line, such as ``["moe.refined.steps=0"]`` or ``["moe=coactivation"]``.
         ratio: share of every FFN's channels that each expert loses, in (0, 1).
         experts: how many; as many as there are groups, where there are any.
-        top_k: experts a token.
+        top_k: experts that each token is sent to.
         metric: see :class:`dive.config.Metric`.
         compensation: ``least_squares``, ``bias`` or ``none``.
         router_init: ``distilled`` or ``random``, from statistics.
         width_multiple: the kept width is rounded to this multiple.
-        seed: of whatever is drawn.
+        seed: seed of everything that is drawn at random.
+
+    Returns:
+        The Mixture-of-Experts: the stock class, with routers of ours until it is saved.
 
     Raises:
         UserError: the settings contradict each other, or the statistics lack what they need.

@@ -27,40 +27,40 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(slots=True, kw_only=True)
 class BudgetConfig:
-    """How much a run takes, from minutes to days. The other groups take these figures where they are not told others."""
+    """How much text and training a run takes, from minutes to days. The other groups take these figures unless you set theirs."""
 
     name: str = MISSING
-    """For the plan, which names these two beside it:"""
+    """Name of the preset, which the plan prints."""
     smaller: str | None = None
-    """The next smaller preset."""
+    """The next smaller preset, whose cost the plan prints too."""
     larger: str | None = None
-    """The next larger preset."""
+    """The next larger preset, whose cost the plan prints too."""
     samples: int = bounded(MISSING, at_least=1, at_most=10**7)
     """Calibration sequences per domain."""
     group_samples: int | None = bounded(None, at_least=1, at_most=10**9)
-    """The same of a group, see ``calibration_domains.group_samples``."""
+    """Calibration sequences per group of domains, see ``calibration_domains.group_samples``."""
     refinement_steps: int = bounded(MISSING, at_least=0, at_most=10**7)
-    """Gradient steps a layer on experts and router together."""
+    """Gradient steps per layer on experts and router together, while experts are built."""
     refinement_batch: int = bounded(MISSING, at_least=1, at_most=2**24)
-    """Tokens of each."""
+    """Tokens of each of these steps."""
     end_to_end_tokens: int = bounded(57_344, at_least=1, at_most=10**14)
-    """Calibration tokens of a stage that trains all layers together, where there is one."""
+    """Calibration tokens of the stage that trains all layers together (``retrain=end_to_end``)."""
     tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
-    """Retraining tokens of all stages of a preset."""
+    """Retraining tokens of all stages of a ``retrain`` preset together."""
     router_tokens: int = bounded(MISSING, at_least=1, at_most=10**14)
-    """Of these, tokens of a stage that trains routers alone, where there is one."""
+    """How many of these go to the stage that trains routers alone, in a preset that has one."""
     length: int = bounded(MISSING, at_least=2, at_most=MAX_LENGTH)
     """Tokens of a retraining sequence, and of a window of evaluation text."""
     batch: int = bounded(MISSING, at_least=1, at_most=10**6)
-    """Sequences per optimiser step."""
+    """Sequences per optimiser step of retraining."""
     router_batch: int = bounded(MISSING, at_least=1, at_most=10**6)
-    """The same in a stage that trains routers alone."""
+    """Sequences per optimiser step of the stage that trains routers alone."""
     checkpoint_every: int = bounded(MISSING, at_least=1, at_most=10**9)
-    """Optimiser steps between checkpoints."""
+    """Optimiser steps between checkpoints of retraining."""
     windows: int | None = bounded(None, at_least=1, at_most=10**9)
     """Evaluation windows per text; all if null."""
     questions: int | None = bounded(None, at_least=1, at_most=10**9)
-    """Per task; all if null."""
+    """Questions per evaluation task, from the first; all if null."""
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -72,7 +72,7 @@ SHARD_BYTES = 1 << 30
 
 
 class Dtype(Enum):
-    """Element type of the weights in memory."""
+    """Element type of weights."""
 
     auto = "auto"
     float32 = "float32"
@@ -98,17 +98,25 @@ class ArchitectureConfig:
     """
 
     model_type: str = MISSING
+    """Family, such as ``llama``."""
     hidden_size: int = bounded(MISSING, at_least=1, at_most=2**20)
-    """D"""
+    """D, width of the hidden states."""
     intermediate_size: int = bounded(MISSING, at_least=1, at_most=2**24)
     """F, channels of each FFN."""
     num_hidden_layers: int = bounded(MISSING, at_least=1, at_most=10_000)
+    """L, decoder layers."""
     num_attention_heads: int = bounded(MISSING, at_least=1, at_most=2**16)
+    """Heads of the queries."""
     num_key_value_heads: int = bounded(MISSING, at_least=1, at_most=2**16)
+    """Heads of the keys and values."""
     head_dim: int = bounded(MISSING, at_least=1, at_most=2**16)
+    """Width of a head."""
     vocab_size: int = bounded(MISSING, at_least=1, at_most=2**26)
+    """Tokens of the vocabulary."""
     max_position_embeddings: int = bounded(MISSING, at_least=1, at_most=2**31)
+    """Longest sequence, in tokens."""
     tie_word_embeddings: bool = False
+    """Whether the output head is the embedding."""
     dtype: str = "bfloat16"
     """Element type of the checkpoint, which ``model.dtype=auto`` takes."""
 
@@ -141,11 +149,11 @@ class ModelConfig:
     device: str = "auto"
     """Where calibration, mining and evaluation run: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     architecture: ArchitectureConfig | None = None
-    """For planning without the model at hand; null reads its config.json."""
+    """Figures for a plan without the model at hand; null reads its config.json."""
     load: Load = Load.full
     """``streamed`` calibrates, builds experts and exports a layer at a time; nothing is evaluated or retrained."""
     twin: str = AUTO
-    """``model_type`` of the stock class that it becomes, see docs/serving.md; ``auto`` is the first of its family there."""
+    """``model_type`` of the stock class that the model becomes (docs/serving.md); ``auto`` is the first of its family there."""
     export_dtype: Dtype | None = None
     """Element type of the export; ``dtype`` if null, the dense checkpoint's own if ``auto``."""
 
@@ -154,7 +162,7 @@ class ModelConfig:
 
 
 class TextSource(Enum):
-    """Where texts come from."""
+    """Where the texts come from: the installed packages (``embedded``), data sets on the hub, or your own files (``local``)."""
 
     embedded = "embedded"
     hub = "hub"
@@ -174,7 +182,7 @@ class HubTextConfig:
     data_files: str | None = None
     """Files inside the repository to read for ``train`` instead of the split's own (for very large sets)."""
     test_data_files: str | None = None
-    """The same for ``test``."""
+    """Files inside the repository to read for ``test``."""
     train: str = "train"
     """Split for calibration and retraining; ``train[1000:]`` leaves its first 1000 rows to ``test``."""
     test: str | None = None
@@ -198,16 +206,17 @@ class HubTextConfig:
 
 @dataclass(slots=True, kw_only=True)
 class CalibrationDomainsConfig:
-    """The calibration domains and how much text of each is used (METHOD: 1024 sequences of 256 tokens)."""
+    """The texts that calibrate pruning, one domain each, and how much of each is used."""
 
     source: TextSource = MISSING
+    """Where the domains' texts come from: the installed packages (``embedded``), data sets on the hub, or your own files."""
     path: str | None = None
     """``local`` only: directory with ``<domain>/{train,test}.jsonl|txt|parquet``."""
     text_field: str = "text"
     """``local`` only: name of the column of text, or of conversations (lists of ``{role, content}``), which the model's chat
     template writes."""
     domains: list[str] | None = None
-    """Names to use; all that the source has if null."""
+    """Names of the domains to use; all that the source has if null."""
     hub: dict[str, HubTextConfig] = field(default_factory=dict)
     """``hub`` only: the data set of each domain."""
     samples: int = bounded(32, at_least=1, at_most=10**7)
@@ -220,7 +229,7 @@ class CalibrationDomainsConfig:
     repeat: bool = False
     """Crop the same documents again where a domain has fewer tokens than are asked for, instead of refusing it."""
     batch: int = bounded(16, at_least=1, at_most=2**16)
-    """Sequences per forward pass."""
+    """Sequences per forward pass of calibration."""
     corpus: HubTextConfig | None = None
     """General text to go with them: what is retrained on where ``retrain.corpus`` names nothing. The domains' own if null."""
 
@@ -278,7 +287,7 @@ class Compensation(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class PruningConfig:
-    """How an FFN becomes narrower."""
+    """How each FFN is pruned: which channels go, and what makes up for them."""
 
     metric: Metric = Metric.wifv
     ratio: float = bounded(0.75, at_least=0, below=1)
@@ -365,17 +374,17 @@ class Linkage(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class AffinityConfig:
-    """How the calibration domains become groups."""
+    """How the calibration domains are grouped, for experts that begin with groups of domains."""
 
     grouping: Grouping | None = None
-    """Null leaves it to the construction: plain experts are built from mined groups, refined ones begin without groups."""
+    """How domains are grouped. Null leaves it to the construction: ``moe=plain`` mines groups, ``moe=default`` begins without."""
     measure: Measure = Measure.perplexity
-    """``mined`` only. ``perplexity``: of each pruned model on every domain, as in the paper; domains² evaluations.
-    ``importance``: rank correlation of the channels' importance; ``mask_overlap``: channels kept in common. Both come from the
-    calibration statistics alone."""
+    """``mined`` only: what tells how alike two domains are. ``perplexity``: of each pruned model on every domain, as in the
+    paper; domains² evaluations. ``importance``: rank correlation of the channels' importance; ``mask_overlap``: channels kept in
+    common. Both come from the calibration statistics alone."""
     linkage: Linkage = Linkage.complete
-    """``mined`` only. The paper does not name its own; average linkage tends to one large group and many single domains,
-    complete linkage to groups of like size, as the published ones are."""
+    """``mined`` only: rule of the hierarchical clustering. The paper does not name its own; average linkage tends to one large
+    group and many single domains, complete linkage to groups of like size, as the published ones are."""
     samples: int = bounded(8, at_least=1, at_most=10**6)
     """``mined`` only: sequences per domain that measure each pruned model; drawn apart from the calibration ones."""
     mapped: int = bounded(1024, at_least=0, at_most=10**9)
@@ -411,7 +420,7 @@ class AffinityConfig:
 
 
 class RouterInit(Enum):
-    """How the routers start."""
+    """How the routers start: fitted to the experts' errors (``distilled``), or ``random``."""
 
     random = "random"
     distilled = "distilled"
@@ -419,18 +428,18 @@ class RouterInit(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class DistillationConfig:
-    """Fit of each router to the expert with the smallest error against the dense FFN."""
+    """Fit of each router to the experts' errors against the dense FFN, before any retraining."""
 
     tokens: int = bounded(32768, at_least=1, at_most=10**9)
     """Calibration tokens per layer."""
     steps: int = bounded(900, at_least=1, at_most=10**7)
-    """Optimiser steps per layer."""
+    """Optimiser steps per layer of the router's fit."""
     batch: int = bounded(4096, at_least=1, at_most=2**24)
-    """Tokens per step."""
+    """Tokens per step of the router's fit."""
     learning_rate: float = bounded(0.05, above=0, at_most=100)
-    """Of the router, Adam."""
+    """Learning rate of the router's fit, Adam."""
     temperature: float = bounded(0.1, at_least=1e-6, at_most=1e6)
-    """Of the first steps' soft target softmax(-error / (temperature · mean error))."""
+    """Temperature of the first steps' soft target softmax(-error / (temperature · mean error))."""
 
 
 class Start(Enum):
@@ -447,8 +456,8 @@ class RefinedConfig:
     router_init: ClassVar[RouterInit] = RouterInit.distilled
 
     start: Start | None = None
-    """``kmeans`` on the layer's FFN inputs, or ``random``. Null begins with the groups that ``affinity`` names, or with
-    ``kmeans`` where it names none."""
+    """What each expert begins with: clusters by ``kmeans`` of the layer's FFN inputs, or ``random`` tokens. Null begins with
+    the groups that ``affinity`` names, or with ``kmeans`` where it names none."""
     rounds: int = bounded(1, at_least=0, at_most=1000)
     """Times that tokens go to the expert the router picks, and experts are derived anew from their tokens: k-means whose
     centroids are pruned FFNs."""
@@ -457,13 +466,13 @@ class RefinedConfig:
     correction: float = bounded(0.5, at_least=0, at_most=1)
     """``sequential`` only: share of the earlier layers' error that a layer's target makes up for."""
     steps: int = bounded(300, at_least=0, at_most=10**7)
-    """Gradient steps a layer on experts and router together, against the dense FFN's output."""
+    """Gradient steps per layer on experts and router together, against the dense FFN's output."""
     batch: int = bounded(4096, at_least=1, at_most=2**24)
-    """Tokens per step."""
+    """Tokens per gradient step."""
     learning_rate: float = bounded(1e-2, above=0, at_most=100)
-    """Of the experts, Adam."""
+    """Learning rate of the experts, Adam."""
     router_learning_rate: float = bounded(2e-2, above=0, at_most=100)
-    """Of the router, Adam."""
+    """Learning rate of the router, Adam."""
     balance: float = bounded(0.1, at_least=0, at_most=1e6)
     """Weight of the penalty on experts with more load than ``max_load``."""
     max_load: float = bounded(1.5, at_least=1, at_most=1e6)
@@ -522,7 +531,7 @@ class UpcycleConfig:
 
 
 class Gates(Enum):
-    """Weights of the chosen experts in the model that comes out."""
+    """Weights of the chosen experts in the exported model."""
 
     renormalised = "renormalised"
     probabilities = "probabilities"
@@ -535,18 +544,20 @@ ConstructionConfig = RefinedConfig | PlainConfig | RandomSplitConfig | Coactivat
 
 @dataclass(slots=True, kw_only=True)
 class MoEConfig:
-    """The Mixture-of-Experts that is built, in the one way whose settings are there: ``moe=refined``'s are ``moe.refined``."""
+    """How the Mixture-of-Experts is built. A run builds it in one way: the one whose settings (``moe.refined``, ``moe.plain``, …)
+    are not null."""
 
     experts: int = bounded(8, at_least=1, at_most=10_000)
     """Experts of every layer."""
     top_k: int = bounded(1, at_least=1, at_most=10_000)
     """Experts that each token is sent to."""
     gates: Gates = Gates.renormalised
-    """``renormalised``: they sum to one, so that a single expert's is 1 and teaches its router nothing. ``probabilities``: the
-    router's own, over all experts; down projections are scaled to make up for what they lack of one."""
+    """Weights of the chosen experts. ``renormalised``: they sum to one, so that a single expert's is 1 and teaches its router
+    nothing. ``probabilities``: the router's own, over all experts; down projections are scaled to make up for what they lack of
+    one."""
     shared_expert: float = bounded(0.0, at_least=0, below=1)
-    """Share of every expert's width that goes to a shared one: the channels most important to all text together, which every
-    token meets once and no other expert has."""
+    """Share of every expert's width that goes to a shared expert instead: the channels most important to all text together, which
+    every token meets once and no other expert has."""
     dense_layers: list[int] = bounded(default_factory=list, at_least=0, at_most=9_999)
     """Numbers, from 0, of layers that stay dense as they are: they get no experts, and no stage trains their FFN."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -656,14 +667,14 @@ class MoEConfig:
 
 
 class Mode(Enum):
-    """Which experts a stage runs: all of them, or the selected ones."""
+    """Which experts a stage runs: all of them (``dense``), or the selected ones (``sparse``)."""
 
     dense = "dense"
     sparse = "sparse"
 
 
 class Freezing(Enum):
-    """What happens to a part of the model in a stage."""
+    """Whether a stage leaves a part of the model frozen, trains it in full, or trains low-rank adapters (LoRA) of it."""
 
     frozen = "frozen"
     full = "full"
@@ -680,14 +691,14 @@ class Gate(Enum):
 
 
 class Schedule(Enum):
-    """Learning rate over a stage."""
+    """How the learning rate moves over a stage."""
 
     constant = "constant"
     cosine = "cosine"
 
 
 class StageText(Enum):
-    """What a stage of retraining reads."""
+    """The text that a stage of retraining reads."""
 
     corpus = "corpus"
     calibration = "calibration"
@@ -698,11 +709,17 @@ class FreezingConfig:
     """The freezing policy: what is trained, and how."""
 
     router: Freezing = Freezing.frozen
+    """Routers: ``frozen``, or trained in ``full``."""
     experts: Freezing = Freezing.frozen
+    """Experts: ``frozen``, trained in ``full``, or by low-rank adapters (``lora``)."""
     norms: Freezing = Freezing.frozen
+    """Norms: ``frozen``, or trained in ``full``."""
     attention: Freezing = Freezing.frozen
+    """Attention projections: ``frozen``, trained in ``full``, or by low-rank adapters (``lora``)."""
     embeddings: Freezing = Freezing.frozen
+    """Embeddings: ``frozen``, trained in ``full``, or by low-rank adapters (``lora``)."""
     head: Freezing = Freezing.frozen
+    """Output head: ``frozen``, trained in ``full``, or by low-rank adapters (``lora``)."""
 
     def __post_init__(self) -> None:
         for part in ("router", "norms"):
@@ -720,7 +737,7 @@ class TeacherConfig:
     """Share of the loss that is the Kullback-Leibler divergence from the dense model's next-token distribution, in [0, 1];
     the rest is cross-entropy."""
     temperature: float = bounded(1.0, at_least=0.01, at_most=1000)
-    """Of both distributions."""
+    """Temperature of both distributions."""
     top_k: int | None = bounded(None, at_least=1, at_most=2**26)
     """Compare the dense model's k likeliest tokens, and all others as one; null compares every token."""
     hidden: float = bounded(0.0, at_least=0, at_most=10_000)
@@ -738,9 +755,10 @@ class StageConfig:
 
     mode: Mode = Mode.sparse
     gate: Gate = Gate.renormalised
-    """Sparse mode only. ``straight_through``: the same values with the gradient of the selected probabilities, so that
-    top-1 routers learn; ``switch``: times the probability itself, whose exponent falls from 1 to 0 over the stage.
-    ``annealed``, with ``moe.top_k=1`` alone: two experts, gates sharpened by a temperature that falls from 1 to 0.05."""
+    """Sparse mode only: weight of the selected experts. ``renormalised``: as in the export. ``straight_through``: the same values
+    with the gradient of the selected probabilities, so that top-1 routers learn. ``switch``: times the probability itself, whose
+    exponent falls from 1 to 0 over the stage. ``annealed``, with ``moe.top_k=1`` alone: two experts, gates sharpened by a
+    temperature that falls from 1 to 0.05."""
     balance: float = bounded(0.0, at_least=0, at_most=10_000)
     """Weight of the penalty on experts whose load in a forward pass exceeds ``max_load``."""
     max_load: float = bounded(1.5, at_least=1, at_most=10_000)
@@ -752,14 +770,14 @@ class StageConfig:
     """Dense mode only: the gate is softmax(logits / temperature)."""
     train: FreezingConfig = field(default_factory=FreezingConfig)
     learning_rate: float = bounded(1e-4, above=0, at_most=10)
-    """Highest of the stage; AdamW."""
+    """Highest learning rate of the stage; AdamW."""
     schedule: Schedule = Schedule.constant
     warmup: float = bounded(0.0, at_least=0, below=1)
     """Share of the steps over which the learning rate rises from 0."""
     floor: float = bounded(0.0, at_least=0, at_most=1)
     """Cosine only: final learning rate as a share of the peak."""
     weight_decay: float = bounded(0.0, at_least=0, at_most=10)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     text: StageText = StageText.corpus
     """``corpus``: the retraining corpus; ``calibration``: the train splits of the calibration domains, evenly, and the stage's
     tokens count as calibration."""
@@ -779,18 +797,18 @@ class StageConfig:
 
 @dataclass(slots=True, kw_only=True)
 class LoRAConfig:
-    """Low-rank adaptation of the parts whose freezing is ``lora`` (METHOD: r 8, alpha 16, dropout 0.1)."""
+    """Low-rank adapters of the parts that a stage trains by ``lora``. The paper takes rank 8, alpha 16 and dropout 0.1."""
 
     rank: int = bounded(8, at_least=1, at_most=4096)
     """Rank of the two factors."""
     alpha: float = bounded(16.0, above=0, at_most=100_000)
     """Scale: what the factors add is multiplied by alpha / rank."""
     dropout: float = bounded(0.0, at_least=0, below=1)
-    """Of what the factors are given, in training."""
+    """Dropout on the adapters' inputs, in training."""
 
 
 class CorpusSource(Enum):
-    """Retraining text."""
+    """Where the retraining text comes from."""
 
     domains = "domains"
     local = "local"
@@ -799,7 +817,7 @@ class CorpusSource(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class CorpusConfig:
-    """The retraining corpus."""
+    """The text that the model is retrained on."""
 
     source: CorpusSource | None = None
     """``domains``: the train splits of the calibration domains, evenly; ``local``: files; ``hub``: a data set. Null takes what
@@ -809,7 +827,7 @@ class CorpusConfig:
     text_field: str = "text"
     """``local`` only: name of the column of text or of conversations."""
     hub: HubTextConfig = field(default_factory=lambda: HubTextConfig(path=""))
-    """``hub`` only."""
+    """``hub`` only: the data set."""
     shuffle_buffer: int = bounded(10_000, at_least=1, at_most=10**8)
     """``hub`` only: documents held for shuffling the stream."""
 
@@ -869,7 +887,7 @@ class CorpusConfig:
 
 
 class Storage(Enum):
-    """What experts rest in while they are retrained."""
+    """How experts are stored while they are retrained."""
 
     materialised = "materialised"
     indexed = "indexed"
@@ -877,10 +895,10 @@ class Storage(Enum):
 
 @dataclass(slots=True, kw_only=True)
 class RetrainConfig:
-    """Retraining: stages in the order of their names' appearance."""
+    """Retraining after the experts are built: stages, text, LoRA and checkpoints."""
 
     stages: dict[str, StageConfig] = field(default_factory=dict)
-    """By name, in the order they are run."""
+    """Stages by name, in the order in which they run."""
     length: int = bounded(256, at_least=2, at_most=MAX_LENGTH)
     """Tokens per training sequence."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
@@ -953,15 +971,15 @@ class TaskConfig:
     limit: int | None = bounded(None, at_least=1, at_most=10**9)
     """Questions, from the first (of a group such as mmlu: of each member); ``eval.task_limit`` if null."""
     metric: str | None = None
-    """Shown in tables and averaged; the task's first if null. All are recorded."""
+    """Metric that tables show and average; the task's first if null. All are recorded."""
 
 
 @dataclass(slots=True, kw_only=True)
 class EvalConfig:
-    """What is measured, and on how much text."""
+    """What is measured after every stage, and on how much text."""
 
     lengths: list[int] = bounded(default_factory=lambda: [256], at_least=2, at_most=MAX_LENGTH)
-    """Window lengths in tokens on the domains' test texts; the headline mean is taken at the first."""
+    """Window lengths in tokens for the domains' test texts; the mean in the headline is that of the first length."""
     windows: int | None = bounded(12, at_least=1, at_most=10**9)
     """Windows per set; all that the text fills if null."""
     batch: int = bounded(16, at_least=1, at_most=2**16)
@@ -973,19 +991,19 @@ class EvalConfig:
     generated_tokens: int = bounded(32, at_least=1, at_most=MAX_LENGTH)
     """Tokens of each continuation, at most half a window."""
     sets: dict[str, EvalSetConfig] = field(default_factory=dict)
-    """Further texts, by name."""
+    """Further evaluation texts, by name."""
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags of lm-evaluation-harness, or of ``task_path``; results.json lists them in this order."""
     task_settings: dict[str, TaskConfig] = field(default_factory=dict)
-    """By name of the task; what stands here of tasks that are not in ``tasks`` is left aside."""
+    """Settings by name of the task; those of tasks that are not in ``tasks`` have no effect."""
     task_path: str | None = None
     """Directory of task YAMLs of your own, beside the harness's. What their ``!function`` names is run."""
     task_limit: int | None = bounded(None, at_least=1, at_most=10**9)
     """Questions per task, from the first; all if null."""
     add_bos_token: bool | None = None
-    """Whether prompts of tasks begin with the BOS token; as the tokenizer does by itself if null, the harness's default."""
+    """Whether prompts of tasks begin with the BOS token. Null leaves it to the tokenizer, which is the harness's default."""
     ngram: int = bounded(13, at_least=0, at_most=1000)
-    """Words of the n-grams by which evaluation text is looked for in the training text; 0 for not at all."""
+    """Length in words of the n-grams by which evaluation text is looked for in the training text; 0 turns the search off."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "eval")
@@ -1003,7 +1021,7 @@ class EvalConfig:
 
 
 class Strategy(Enum):
-    """Lightning strategy of retraining."""
+    """Lightning strategy of retraining on several devices."""
 
     single = "single"
     ddp = "ddp"
@@ -1017,14 +1035,14 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true
 
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
-    """The hardware side of retraining."""
+    """The hardware that retraining runs on: accelerator, devices, precision, memory."""
 
     accelerator: str = "cpu"
-    """``cpu``, ``gpu`` or ``cuda``; ``auto`` is a GPU where there is one."""
+    """``cpu``, ``gpu`` or ``cuda``; ``auto`` takes a GPU where there is one."""
     devices: int = bounded(1, at_least=1, at_most=1024)
-    """On each node."""
+    """Devices on each node."""
     num_nodes: int = bounded(1, at_least=1, at_most=10_000)
-    """Machines."""
+    """Nodes, that is machines."""
     strategy: Strategy = Strategy.single
     precision: str = "32-true"
     """Lightning precision; ``bf16-mixed`` on a GPU keeps what is trained in float32, whatever ``model.dtype`` is. ``auto`` is
@@ -1063,7 +1081,7 @@ class TrainerConfig:
 
 @dataclass(slots=True, kw_only=True)
 class CSVConfig:
-    """metrics.csv in the run's directory."""
+    """Files metrics.csv in the run's directory."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1073,23 +1091,23 @@ class TensorBoardConfig:
 
 @dataclass(slots=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases; offline by itself where nobody is logged in."""
+    """Weights & Biases; a run stays offline where nobody is logged in."""
 
     project: str = "dive"
-    """Where the run is listed."""
+    """Project that lists the run."""
     entity: str | None = None
-    """User or team; the one logged in if null."""
+    """User or team; whoever is logged in if null."""
     group: str | None = None
-    """Of runs that belong together; a sweep names its own."""
+    """Group of runs that belong together; a sweep names its own."""
     name: str | None = None
-    """Of the run."""
+    """Name of the run."""
     tags: list[str] = field(default_factory=list)
-    """Of the run."""
+    """Tags of the run."""
 
 
 @dataclass(slots=True, kw_only=True)
 class LoggerConfig:
-    """Loggers; choose with ``logger=[csv,wandb]``."""
+    """Where losses and results are logged. Choose one or several: ``logger=[csv,wandb]``."""
 
     csv: CSVConfig | None = None
     tensorboard: TensorBoardConfig | None = None
@@ -1114,43 +1132,44 @@ class DeviceConfig:
     bfloat16: float = bounded(MISSING, at_least=1, at_most=1e21)
     """Peak of matrix products in bfloat16 or float16, FLOP/s, without sparsity."""
     float32: float = bounded(MISSING, at_least=1, at_most=1e21)
-    """The same in float32 (torch's default: without TF32)."""
+    """Peak in float32, FLOP/s (torch's default: without TF32)."""
     float64: float = bounded(MISSING, at_least=1, at_most=1e21)
-    """The same in float64, in which least squares is solved."""
+    """Peak in float64, FLOP/s; least squares is solved in it."""
     utilisation: float = bounded(MISSING, at_least=1e-6, at_most=1)
     """Share of these peaks that whole stages reach."""
     bandwidth: float = bounded(MISSING, at_least=1, at_most=1e21)
-    """Of its memory, bytes/s."""
+    """Bandwidth of the device's memory, bytes/s."""
     link: float = bounded(MISSING, at_least=1, at_most=1e21)
-    """Between it and the host's memory, bytes/s."""
+    """Bandwidth between the device and the host's memory, bytes/s."""
     memory: float | None = bounded(None, at_least=1, at_most=1e18)
-    """Bytes; null for a CPU, which computes in the host's memory."""
+    """Memory of the device in bytes; null for a CPU, which computes in the host's memory."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PlanConfig:
-    """What a run is planned for."""
+    """The device that a run is planned for, and what the plan assumes."""
 
     device: str = "auto"
-    """One of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
+    """Device to plan for, one of ``devices``; ``auto`` is ``cpu`` where ``trainer.accelerator`` is, else ``h100``."""
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
-    """By name; the preset has some."""
+    """Devices by name; the preset has some."""
     cores: int | None = bounded(None, at_least=1, at_most=4096)
     """Cores of a CPU, which is planned for by the core; null for as many as a process would use on this machine."""
     table: PlanTable = PlanTable.stages
-    """``stages``: what each costs; ``memory``: what fills it; ``construction``: what building the experts costs."""
+    """What ``python -m dive.plan`` prints. ``stages``: cost of each stage; ``memory``: what fills the memory; ``construction``:
+    what building the experts costs."""
     enforce: bool = True
     """Refuse a run that the plan says this machine has no room for."""
     windows: int = bounded(300, at_least=1, at_most=10**9)
-    """Windows taken for granted of each evaluation text where ``eval.windows`` is null."""
+    """Windows assumed of each evaluation text where ``eval.windows`` is null."""
     questions: int = bounded(2000, at_least=1, at_most=10**9)
-    """Questions taken for granted of each of ``eval.tasks`` where no limit is set."""
+    """Questions assumed of each of ``eval.tasks`` where no limit is set."""
     answers: int = bounded(4, at_least=1, at_most=1000)
-    """Answers taken for granted of each question."""
+    """Answers assumed of each question."""
     question_tokens: int = bounded(64, at_least=1, at_most=MAX_LENGTH)
-    """Tokens taken for granted of a question with one of its answers; each example before it has as many."""
+    """Tokens assumed of a question with one of its answers; each example before it has as many."""
     disk: float = bounded(1e9, at_least=1, at_most=1e15)
-    """Of the disk, bytes/s."""
+    """Bandwidth of the disk, bytes/s."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "plan")
@@ -1180,9 +1199,9 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
-    """Of everything drawn at random."""
+    """Seed of everything that is drawn at random."""
     store: str = "outputs/store"
-    """Directory of the artifacts that runs share."""
+    """Directory of the results that runs share, so that none is computed twice."""
 
     @property
     def grouping(self) -> Grouping | None:
@@ -1371,16 +1390,16 @@ class EvaluateConfig:
     dtype: Dtype = Dtype.auto
     """Element type of the weights; ``auto`` takes the checkpoint's own."""
     device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
+    """Where the model runs: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     calibration_domains: CalibrationDomainsConfig | None = None
     """Domains whose test texts are measured; null for none."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    """How many windows and questions."""
+    """How much is measured: windows and questions."""
     seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
-    """Of everything drawn at random."""
+    """Seed of everything that is drawn at random."""
     store: str = "outputs/store"
-    """Directory of the artifacts that runs share."""
+    """Directory of the results that runs share, so that none is computed twice."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -1,4 +1,4 @@
-"""A workspace in Weights & Biases for a project's runs: ``python -m dive.dashboard entity=ME project=dive``."""
+"""Make a workspace in Weights & Biases for a project's runs: ``python -m dive.dashboard entity=ME project=dive``."""
 
 from dataclasses import dataclass, field
 
@@ -15,9 +15,9 @@ class DashboardConfig:
     entity: str = MISSING
     """User or team."""
     project: str = "dive"
-    """That runs are logged to."""
+    """Project that the runs are logged to."""
     name: str = "DIVE"
-    """Of the workspace."""
+    """Name of the workspace."""
     stages: list[str] = field(default_factory=lambda: ["experts"])
     """Names of the retraining stages, in order; the paper's recipes have router, experts and further."""
     results: str | None = None
@@ -64,5 +64,10 @@ def dashboard(config: DashboardConfig) -> None:
         raise UserError(f"entity={config.entity} project={config.project}: W&B refuses ({error})") from error
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Compose the command line and do it."""
     run(dashboard, "dashboard", DashboardConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,4 +1,4 @@
-"""Perplexity and tasks of any checkpoint: ``python -m dive.evaluate checkpoint=DIR eval.tasks=[piqa]``."""
+"""Measure perplexity and tasks of any checkpoint: ``python -m dive.evaluate checkpoint=DIR eval.tasks=[piqa]``."""
 
 import logging
 from pathlib import Path
@@ -31,5 +31,10 @@ def main(config: EvaluateConfig) -> None:
     show(*task_tables(results), f"results  {directory / 'results.json'}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Compose the command line and do it."""
     run(main, "evaluate", EvaluateConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -367,7 +367,10 @@ def expert_bias_config(directory: Path, named: str | None = None) -> "Pretrained
 
 
 def load_with_expert_bias(directory: str | Path) -> "PreTrainedModel":
-    """Load what :func:`save_with_expert_bias` wrote.
+    """Load an export whose experts have biases, ``checkpoint_with_expert_bias``, which no engine reads.
+
+    Args:
+        directory: of the export.
 
     Raises:
         UserError: the directory holds something else, or its weights are not those of its configuration.

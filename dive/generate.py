@@ -1,4 +1,4 @@
-"""Text from a model, token by token: ``python -m dive.generate checkpoint=DIR prompt="Monday, 3"``."""
+"""Continue a text with any model, token by token: ``python -m dive.generate checkpoint=DIR prompt="Monday, 3"``."""
 
 import sys
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class GenerateConfig:
     checkpoint: str = MISSING
     """Directory of an export or of a dense model, a GGUF file, a hub id, or ``embedded``."""
     prompt: str = MISSING
-    """What is said to a chat model, or the text to go on from."""
+    """Message to a chat model, or the text to continue."""
     chat: bool | None = None
     """Put the prompt to the model as a user's message, by its chat template; null does where the model has one."""
     compare: str | None = None
@@ -33,7 +33,7 @@ class GenerateConfig:
     top_p: float = bounded(0.95, above=0, at_most=1)
     """Sample among the likeliest tokens that together have this probability."""
     seed: int = bounded(42, at_least=0, at_most=MAX_SEED)
-    """Of what is sampled."""
+    """Seed of what is sampled."""
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1``, or ``auto``."""
     dtype: Dtype = Dtype.float32
@@ -106,6 +106,11 @@ def quoted(argument: str) -> str:
     return f"prompt={QuotedString(text.replace('${', chr(92) + '${'), Quote.double).with_quotes()}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Compose the command line and do it."""
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     run(generate, "generate", GenerateConfig)
+
+
+if __name__ == "__main__":
+    command()

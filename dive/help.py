@@ -29,11 +29,14 @@ NEEDED = "???"
 """OmegaConf's value of an option that has none."""
 PRESETS_ALONE = {"experiment": "Whole recipes, and sweeps that answer what they are called."}
 """Groups of presets without options of their own."""
-FLAGS = {"--cfg job": "Print the composed configuration, and run nothing.", "--hydra-help": "Hydra's other flags."}
+FLAGS = {
+    "--cfg job --resolve": "Print the composed configuration, and run nothing.",
+    "--hydra-help": "Hydra's own flags, shell completion among them.",
+}
 FLAGS_OF_GROUPS = {
-    "--help NAME": "Options and presets of a group, or the options whose names begin so.",
-    "--config-dir DIR": "Find presets of your own there.",
-    "-m": "Sweep: a run for each of a and b in option=a,b.",
+    "--help NAME": "The options and presets of a group, or the options whose names begin with NAME.",
+    "--config-dir DIR": "Look for presets of your own in DIR.",
+    "-m": "Sweep: option=a,b makes one run for a and one for b.",
 }
 
 
@@ -80,18 +83,21 @@ def help_text(
     except OmegaConfBaseException:  # what follows from a model that is not named yet
         values = OmegaConf.to_container(own)
     options = list(walk(schema, values))
-    if names:
-        return "\n".join(line for name in names for line in _about(name, options, places)).rstrip()
     groups = {e.name: meaning_of(schema, e.name) for e in fields(schema) if presets(places, e.name)}
     groups |= {name: meaning for name, meaning in PRESETS_ALONE.items() if name in chosen}
+    if names:
+        return "\n".join(line for name in names for line in _about(name, groups, options, places)).rstrip()
     lines = [*_introduction(description), ""]
     alone = [option for option in options if option.name.partition(".")[0] not in groups]
     lines += ["Options:", *(line for option in alone for line in _row(option))]
     if groups:
-        lines += ["", "Groups (--help GROUP shows its options and presets with their meanings):"]
+        lines += ["", "Groups, with the preset that is chosen, and the others in brackets:"]
         for name, meaning in groups.items():
-            known = [f"{preset} (chosen)" if preset == chosen.get(name) else preset for preset in presets(places, name)]
-            lines += _columns(f"{name}=", f"{meaning} Presets: {', '.join(known)}.")
+            picked = _picked(name, chosen, own.get(name))
+            lines += _columns(f"{name}={','.join(picked)}", _first_sentence(meaning))
+            others = ", ".join(preset for preset in presets(places, name) if preset not in picked)
+            lines += _columns("", f"[{others}]") if others else []
+        lines += ["", "--help GROUP shows a group's options and presets with their meanings."]
     lines += ["", "Flags:"]
     for flag, meaning in (FLAGS_OF_GROUPS | FLAGS if groups else FLAGS).items():
         lines += _columns(flag, meaning)
@@ -143,14 +149,19 @@ def _documented(module: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def meaning_of(schema: type[Any], name: str) -> str:
-    """The first paragraph of the string under a field; where there is none, of what its type says of itself."""
+def docstring_of(schema: type[Any], name: str) -> str:
+    """The string under a field; where there is none, what its type says of itself."""
     said = _documented(schema.__module__).get(schema.__name__, {}).get(name, "")
     if not said:
         hint = _inner(get_type_hints(schema)[name])
         if is_dataclass(hint) or _is_enum(hint):
             said = _documented(hint.__module__).get(hint.__name__, {}).get("", "")
-    paragraph = " ".join(said.partition("\n\n")[0].split())
+    return said
+
+
+def meaning_of(schema: type[Any], name: str) -> str:
+    """The first paragraph of :func:`docstring_of`, without markup."""
+    paragraph = " ".join(docstring_of(schema, name).partition("\n\n")[0].split())
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", paragraph.replace("``", ""))
 
 
@@ -175,11 +186,25 @@ def meaning_of_preset(file: Path) -> str:
     return re.split(r"(?<=[a-z)\]`])\. |(?<=[a-z)\]`]): (?=[A-Z])", " ".join(said).rstrip("."))[0]
 
 
-def _about(name: str, options: Sequence[Option], places: Sequence[Path]) -> Iterator[str]:
+def _picked(group: str, chosen: Mapping[str, str | None], composed: Any) -> list[str]:
+    """Presets of a group that are chosen; Hydra does not name those that stand beside each other, as loggers may."""
+    if group in chosen:
+        return [chosen[group] or "null"]
+    return [name for name, settings in (composed or {}).items() if settings is not None] or ["null"]
+
+
+def _first_sentence(meaning: str) -> str:
+    return re.split(r"(?<=\.) (?=[A-Z])", meaning)[0]
+
+
+def _about(name: str, groups: Mapping[str, str], options: Sequence[Option], places: Sequence[Path]) -> Iterator[str]:
     found = [option for option in options if option.name == name or option.name.startswith(f"{name}.")]
     files = presets(places, name) if found or name in PRESETS_ALONE else {}
     if not found and not files:
         raise UserError(f"--help {name}: no group or option has this name; --help lists them")
+    if name in groups:
+        yield from textwrap.wrap(groups[name], min(WIDTH, shutil.get_terminal_size().columns))
+        yield ""
     if files:
         yield f"Presets, {name}=PRESET:"
         for preset, file in files.items():
@@ -205,7 +230,7 @@ def _introduction(description: str) -> Iterator[str]:
 
 
 def _row(option: Option) -> Iterator[str]:
-    value = "(needed)" if option.value == NEEDED else _written(option.value)
+    value = "(needed)" if option.value == NEEDED else written(option.value)
     yield from _columns(f"{option.name}={value}", option.meaning)
 
 
@@ -220,13 +245,14 @@ def _columns(left: str, right: str) -> Iterator[str]:
         left = ""
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as it is written on the command line."""
     if isinstance(value, Enum):
         return value.name
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{','.join(_written(item) for item in value)}]"
+        return f"[{','.join(written(item) for item in value)}]"
     return str(value).replace("\n", "\\n")
 
 

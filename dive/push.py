@@ -1,4 +1,4 @@
-"""An export to the Hugging Face hub: ``python -m dive.push checkpoint=DIR repo=user/name``, ``dry_run=true`` to look first."""
+"""Publish an export on the Hugging Face hub: ``python -m dive.push checkpoint=DIR repo=user/name dry_run=true``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ class PushConfig:
     checkpoint: str = MISSING
     """Directory of an export."""
     repo: str = MISSING
-    """``user/name`` on the hub; made if it is not there."""
+    """``user/name`` on the hub; created if it is not there."""
     private: bool = True
-    """Of a repository that is made; with true, a public one that is there already is refused."""
+    """Whether a repository that is created is private; with true, one that is public already is refused."""
     revision: str | None = None
     """Branch to commit to; the main one if null."""
     message: str | None = None
-    """Of the commit; names the model class if null."""
+    """Commit message; names the model class if null."""
     dry_run: bool = False
     """List what would be uploaded, and upload nothing."""
 
@@ -65,5 +65,10 @@ def push(config: PushConfig) -> None:
     show(upload(directory, files, config.repo, private=config.private, revision=config.revision, message=message))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Compose the command line and do it."""
     run(push, "push", PushConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,4 +1,4 @@
-"""The store of artifacts: results of steps, found by what they follow from, written whole or not at all.
+"""List or clean the store of artifacts: results of steps, found by what they follow from, written whole or not at all.
 
 An artifact is a directory ``<store>/<kind>/<key>/``. Its key is a hash of everything that its content follows from, so a
 sweep computes each once, and the same command again computes nothing. ``manifest.json`` holds those inputs, the hash of

@@ -1,23 +1,26 @@
-"""Dense model in, Mixture-of-Experts out: ``python -m dive.train model=llama2-7b moe.experts=8``.
+"""Turn a dense model into a Mixture-of-Experts: ``python -m dive.train model=llama2-7b moe.experts=8``.
+
+Without an override it takes the model and the texts that come with the package, for minutes on a CPU.
 
 Most used::
 
-  model=tinyllama                         a preset of the hub
-  model=local model.path=DIR              your own checkpoint, or a GGUF file
-  calibration_domains=local               your own text: in the directory
-    calibration_domains.path=DIR          <domain>/{train,test}.jsonl|txt|parquet
-  pruning.ratio=0.75                      share of each FFN that is removed
-  moe.experts=8 moe.top_k=1               experts, and how many a token uses
-  affinity=mined                          begin with mined groups of domains
-  budget=minutes                          or hours, paper: how much of everything
-  retrain=none                            or default, full, lora, two_stages
-  retrain.stages.experts.tokens=1000000   how long it is retrained
-  trainer=gpu                             or cpu, ddp, fsdp, fsdp2
-  'eval.tasks=[piqa,arc_easy]'            tasks beside perplexity
-  experiment=paper_1_8                    the paper's recipe to the letter
-  hydra.run.dir=DIR                       where the results go
+  model=smollm2-135m                      a model of the hub, or your own:
+    model=local model.path=DIR            a checkpoint, or a GGUF file
+  calibration_domains=local               your own text:
+    calibration_domains.path=DIR          DIR/<domain>/{train,test}.jsonl|txt|parquet
+  pruning.ratio=0.75 moe.experts=8        how narrow experts become, how many there
+    moe.top_k=1                           are, and how many each token uses
+  budget=minutes                          how much of everything: a first look;
+                                          hours for a model to keep
+  hydra.run.dir=outputs/mine              where the results go
 
-What a run will cost: ``python -m dive.plan`` with the same overrides.
+An example, your model and your text at a first look::
+
+  python -m dive.train model=local model.path=DIR budget=minutes eval=default \\
+    calibration_domains=local calibration_domains.path=DIR hydra.run.dir=outputs/mine
+
+What it will cost: ``python -m dive.plan`` with the same overrides. All there is to set: ``--help GROUP`` for each group below,
+``--cfg job --resolve`` for the whole configuration.
 """
 
 import logging
@@ -68,5 +71,10 @@ def beginning(config: Config) -> str:
     return f"begins: model {config.model.name}{at}, text from {text}{only}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Compose the command line and do it."""
     run(main, "config", Config)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,10 +1,10 @@
 """The examples in the package's docstring and in the README, from beginning to end."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import dive
 from dive.cli import CONF, PACKAGE, composed
+from dive.errors import UserError
 from dive.eval.perplexity import perplexity
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
+from tests.commands import blocks
+from tests.workplace import WORDS, write_domains
 
 
 def example() -> str:
@@ -25,33 +28,39 @@ def example() -> str:
     return "\n".join(line[4:] for line in dive.__doc__.splitlines() if line.startswith("    "))
 
 
-def readme() -> str:
-    """The code of the README's notebook."""
-    text = (
-        (PACKAGE.parent / "README.md")
-        .read_text(encoding="utf-8")
-        .partition("## From a notebook")[2]
-        .partition("\n## ")[0]
-    )
-    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+def code_of(page: str, heading: str, until: str) -> str:
+    """The Python of a page from a heading on, up to a line that begins so."""
+    text = (PACKAGE.parent / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
+    return "\n".join(blocks(text.partition(f"\n{until}")[0], "python"))
 
 
 @pytest.mark.slow
-def test_the_readmes_examples_run(
+@pytest.mark.parametrize(
+    ("page", "heading", "until", "models", "experts"),
+    [("README.md", "## From a notebook", "## ", 4, 8), ("docs/api.md", "# Python", "::: ", 2, 4)],
+)
+def test_the_pages_examples_run(
     build: Callable[..., PreTrainedModel],
-    tokens: Callable[..., Tensor],
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    *,
+    page: str,
+    heading: str,
+    until: str,
+    models: int,
+    experts: int,
 ) -> None:
-    build().save_pretrained(tmp_path / "dense")
+    build(max_position_embeddings=256).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     monkeypatch.chdir(tmp_path)
-    code = readme().replace('"embedded"', '"dense"')
-    assert code.count("dive.reconstruct(") == 4
-    names = {"tokens": {name: tokens(3, 16, seed=i) for i, name in enumerate("abcdef")}}
+    code = code_of(page, heading, until).replace('"embedded"', '"dense"')
+    assert code.count("dive.reconstruct(") == models
+    names: dict[str, Any] = {}
     exec(code, names)
-    assert names["moe"].config.num_local_experts == 8
+    assert names["moe"].config.num_local_experts == experts
+    assert {matrix.shape[1] for matrix in names["tokens"].values()} == {256}
+    assert (tmp_path / "moe/config.json").is_file()
 
 
 def test_a_notebook_builds_what_the_command_line_builds(
@@ -87,7 +96,9 @@ def test_the_example_runs(
     monkeypatch.chdir(tmp_path)
     code = example().replace('"embedded"', '"dense"')
     assert "dense" in code
-    names = {"dive": dive, "tokens": {name: tokens(3, 16, seed=i) for i, name in enumerate("abcdef")}}
+    text = {name: tokens(3, 16, seed=i) for i, name in enumerate("abcdef")}
+    monkeypatch.setattr(dive, "load_tokens", lambda tokenizer: text, raising=False)
+    names: dict[str, Any] = {"dive": dive}
     exec(code, names)
     moe = AutoModelForCausalLM.from_pretrained("moe")
     assert moe.config.num_local_experts == 4
@@ -98,7 +109,22 @@ def test_the_example_runs(
     assert perplexity(moe, windows) == pytest.approx(perplexity(names["moe"], windows), rel=1e-4)
 
 
+def test_tokens_are_those_that_a_run_calibrates_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write_domains(tmp_path / "texts")
+    settings = {"samples": 3, "length": 16, "seed": 7}
+    found = dive.load_tokens(tokenizer, path=path, **settings)
+    assert {name: matrix.shape for name, matrix in found.items()} == dict.fromkeys(WORDS, (3, 16))
+    overrides = ["calibration_domains=local", f"calibration_domains.path={path}", "calibration_domains.samples=3"]
+    same = dive.load_tokens(tokenizer, [*overrides, "calibration_domains.length=16", "seed=7"])
+    assert all(torch.equal(found[name], same[name]) for name in WORDS)
+    (cats,) = dive.load_tokens(tokenizer, path=path, domains=["cats"], **settings).values()
+    assert torch.equal(cats, found["cats"])
+    with pytest.raises(UserError, match=r"domain 'cats' has .* tokens of training text"):
+        dive.load_tokens(tokenizer, path=path, domains=["cats"], samples=10**6, length=16)
+
+
 def test_every_public_name_is_there() -> None:
+    assert dir(dive) == sorted(dive.__all__)
     for name in dive.__all__:
         assert callable(getattr(dive, name))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,9 +1,13 @@
 """The command line: what it answers at once, and how it says that something is wrong."""
 
+import importlib
+import inspect
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dive.cli import CONF, PACKAGE
+import dive.train
+from dive.__main__ import commands
+from dive.cli import CONF, PACKAGE, composed
 from dive.config import Config, EvaluateConfig, RefinedConfig
 from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig
@@ -245,16 +251,19 @@ def test_help_has_the_meaning_the_default_and_the_choices(tmp_path: Path) -> Non
 
 def test_help_of_a_run_has_every_group_and_of_a_group_every_option(tmp_path: Path) -> None:
     printed = helped("dive.train", directory=tmp_path)
-    groups = printed.split("Groups ")[1].split("\n\n")[0]
-    named = re.findall(r"^  (\w+)= +[A-Z]", groups, flags=re.MULTILINE)
+    groups = printed.split("Groups, ")[1].split("\n\n")[0]
+    named = dict(re.findall(r"^  (\w+)=(\S+) +[A-Z]", groups, flags=re.MULTILINE))
     assert set(named) == {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    assert (named["moe"], named["logger"], named["experiment"]) == ("default", "csv,wandb", "null")
     assert "pruning.ratio=0.75" in printed
-    assert "coactivation, default (chosen), plain," in " ".join(printed.split())
+    assert "How the Mixture-of-Experts is built. [coactivation, plain, random_split, upcycle]" in " ".join(
+        printed.split()
+    )
 
     said = " ".join(helped("dive.train", "moe.refined.steps=7", "moe", "retrain.stages", directory=tmp_path).split())
     assert "plain One expert a group of domains, pruned and refitted on its group's statistics alone" in said
     assert all(f" {option.name}=" in said for option in walk(RefinedConfig, None, "moe.refined."))
-    assert "moe.refined.steps=7 Gradient steps a layer on experts and router together" in said
+    assert "moe.refined.steps=7 Gradient steps per layer on experts and router together" in said
     assert "retrain.stages.experts.train.router=full" in said
     assert "trainer.devices" not in said
 
@@ -283,8 +292,38 @@ def test_the_package_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "dive"], env=environment(), capture_output=True, text=True, check=True)
     listed = dict(re.findall(r"^  python -m (dive\.\w+) +(.+)$", done.stdout, flags=re.MULTILINE))
     assert listed.keys() >= {f"dive.{name}" for name in ("train", "evaluate", "generate", "plan", "report", "push")}
-    assert listed["dive.train"] == "Dense model in, Mixture-of-Experts out"
+    assert listed["dive.train"] == "Turn a dense model into a Mixture-of-Experts"
     assert all(find_spec(module) for module in listed)
+
+
+def test_every_command_has_a_script_of_its_own() -> None:
+    scripts = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert {name.replace("-", ".") for name in scripts} == {"dive", *(module for module, _ in commands())}
+    for entry in scripts.values():
+        module, _, function = entry.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("moe=", ["moe=coactivation", "moe=default", "moe=plain"]), ("pruning.rat", ["pruning.ratio="])],
+)
+def test_the_shell_completes_groups_and_options(typed: str, offered: list[str]) -> None:
+    line = [sys.executable, "-m", "dive.train", "--shell-completion", "query=bash"]
+    asked = environment() | {"COMP_LINE": f"dive-train {typed}"}
+    done = subprocess.run(line, env=asked, capture_output=True, text=True, check=True)
+    assert set(offered) <= set(done.stdout.split())
+
+
+def test_the_examples_in_the_help_of_a_run_compose() -> None:
+    said = inspect.cleandoc(dive.train.__doc__ or "")
+    (example,) = re.findall(
+        r"^  python -m dive\.train (.*?)\n\n", said.replace("\\\n", " "), flags=re.MULTILINE | re.DOTALL
+    )
+    column = [line[2:42].strip() for line in said.partition("Most used::\n\n")[2].partition("\n\n")[0].splitlines()]
+    for words in (shlex.split(example), ["model=smollm2-135m", *" ".join(column).split()[1:]]):
+        here = ["model.path=embedded" if word == "model.path=DIR" else word for word in words]
+        assert composed([word for word in here if not word.startswith("hydra.") and "=" in word]).moe.experts == 8
 
 
 # ------------------------------------------------------------------------------------------------------- permissions
@@ -318,30 +357,6 @@ def test_what_cannot_be_read_is_told_from_what_cannot_be_written(attempt: str, m
         )
         Path(name).chmod(0o700)
     assert done.stdout.startswith(message.format(name))
-
-
-@pytest.mark.slow
-def test_the_configuration_works_from_an_installed_wheel(tmp_path: Path) -> None:
-    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
-    subprocess.run([*wheel, str(PACKAGE.parent)], check=True)
-    target = tmp_path / "site"
-    (built,) = tmp_path.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(built)]
-    subprocess.run(install, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "dive.train", "moe.experts=4", "--cfg", "job"],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert yaml.safe_load(done.stdout)["moe"]["experts"] == 4
-    assert (target / "dive/conf/config.yaml").is_file()
-    assert (target / "dive/model/tiny/model.safetensors").is_file()
-    for name in ("report.html", "page.css", "charts.js", "vendor/plot-0.6.17.umd.min.js", "vendor/LICENSE-plot"):
-        assert (target / "dive/report/html" / name).is_file()
-    assert (target / "dive/eval/paper_tasks/logiqa_parquet.yaml").is_file()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The guides in docs/: every command of this package composes, and those that need no GPU run as written."""
+"""Pages in docs/ and beside the README: every command composes, every snippet is run, every linked file is there."""
 
 import json
 import os
@@ -18,44 +18,34 @@ from transformers import AutoModelForCausalLM
 from dive.cli import CONF, PACKAGE, register_schema, to_typed
 from dive.config import Config, CorpusSource
 from dive.errors import UserError
-from dive.generate import GenerateConfig
-from dive.push import PushConfig
+from tests.commands import blocks, commands, typed
 from tests.conftest import Build
 from tests.workplace import WORDS, environment
 
 DOCS = PACKAGE.parent / "docs"
-SCHEMAS: dict[str, tuple[str, type[Any]]] = {
-    "dive.train": ("config", Config),
-    "dive.generate": ("generate", GenerateConfig),
-    "dive.push": ("push", PushConfig),
+ROOT = PACKAGE.parent
+PAGES = {
+    file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")
+    for file in [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 }
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    """(language, content) of every fenced block."""
-    return re.findall(r"```(\w+)\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-def commands(page: str) -> list[str]:
-    """Command lines of this package in a page's shell blocks, continued lines joined, comments left out."""
-    shell = "\n".join(content for language, content in blocks(page) if language == "bash")
-    lines = [line.split(" #")[0].strip() for line in shell.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("python -m dive.")]
-
-
-EVERY = [(page, command) for page in ("bring_your_own.md", "serving.md") for command in commands(page)]
+RUN_BY = {
+    "docs/bring_your_own.md": "test_the_guides_run_from_top_to_bottom",
+    "docs/serving.md": "test_the_guides_run_from_top_to_bottom",
+    "docs/index.md": "test_the_guides_run_from_top_to_bottom",
+    "README.md": "the same, and tests/test_api.py",
+    "docs/api.md": "tests/test_api.py",
+}
+"""{page with Python: the test that runs it}"""
+EVERY = [(page, command) for page, text in PAGES.items() for command in commands(text)]
 
 
 @pytest.mark.parametrize(("page", "command"), EVERY)
 def test_a_command_composes(page: str, command: str) -> None:
-    module, *overrides = shlex.split(command)[2:]
-    name, schema = SCHEMAS[module]
-    register_schema(name, schema)
-    with initialize_config_dir(str(CONF), version_base=None):
-        quoted = [re.sub(r"^prompt=(.*)$", r'prompt="\1"', override) for override in overrides]
-        here = ("model.path=my_model", "model.path=my_chat_model")
-        found = ["model.path=embedded" if override in here else override for override in quoted]
-        to_typed(compose(name, [override for override in found if not override.startswith("hydra.")]), schema)
+    typed(command)
+
+
+def test_every_page_with_python_is_run_by_a_test() -> None:
+    assert {page for page, text in PAGES.items() if blocks(text, "python")} == set(RUN_BY)
 
 
 def test_conversations_and_chat_models_on_the_hub_compose() -> None:
@@ -81,10 +71,12 @@ def test_a_corpus_on_the_hub_composes() -> None:
             to_typed(compose("config", ["retrain.corpus.source=hub"]), Config)
 
 
-@pytest.mark.parametrize("page", ["bring_your_own.md", "serving.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page: str) -> None:
-    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", (DOCS / page).read_text(encoding="utf-8")):
-        assert (DOCS / target).exists(), target
+    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", PAGES[page]):
+        generated = re.fullmatch(r"options/(\w+)\.md", target)
+        there = generated is not None and (CONF / generated[1]).is_dir()
+        assert there or (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def texts(words: list[str], documents: int, seed: int) -> list[str]:
@@ -118,10 +110,11 @@ def test_the_guides_run_from_top_to_bottom(
             Path("my_chats", name, f"{split}.jsonl").write_text("".join(lines))
     Path("my_eval.txt").write_text("\n\n".join(texts(WORDS["news"], 30, 99)))
 
-    (python,) = [content for language, content in blocks("bring_your_own.md") if language == "python"]
+    guide = PAGES["docs/bring_your_own.md"]
+    (python,) = blocks(guide, "python")
     exec(python, {"documents": documents})
     outputs = []
-    for number, command in enumerate(commands("bring_your_own.md")):
+    for number, command in enumerate(commands(guide)):
         line = [sys.executable, *shlex.split(command)[1:]]
         if "dive.train" in line and "hydra.run.dir=" not in command:
             line.append(f"hydra.run.dir=outputs/{number}")
@@ -151,7 +144,9 @@ def test_the_guides_run_from_top_to_bottom(
     assert "When does the lease end?\n" in outputs[7]  # the answer stands on a line of its own
     assert "dry_run=true: nothing uploaded" in outputs[-1]
 
-    for language, content in blocks("serving.md"):
-        if language == "python":
-            exec(content, {})
-    assert "The tenant shall" in capsys.readouterr().out
+    (loading, *_) = blocks(PAGES["README.md"], "python")
+    assert loading.count("outputs/<date>/<time>/checkpoint") == 2
+    loading = loading.replace("outputs/<date>/<time>/checkpoint", "outputs/mine/checkpoint")
+    for content in (*blocks(PAGES["docs/serving.md"], "python"), *blocks(PAGES["docs/index.md"], "python"), loading):
+        exec(content, {})
+    assert capsys.readouterr().out.count("The tenant shall") == 2

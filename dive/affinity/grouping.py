@@ -116,7 +116,19 @@ def cluster_distances(
 
 
 def group_domains(matrix: ArrayLike, domains: Sequence[str], *, experts: int) -> list[list[str]]:
-    """The groups of :func:`cluster_domains`, in the order in which their first domain appears."""
+    """Cut the domains into as many groups as there are experts, by hierarchical clustering with complete linkage.
+
+    Args:
+        matrix: (n, n) perplexity on each domain of the model pruned on each, see :func:`dive.cross_domain_perplexity`.
+        domains: names of its rows and columns.
+        experts: how many groups.
+
+    Returns:
+        The domains of each group, in the order in which their first domain appears.
+
+    Raises:
+        UserError: there are more groups than domains, or the matrix has another size.
+    """
     return cluster_domains(matrix, domains, experts=experts).groups
 
 

@@ -394,8 +394,8 @@ def load_dense(
     Args:
         path: a directory, a GGUF file, a hub id, or ``embedded`` for the model that comes with the package.
         revision: commit, branch or tag on the hub.
-        dtype: of the weights, or ``auto`` for the checkpoint's own.
-        device: ``auto``, ``cpu``, ``cuda``, ...
+        dtype: element type of the weights, or ``auto`` for the checkpoint's own.
+        device: where the model runs: ``auto``, ``cpu``, ``cuda``, ...
         store: directory that a GGUF file is de-quantised into.
 
     Raises:

@@ -1,4 +1,11 @@
-"""What a run will cost, before it runs: ``python -m dive.plan model=llama2-7b moe.experts=8 [any override]``."""
+"""Say what a run will cost, before it runs: ``python -m dive.plan model=llama2-7b moe.experts=8``.
+
+It takes every override of ``python -m dive.train``. Its own, the most used first::
+
+  plan.device=a100-80                     the device to plan for: h100, a100-80, rtx4090, cpu
+  plan.table=memory                       what fills the memory; construction: cost of building the experts
+  plan.cores=1                            cores of a CPU
+"""
 
 from pathlib import Path
 
@@ -19,5 +26,10 @@ def main(config: Config) -> None:
     show(budget_line(planned), *full_text(planned, on_this_disk if named is None else Capacity(device=named)))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Compose the command line and do it."""
     run(main, "config", Config, writes=False)
+
+
+if __name__ == "__main__":
+    command()

@@ -39,7 +39,7 @@ class ChannelStatistics:
     """(L, F) float64, sum over sequences of what removing a channel would change the loss by to first order, in nats; see
     :func:`dive.pruning.taylor.taylor_scores`. Needed by the metric of that name."""
     coactivation: Tensor | None = None
-    """(L, F, F) float32, tokens on which both channels are among the most active; needed by ``construction=coactivation``."""
+    """(L, F, F) float32, tokens on which both channels are among the most active; needed by ``moe=coactivation``."""
 
     @property
     def variance(self) -> Tensor:
