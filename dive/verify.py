@@ -1,8 +1,8 @@
-"""An export in the engines that serve it, against transformers: ``python -m dive.verify checkpoint=DIR engines=[transformers,vllm]``.
+"""Whether engines give what transformers gives: ``python -m dive.verify checkpoint=DIR engines=[transformers,vllm]``.
 
-Each engine that is installed gives the log-probability of every token of the same texts, and goes on from their beginnings by the likeliest
-token, in float32. Exits with 1 where one differs. Of SGLang only the loader runs, since it computes nothing without a GPU: every parameter
-is marked before, and what was never written, or cut, is reported.
+Each engine that is installed gives the log-probability of every token of the same texts, and goes on from their beginnings by
+the likeliest token, in float32. Exits with 1 where one differs. Of SGLang only the loader runs, since it computes nothing without
+a GPU: every parameter is marked before, and what is never written, or cut, is reported.
 """
 
 import os
@@ -135,9 +135,7 @@ def verify(config: VerifyConfig) -> None:
     write_json(file, to_json(verified))
     show(table(verified), *lines(verified), f"written  {file}")
     different = verified.of(DIFFERS)
-    require(
-        not different, "; ".join(f"{each.engine} {each.version} differs: {each.reason}" for each in different)
-    )
+    require(not different, "; ".join(f"{each.engine} {each.version} differs: {each.reason}" for each in different))
 
 
 def check_places(config: VerifyConfig, directory: Path) -> None:

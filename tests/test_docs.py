@@ -20,6 +20,7 @@ from dive.config import Config, CorpusSource
 from dive.errors import UserError
 from dive.generate import GenerateConfig
 from dive.push import PushConfig
+from dive.verify import VerifyConfig
 from tests.conftest import Build
 from tests.workplace import WORDS, environment
 
@@ -28,6 +29,7 @@ SCHEMAS: dict[str, tuple[str, type[Any]]] = {
     "dive.train": ("config", Config),
     "dive.generate": ("generate", GenerateConfig),
     "dive.push": ("push", PushConfig),
+    "dive.verify": ("verify", VerifyConfig),
 }
 
 

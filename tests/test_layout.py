@@ -22,7 +22,7 @@ ORDER = (
     ("moe",),
     ("trainer", "logger"),
     ("retrain",),
-    ("export", "hub"),
+    ("export", "hub", "engines"),
     ("plan",),
     ("report",),
     ("inputs",),
@@ -44,6 +44,7 @@ ENTRY_POINTS = {
         "push",
         "renamed",
         "train",
+        "verify",
     ),
     *("plan.__main__", "report.__main__", "report.callback", "model.tiny.pretrain"),
 }

@@ -14,6 +14,7 @@ from dive.config import Config, EvaluateConfig
 from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig
 from dive.push import PushConfig
+from dive.verify import VerifyConfig
 
 SCHEMAS: dict[str, tuple[str, type]] = {
     "train": ("config", Config),
@@ -21,6 +22,7 @@ SCHEMAS: dict[str, tuple[str, type]] = {
     "evaluate": ("evaluate", EvaluateConfig),
     "generate": ("generate", GenerateConfig),
     "push": ("push", PushConfig),
+    "verify": ("verify", VerifyConfig),
     "dashboard": ("dashboard", DashboardConfig),
 }
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")

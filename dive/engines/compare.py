@@ -1,9 +1,10 @@
 """What each engine answers, against transformers in float32.
 
-Every engine runs in a process of its own, so that none takes the command with it when it crashes, and in another environment where its
-dependencies clash with ours.
+Every engine runs in a process of its own, so that none takes the command with it when it crashes, and in another environment
+where its dependencies clash with ours.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -94,7 +95,9 @@ class Asked:
     """An engine may take."""
 
 
-def compare(asked: Asked, engines: Sequence[str], question: Question, *, tolerance: float, rounded: bool) -> list[EngineResult]:
+def compare(
+    asked: Asked, engines: Sequence[str], question: Question, *, tolerance: float, rounded: bool
+) -> list[EngineResult]:
     """Ask transformers, then every other engine.
 
     Args:
@@ -136,6 +139,8 @@ def lacks(asked: Asked, engine: str) -> str | None:
         return f"{INSTALL[engine]}, {other}"
     if engine == "llama_cpp" and asked.llama_cpp is None:
         return f"llama_cpp=DIR names llama.cpp's sources, whose {gguf.CONVERTER} makes the GGUF file"
+    if engine == "llama_cpp" and importlib.util.find_spec("sentencepiece") is None:
+        return "pip install sentencepiece, which llama.cpp's converter imports"
     return None
 
 
@@ -207,7 +212,9 @@ def environment(python: str | None) -> dict[str, str]:
     """Of a worker. The hub is not asked; another interpreter finds nothing of ours in its own environment's place."""
     found = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if python is not None:
-        found = {name: value for name, value in found.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+        found = {
+            name: value for name, value in found.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+        }
     return found
 
 
@@ -283,7 +290,10 @@ def turned(frequencies: Sequence[float], expected: Sequence[float] | None) -> li
         return []
     if len(frequencies) != len(expected):
         return [f"heads are {2 * len(frequencies)} wide, not {2 * len(expected)}"]
-    close = (math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-6) for ours, theirs in zip(frequencies, expected, strict=True))
+    close = (
+        math.isclose(ours, theirs, rel_tol=1e-3, abs_tol=1e-6)
+        for ours, theirs in zip(frequencies, expected, strict=True)
+    )
     return [] if all(close) else ["rotary positions have other frequencies: RoPE scaling is left out"]
 
 

@@ -57,4 +57,6 @@ def element_type(file: Path) -> str:
 
 if __name__ == "__main__":
     sources, checkpoint, file = map(Path, sys.argv[1:])
-    convert(sources, checkpoint, file, pre=pre_tokenizer(checkpoint) if (checkpoint / "tokenizer.json").is_file() else None)
+    convert(
+        sources, checkpoint, file, pre=pre_tokenizer(checkpoint) if (checkpoint / "tokenizer.json").is_file() else None
+    )

@@ -24,7 +24,11 @@ def table(verified: Verified) -> Table:
     shown.add_column("continuations equal", justify="right")
     shown.add_column("verdict")
     for found in verified.engines:
-        verdict = found.verdict if found.verdict in (ABSENT, LOADS) or not found.reason else f"{found.verdict}: {found.reason}"
+        verdict = (
+            found.verdict
+            if found.verdict in (ABSENT, LOADS) or not found.reason
+            else f"{found.verdict}: {found.reason}"
+        )
         shown.add_row(found.engine, found.version or "–", *figures(verified, found), verdict)
     return shown
 

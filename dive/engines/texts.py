@@ -85,7 +85,13 @@ def given(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, token
 
 
 def of_run(
-    results: Results, tokenizer: "PreTrainedTokenizerBase", *, budget: int, continuations: int, tokens: int, positions: int
+    results: Results,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    budget: int,
+    continuations: int,
+    tokens: int,
+    positions: int,
 ) -> Question:
     """Test texts of the run: whole domains as it measured them, as many as fit, or the beginning of the first.
 
@@ -151,9 +157,7 @@ def _question(
     source: str, windows: Mapping[str, Tensor], fitting: int, continuations: int, tokens: int, positions: int
 ) -> Question:
     """The first ``fitting`` windows; engines that go on by a token at least take one less than all positions."""
-    rows: list[list[int]] = [
-        row for of_domain in windows.values() for row in of_domain[:, : positions - 1].tolist()
-    ]
+    rows: list[list[int]] = [row for of_domain in windows.values() for row in of_domain[:, : positions - 1].tolist()]
     rows = rows[:fitting]
     beginning = max(1, min(BEGINNING, len(rows[0]) // 2))
     spread = rows[:: max(1, len(rows) // continuations)][:continuations] if continuations else []

@@ -2,10 +2,11 @@
 
 It is run as a script, by the interpreter that has the engine, and needs that engine and the standard library alone.
 
-The question has ``checkpoint`` (a directory; for llama.cpp a GGUF file), ``texts`` and ``prompts`` (lists of token ids) and ``tokens`` to go
-on by after each prompt. The answer has ``version``, ``logprobs`` (of every token of a text but the first, in nats), ``continuations`` (token
-ids), and of transformers ``margins`` (by how many nats each of these was likelier than the next); of SGLang ``faults``; of both the ``frequencies`` of
-rotary positions, in radians a token; and ``refused`` where the engine raised an error.
+The question has ``checkpoint`` (a directory; for llama.cpp a GGUF file), ``texts`` and ``prompts`` (lists of token ids) and
+``tokens`` to go on by after each prompt. The answer has ``version``, ``logprobs`` (of every token of a text but the first, in
+nats), ``continuations`` (token ids), of transformers ``margins`` (by how many nats each of these was likelier than the next), of
+SGLang ``faults``, of both the ``frequencies`` of rotary positions (radians a token); and ``refused`` where the engine raised an
+error.
 
 Shapes: N texts, T tokens of a text, V vocabulary, G tokens of a continuation.
 """
@@ -83,7 +84,9 @@ def with_vllm(question: dict[str, Any]) -> dict[str, Any]:
 
     def run(rows: list[list[int]], **settings: Any) -> list[Any]:
         sampling = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **settings)
-        found: list[Any] = model.generate([TokensPrompt(prompt_token_ids=row) for row in rows], sampling, use_tqdm=False)
+        found: list[Any] = model.generate(
+            [TokensPrompt(prompt_token_ids=row) for row in rows], sampling, use_tqdm=False
+        )
         return found
 
     texts = run(question["texts"], max_tokens=1, prompt_logprobs=0)
@@ -104,8 +107,16 @@ def with_llama_cpp(question: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     longest = max(map(len, question["texts"] + question["prompts"])) + question["tokens"]
+    exact = llama_cpp.GGML_TYPE_F32  # keys and values are float16 otherwise, which costs some 1e-3 nats
     model = llama_cpp.Llama(
-        question["checkpoint"], n_ctx=longest, n_batch=longest, n_gpu_layers=0, logits_all=True, verbose=False
+        question["checkpoint"],
+        n_ctx=longest,
+        n_batch=longest,
+        n_gpu_layers=0,
+        logits_all=True,
+        type_k=exact,
+        type_v=exact,
+        verbose=False,
     )
     logprobs, continuations = [], []
     for text in question["texts"]:
@@ -151,7 +162,9 @@ def with_sglang(question: dict[str, Any]) -> dict[str, Any]:
                 for other in (other for other in parameters if place is None or place[0] in other):
                     now = int(parameters[other].isnan().sum())
                     written, left[other] = written + left[other] - now, now
-                if written < tensor.numel() and not (written == 0 and name == "lm_head.weight"):  # tied, and written already
+                if written < tensor.numel() and not (
+                    written == 0 and name == "lm_head.weight"
+                ):  # tied, and written already
                     faults.append(f"{name} is cut: {written} of its {tensor.numel()} numbers are read")
     faults += [f"{name} is never written" for name, count in left.items() if count == parameters[name].numel()]
     faults += [f"{name} is written in part" for name, count in left.items() if 0 < count < parameters[name].numel()]

@@ -1,0 +1,73 @@
+"""Verdicts on what engines answer."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from dive.engines.compare import DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED, judge, perplexity, reference, same, turned
+
+TRUTH: dict[str, Any] = {
+    "version": "5",
+    "logprobs": [[-1.0, -2.0], [-3.0]],
+    "continuations": [[5, 6, 7], [8, 9, 9]],
+    "margins": [[1.0, 1e-4, 1.0], [2.0, 2.0, 2.0]],
+    "frequencies": [1.0, 0.1],
+}
+
+
+def answer(**changed: Any) -> dict[str, Any]:
+    return copy.deepcopy(TRUTH) | {"version": "1"} | changed
+
+
+def test_perplexity_is_over_all_tokens() -> None:
+    assert perplexity([[-1.0, -2.0], [-3.0]]) == pytest.approx(math.exp(2.0))
+
+
+def test_the_same_is_equal() -> None:
+    found = judge("vllm", answer(logprobs=[[-1.0, -2.0005], [-3.0]]), TRUTH, 1e-3)
+    assert (found.verdict, found.version, found.equal, found.reason) == (EQUAL, "1", 2, None)
+    assert found.difference == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"logprobs": [[-1.0, -2.1], [-3.0]]}, "text 1, token 3 is 0.1 nats off"),
+        ({"logprobs": [[-1.0, -2.0], [math.nan]]}, "text 2, token 2 is nan nats off"),
+        ({"continuations": [[5, 6, 7], [8, 9, 4]]}, "other continuations"),
+    ],
+)
+def test_what_is_off_differs(changed: dict[str, Any], reason: str) -> None:
+    found = judge("vllm", answer(**changed), TRUTH, 1e-3)
+    assert (found.verdict, found.reason) == (DIFFERS, reason)
+
+
+def test_a_continuation_may_go_another_way_where_two_tokens_were_equally_likely() -> None:
+    tokens, margins = TRUTH["continuations"][0], TRUTH["margins"][0]
+    assert same([5, 1, 2], tokens, margins, tie=2e-3)
+    assert not same([5, 1, 2], tokens, margins, tie=1e-5)
+    assert not same([1, 6, 7], tokens, margins, tie=2e-3)
+
+
+def test_an_error_of_the_engine_is_a_refusal() -> None:
+    found = judge("vllm", {"version": "1", "refused": "ValueError: no\n such class"}, TRUTH, 1e-3)
+    assert (found.verdict, found.reason) == (REFUSED, "ValueError: no such class")
+
+
+def test_a_loader_alone() -> None:
+    found = judge("sglang", {"faults": [], "frequencies": [1.0, 0.1]}, TRUTH, 1e-3)
+    assert (found.verdict, found.difference) == (LOADS, None)
+    found = judge("sglang", {"faults": ["lm_head.weight is never written"], "frequencies": [1.0, 0.1]}, TRUTH, 1e-3)
+    assert (found.verdict, found.reason) == (DIFFERS, "lm_head.weight is never written")
+    assert turned([1.0, 0.1], None) == []
+    assert turned([1.0], [1.0, 0.1]) == ["heads are 2 wide, not 4"]
+    assert "RoPE scaling" in turned([1.0, 0.0125], [1.0, 0.1])[0]
+
+
+@pytest.mark.parametrize(("measured", "verdict"), [(None, REFERENCE), (math.exp(2.0), EQUAL), (8.0, DIFFERS)])
+def test_transformers_is_held_to_what_the_run_measured(measured: float | None, verdict: str) -> None:
+    found = reference(TRUTH, measured, 1e-3)
+    assert found.verdict == verdict
+    assert (found.reason is not None) is (verdict == DIFFERS)
