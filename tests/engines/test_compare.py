@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dive.engines.compare import DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED, judge, perplexity, reference, same, turned
+from dive.engines.compare import judge, perplexity, reference, same, turned
+from dive.engines.verified import DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED
 
 TRUTH: dict[str, Any] = {
     "version": "5",
