@@ -15,11 +15,10 @@ import dive
 from dive.errors import UserError
 from dive.verify import Engine, PythonsConfig, VerifyConfig, verify
 from tests.conftest import Build
+from tests.engines.pretended import interpreter
 from tests.workplace import Workplace, environment
 
 ALONE = [Engine.transformers]
-ASKED = "import json, sys; asked = sys.argv[1:]\nif asked[0] == '-c': sys.exit(0)\n"
-"""Of an interpreter: it has every engine that it is asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,6 @@ def asked(export: Path, **settings: Any) -> dict[str, Any]:
     finally:
         found: dict[str, Any] = json.loads((export.parent / "verify.json").read_text())
     return found
-
-
-def interpreter(directory: Path, code: str) -> str:
-    """An executable that runs this code where a worker would be."""
-    file = directory / "python"
-    file.write_text(f"#!{sys.executable}\n{ASKED}{code}")
-    file.chmod(0o755)
-    return str(file)
 
 
 def test_without_a_run_transformers_is_the_reference(export: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,23 +94,6 @@ def test_an_engine_that_differs(export: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("import os; print('about to'); os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
-        ("print('no such class'); sys.exit(3)", "ended with code 3, having said: no such class"),
-        ("json.dump({'version': '1', 'refused': 'ValueError: heads'}, open(asked[3], 'w'))", "ValueError: heads"),
-        ("import time; time.sleep(600)", "it took more than 0.5 minutes; set minutes=1"),
-    ],
-)
-def test_an_engine_that_ends_takes_nothing_with_it(export: Path, tmp_path: Path, code: str, reason: str) -> None:
-    (row,) = asked(export, engines=[Engine.vllm], pythons=PythonsConfig(vllm=interpreter(tmp_path, code)), minutes=0.5)[
-        "engines"
-    ][1:]
-    assert row["verdict"] == "refused"
-    assert row["reason"].startswith(reason)
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"checkpoint": "embedded"}, "checkpoint=embedded: no directory of an export"),
@@ -140,14 +114,7 @@ def test_no_engine_is_nothing_to_do() -> None:
 def test_the_texts_and_the_figure_of_the_run_beside_it(untrained: Workplace) -> None:
     untrained.run("verified", "retrain=none")
     directory = untrained.root / "verified"
-    line = [sys.executable, "-m", "dive.verify", f"checkpoint={directory / 'checkpoint'}", "engines=[transformers]"]
-
-    def run(*more: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*line, *more], env=environment(), capture_output=True, text=True)
-
-    done = run()
-    assert done.returncode == 0, done.stderr
-    found = json.loads((directory / "verify.json").read_text())
+    found = asked(directory / "checkpoint", engines=ALONE, tokens=4096)
     (row,) = found["engines"]
     measured = json.loads((directory / "results.json").read_text())["stages"][-1]["perplexity"]["mean"]
     assert found["texts"].startswith("the run's test texts (")
@@ -160,9 +127,9 @@ def test_the_texts_and_the_figure_of_the_run_beside_it(untrained: Workplace) -> 
     stored = load_file(file)
     stored["model.layers.1.block_sparse_moe.experts.0.w2.weight"].mul_(-1)
     save_file(stored, file, metadata={"format": "pt"})
-    done = run()
+    line = [sys.executable, "-m", "dive.verify", f"checkpoint={directory / 'checkpoint'}", "engines=[transformers]"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert "differs: the run measured a perplexity of" in said
     assert json.loads((directory / "verify.json").read_text())["engines"][0]["verdict"] == "differs"
-    assert run("tokens=40").returncode == 0  # less text than the run measured: nothing to hold it to

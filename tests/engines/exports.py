@@ -62,6 +62,7 @@ KINDS = {
     "mixtral, wide heads, Llama-3 RoPE scaling": Kind(
         LlamaConfig, LlamaForCausalLM, TIED | WIDE | {"rope_parameters": LLAMA3_ROPE}, top_k=2
     ),
+    "mixtral, Llama-3 RoPE scaling": Kind(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}, top_k=2),
     "mixtral, untied": Kind(LlamaConfig, LlamaForCausalLM, {}, top_k=2),
     "qwen3_moe, tied head, wide heads": Kind(Qwen3Config, Qwen3ForCausalLM, TIED | WIDE, top_k=2),
     "qwen3_moe, probabilities": Kind(Qwen3Config, Qwen3ForCausalLM, WIDE, PROBABILITIES, 2),

@@ -2,12 +2,16 @@
 
 import copy
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dive.engines.compare import judge, perplexity, reference, same, turned
+from dive.engines.compare import Asked, ask, judge, lacks, perplexity, reference, run, same, turned
+from dive.engines.texts import Question
 from dive.engines.verified import DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED
+from tests.engines.pretended import interpreter
 
 TRUTH: dict[str, Any] = {
     "version": "5",
@@ -72,3 +76,37 @@ def test_transformers_is_held_to_what_the_run_measured(measured: float | None, v
     found = reference(TRUTH, measured, 1e-3)
     assert found.verdict == verdict
     assert (found.reason is not None) is (verdict == DIFFERS)
+
+
+def asked(directory: Path, **settings: Any) -> Asked:
+    """How engines are asked of a checkpoint that none of them opens."""
+    return Asked(checkpoint=directory / "checkpoint", **({"pythons": {}, "llama_cpp": None, "seconds": 60} | settings))
+
+
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
+        ("print('no such class'); sys.exit(3)", "ended with code 3, having said: no such class"),
+        ("json.dump({'version': '1', 'refused': 'ValueError: heads'}, open(asked[3], 'w'))", "ValueError: heads"),
+    ],
+)
+def test_an_engine_that_ends_takes_nothing_with_it(tmp_path: Path, code: str, refused: str) -> None:
+    question = Question(source="text", texts=[[1, 2]], prompts=[[1]], tokens=1)
+    answer, _ = ask(asked(tmp_path, pythons={"vllm": interpreter(tmp_path, code)}), "vllm", question)
+    assert answer["refused"] == refused
+    assert [file.name for file in tmp_path.iterdir()] == ["python"]
+
+
+def test_an_engine_that_takes_too_long(tmp_path: Path) -> None:
+    said = run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, None, 0.6)
+    assert said == "it took more than 0.01 minutes; set minutes=0.02"
+
+
+def test_what_is_to_be_installed(tmp_path: Path) -> None:
+    assert lacks(asked(tmp_path), "transformers") is None
+    said = lacks(asked(tmp_path), "sglang")
+    assert said == "pip install sglang, or pythons.sglang=PYTHON names an interpreter that has it"
+    there = {engine: interpreter(tmp_path, "") for engine in ("vllm", "llama_cpp")}
+    assert lacks(asked(tmp_path, pythons=there), "vllm") is None
+    assert "llama_cpp=DIR names llama.cpp's sources" in str(lacks(asked(tmp_path, pythons=there), "llama_cpp"))

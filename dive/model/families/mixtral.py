@@ -32,7 +32,9 @@ class Mixtral(Twin):
         if (getattr(dense, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
             found.append("SGLang 0.5.23 leaves RoPE scaling out of this class: it gives other answers.")
         if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
-            found.append("SGLang 0.5.23 takes a head of this class to be hidden size / heads wide: it gives other answers.")
+            found.append(
+                "SGLang 0.5.23 takes a head of this class to be hidden size / heads wide: it gives other answers."
+            )
         return found
 
     def model_class(self) -> type["PreTrainedModel"]:
