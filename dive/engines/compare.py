@@ -34,6 +34,8 @@ INSTALL = {
     "sglang": "pip install sglang",
 }
 """What the command says of an engine that was not there; docs/serving.md says more."""
+PRINTED = "printed.txt"
+"""What a worker prints, in its folder."""
 MEASURED = {True: 1e-3, False: 2e-2}
 """By how much, relatively, a perplexity may be off what the run measured: with weights in float32 on disk, and rounded."""
 
@@ -125,6 +127,9 @@ def ask(asked: Asked, engine: str, question: Question) -> tuple[dict[str, Any], 
             answer = json.loads(answering.read_text(encoding="utf-8"))
         if trouble is not None:
             answer["refused"] = trouble
+        elif engine == "llama_cpp" and "refused" in answer:  # its errors do not say why; what it prints does
+            said = (folder / PRINTED).read_text(encoding="utf-8", errors="replace").splitlines()
+            answer["refused"] = next((line for line in said if "error loading model" in line), answer["refused"])
     return answer, time.monotonic() - began
 
 
@@ -139,7 +144,7 @@ def run(command: Sequence[str], folder: Path, python: str | None, seconds: float
     Returns:
         How it ended; none where it ended well.
     """
-    printed = folder / "printed.txt"
+    printed = folder / PRINTED
     with printed.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,

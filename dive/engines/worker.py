@@ -116,8 +116,7 @@ def with_llama_cpp(question: dict[str, Any]) -> dict[str, Any]:
         logits_all=True,
         type_k=exact,
         type_v=exact,
-        verbose=False,
-    )
+    )  # verbose: why it does not load a file, it only prints
     logprobs, continuations = [], []
     for text in question["texts"]:
         model.reset()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dive.engines.gguf import CONVERTER
-from dive.engines.verified import DIFFERS, EQUAL, LOADS
+from dive.engines.verified import DIFFERS, EQUAL, LOADS, REFUSED
 from dive.engines.worker import MODULES
 from dive.errors import UserError
 from dive.verify import Engine, PythonsConfig, VerifyConfig, verify
@@ -22,8 +22,14 @@ OTHERS = ("vllm", "llama_cpp", "sglang")
 EXPECTED = {
     "mixtral, tied head": (EQUAL, EQUAL, LOADS),
     "mixtral, wide heads, Llama-3 RoPE scaling": (EQUAL, EQUAL, DIFFERS),
+    "mixtral, Llama-3 RoPE scaling": (EQUAL, EQUAL, DIFFERS),
     "mixtral, untied": (EQUAL, EQUAL, LOADS),
     "qwen3_moe, tied head, wide heads": (EQUAL, EQUAL, LOADS),
+    "qwen3_moe, probabilities": (EQUAL, DIFFERS, LOADS),
+    "qwen2_moe from Qwen2": (EQUAL, DIFFERS, LOADS),
+    "qwen2_moe from Qwen2, probabilities": (EQUAL, EQUAL, LOADS),
+    "qwen2_moe from Llama, probabilities, Llama-3 RoPE scaling": (EQUAL, DIFFERS, LOADS),
+    "qwen2_moe from Llama, probabilities, wide heads": (DIFFERS, REFUSED, DIFFERS),
 }
 """{kind: verdict on each of the others}, as docs/serving.md says it."""
 

@@ -30,7 +30,9 @@ class Mixtral(Twin):
         """Two more, of SGLang's class, which takes heads and positions to be those of Mistral's first release."""
         found = super().unserved(form, dense, experts=experts)
         if (getattr(dense, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
-            found.append("SGLang 0.5.23 leaves RoPE scaling out of this class: it gives other answers.")
+            found.append(
+                "SGLang 0.5.23 leaves RoPE scaling out of this class: it gives other answers (not of `model.twin=qwen2_moe`)."
+            )
         if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
             found.append(
                 "SGLang 0.5.23 takes a head of this class to be hidden size / heads wide: it gives other answers."
