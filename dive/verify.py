@@ -85,7 +85,7 @@ def verify(config: VerifyConfig) -> None:
 
     from dive.engines.compare import Asked, compare
     from dive.engines.table import lines, table
-    from dive.engines.texts import given, of_embedded, of_run, run_beside
+    from dive.engines.texts import Sizes, question
     from dive.engines.verified import DIFFERS, FILE, Verified
     from dive.export import BIASED_MODEL_TYPE
     from dive.model.architecture import read_settings
@@ -101,16 +101,14 @@ def verify(config: VerifyConfig) -> None:
         f"{named} has expert biases and serves nowhere; export with pruning.compensation=least_squares",
     )
     source = locate_dense(str(directory), None, dtype="float32", where="checkpoint", any_family=True)
-    tokenizer, positions = load_tokenizer(source), int(source.config.max_position_embeddings)
-    results = None if config.prompts else run_beside(directory)
-    sizes = {"budget": config.tokens, "continuations": config.continuations}
-    sizes |= {"tokens": config.max_new_tokens, "positions": positions}
-    if config.prompts:
-        question = given(config.prompts, tokenizer, tokens=config.max_new_tokens, positions=positions)
-    elif results is not None and results.evaluation.domains:
-        question = of_run(results, tokenizer, **sizes)
-    else:
-        question = of_embedded(tokenizer, **sizes)
+    tokenizer = load_tokenizer(source)
+    sizes = Sizes(
+        budget=config.tokens,
+        continuations=config.continuations,
+        tokens=config.max_new_tokens,
+        positions=int(source.config.max_position_embeddings),
+    )
+    chosen = question(directory, config.prompts, tokenizer, sizes)
     asked = Asked(
         checkpoint=directory,
         pythons={name: path for name, path in asdict(config.pythons).items() if path is not None},
@@ -119,15 +117,15 @@ def verify(config: VerifyConfig) -> None:
     )
     engines = [engine.name for engine in config.engines]
     found = compare(
-        asked, engines, question, tolerance=config.tolerance, rounded=source.config.dtype is not torch.float32
+        asked, engines, chosen, tolerance=config.tolerance, rounded=source.config.dtype is not torch.float32
     )
     verified = Verified(
         checkpoint=str(directory),
         model=source.config.architectures[0],
-        texts=question.source,
-        predicted=question.predicted,
-        continuations=len(question.prompts),
-        tokens=question.tokens,
+        texts=chosen.source,
+        predicted=chosen.predicted,
+        continuations=len(chosen.prompts),
+        tokens=chosen.tokens,
         tolerance=config.tolerance,
         date=datetime.now(UTC).date().isoformat(),
         engines=found,

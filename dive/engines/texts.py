@@ -53,6 +53,34 @@ class Question:
         return sum(len(text) - 1 for text in self.texts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much is asked."""
+
+    budget: int
+    """Most tokens of all texts."""
+    continuations: int
+    """Texts that are gone on from, at most."""
+    tokens: int
+    """Of each continuation."""
+    positions: int
+    """Of the model."""
+
+
+def question(checkpoint: Path, prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", sizes: Sizes) -> Question:
+    """The prompts where there are any, else texts of the run beside the checkpoint, else embedded ones.
+
+    Raises:
+        UserError: a prompt is too short or too long, or the run's texts cannot be had any more.
+    """
+    if prompts:
+        return given(prompts, tokenizer, sizes)
+    results = run_beside(checkpoint)
+    if results is not None and results.evaluation.domains:
+        return of_run(results, tokenizer, sizes)
+    return of_embedded(tokenizer, sizes)
+
+
 def run_beside(checkpoint: Path) -> Results | None:
     """Results of the run that wrote this checkpoint; none where no such run is beside it.
 
@@ -66,7 +94,7 @@ def run_beside(checkpoint: Path) -> Results | None:
     return results if Path(results.export or "").name == checkpoint.resolve().name else None
 
 
-def given(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, tokens: int, positions: int) -> Question:
+def given(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", sizes: Sizes) -> Question:
     """Prompts of the user's, whose probabilities are compared and which are gone on from.
 
     Raises:
@@ -76,30 +104,17 @@ def given(prompts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, token
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) < 2:
             raise UserError(f"prompts: {prompt!r} has fewer than two tokens, and nothing to compare; lengthen it")
-        if len(row) + tokens > positions:
+        if len(row) + sizes.tokens > sizes.positions:
             raise UserError(
-                f"prompts: the {len(row)} tokens of one and max_new_tokens ({tokens}) exceed the model's {positions} positions; "
+                f"prompts: the {len(row)} tokens of one and max_new_tokens ({sizes.tokens}) exceed the model's "
+                f"{sizes.positions} positions; "
                 "shorten it or lower max_new_tokens"
             )
-    return Question(source=f"{len(ids)} prompts", texts=ids, prompts=ids, tokens=tokens)
+    return Question(source=f"{len(ids)} prompts", texts=ids, prompts=ids, tokens=sizes.tokens)
 
 
-def of_run(
-    results: Results,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    budget: int,
-    continuations: int,
-    tokens: int,
-    positions: int,
-) -> Question:
+def of_run(results: Results, tokenizer: "PreTrainedTokenizerBase", sizes: Sizes) -> Question:
     """Test texts of the run: whole domains as it measured them, as many as fit, or the beginning of the first.
-
-    Args:
-        budget: most tokens of all texts.
-        continuations: how many texts are gone on from, at most.
-        tokens: of each continuation.
-        positions: of the model.
 
     Raises:
         UserError: the run's texts cannot be had any more.
@@ -109,7 +124,7 @@ def of_run(
 
     settings, names = results.run.config, results.evaluation.domains
     length, count = int(settings["eval"]["lengths"][0]), settings["eval"]["windows"]
-    fitting = max(1, budget // length)
+    fitting = max(1, sizes.budget // length)
     domains = names[: max(1, fitting // count)] if count else names[:1]
     try:
         schema = OmegaConf.structured(CalibrationDomainsConfig)
@@ -126,44 +141,40 @@ def of_run(
         raise UserError(
             f"the texts of the run beside the checkpoint cannot be read ({error}); set prompts=[TEXT,...] to compare on others"
         ) from error
-    question = _question("the run's test texts", windows, fitting, continuations, tokens, positions)
+    asked = _question("the run's test texts", windows, fitting, sizes)
     figures = results.stages[-1].perplexity if results.stages else {}
-    sizes = {f"{name}@{length}": len(rows) for name, rows in windows.items()}
-    if count and length < positions and sum(sizes.values()) <= fitting and sizes.keys() <= figures.keys():
-        nats = sum(size * math.log(figures[key]) for key, size in sizes.items())
-        question.measured = math.exp(nats / sum(sizes.values()))
-    return question
+    counts = {f"{name}@{length}": len(rows) for name, rows in windows.items()}
+    total = sum(counts.values())
+    if count and length < sizes.positions and total <= fitting and counts.keys() <= figures.keys():
+        asked.measured = math.exp(sum(n * math.log(figures[key]) for key, n in counts.items()) / total)
+    return asked
 
 
-def of_embedded(
-    tokenizer: "PreTrainedTokenizerBase", *, budget: int, continuations: int, tokens: int, positions: int
-) -> Question:
-    """Test texts of four embedded domains, for a checkpoint without its run; arguments as in :func:`of_run`.
+def of_embedded(tokenizer: "PreTrainedTokenizerBase", sizes: Sizes) -> Question:
+    """Test texts of four embedded domains, for a checkpoint without its run.
 
     Raises:
         UserError: the tokens do not fill one window.
     """
-    length = min(LENGTH, positions - 1, budget)
-    fitting = max(1, budget // length)
+    length = min(LENGTH, sizes.positions - 1, sizes.budget)
+    fitting = max(1, sizes.budget // length)
     tokenize = partial(document_tokens, tokenizer)
     windows = {
         name: evaluation_windows(test, tokenize, length=length, windows=-(-fitting // len(EMBEDDED)), name=name)
         for name, (_, test) in embedded_texts(EMBEDDED).items()
     }
-    return _question("embedded test texts", windows, fitting, continuations, tokens, positions)
+    return _question("embedded test texts", windows, fitting, sizes)
 
 
-def _question(
-    source: str, windows: Mapping[str, Tensor], fitting: int, continuations: int, tokens: int, positions: int
-) -> Question:
+def _question(source: str, windows: Mapping[str, Tensor], fitting: int, sizes: Sizes) -> Question:
     """The first ``fitting`` windows; engines that go on by a token at least take one less than all positions."""
-    rows: list[list[int]] = [row for of_domain in windows.values() for row in of_domain[:, : positions - 1].tolist()]
+    rows: list[list[int]] = [row for each in windows.values() for row in each[:, : sizes.positions - 1].tolist()]
     rows = rows[:fitting]
     beginning = max(1, min(BEGINNING, len(rows[0]) // 2))
-    spread = rows[:: max(1, len(rows) // continuations)][:continuations] if continuations else []
+    spread = rows[:: max(1, len(rows) // sizes.continuations)][: sizes.continuations]
     return Question(
         source=f"{source} ({', '.join(windows)})",
         texts=rows,
         prompts=[row[:beginning] for row in spread],
-        tokens=max(1, min(tokens, positions - beginning)),
+        tokens=max(1, min(sizes.tokens, sizes.positions - beginning)),
     )

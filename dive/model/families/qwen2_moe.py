@@ -80,7 +80,8 @@ class Qwen2Moe(Twin):
             )
         if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
             found.append(
-                "vLLM and SGLang take a head of this class to be hidden size / heads wide, and give other answers; llama.cpp refuses it."
+                "vLLM and SGLang take a head of this class to be hidden size / heads wide: they give other answers. "
+                "llama.cpp refuses wider ones."
             )
         return found
 
