@@ -20,7 +20,7 @@ test: .venv/installed-dev ## everything but the slow tests, in two processes of 
 slow: .venv/installed-dev ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-engines: .venv/installed-dev ## exports in vLLM, llama.cpp and SGLang's loader, each installed in .venv/engines: a quarter of an hour
+engines: .venv/installed-dev ## exports in vLLM, llama.cpp and SGLang's loader, each installed in .venv/engines: 20 minutes on two cores
 	PYTHON=$(PYTHON) tests/engines/install .venv/engines
 	DIVE_ENGINES=.venv/engines $(BIN)/python -m pytest -m slow tests/engines
 
