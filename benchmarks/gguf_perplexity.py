@@ -11,7 +11,6 @@ unquantised file differs from transformers by more than 1%, or if llama.cpp cuts
 import argparse
 import ctypes
 import importlib
-import json
 import math
 import sys
 from collections import Counter
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dive
 from dive.calibration_domains.embedded import embedded_texts
 from dive.calibration_domains.sampling import evaluation_windows
+from dive.engines.gguf import CONVERTER, convert, element_type, pre_tokenizer
 from dive.eval.perplexity import perplexity
 from dive.model.load import document_tokens
 from dive.progress import show
@@ -51,51 +51,6 @@ def tiny_export(directory: Path) -> Path:
     statistics = dive.collect_statistics(model, tokens)
     moe = dive.reconstruct(model, list(statistics.values()), ratio=2 / 3, top_k=2, width_multiple=256)
     return dive.save(moe, tokenizer, directory, card="# Embedded model, four experts\n")
-
-
-def pre_tokenizer(checkpoint: Path) -> str | None:
-    """llama.cpp's name for what ``tokenizer.json`` does before BPE, where that can be told from the file alone."""
-    settings = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
-    before = settings["pre_tokenizer"] or {"type": None}
-    steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    if settings["normalizer"] is not None or not byte_level.items() <= steps[-1].items():
-        return None
-    if len(steps) == 1:
-        return "gpt-2"
-    return "starcoder" if steps[:-1] == [{"type": "Digits", "individual_digits": True}] else None
-
-
-def convert(llama_cpp: Path, checkpoint: Path, file: Path, *, pre: str | None) -> None:
-    """Write ``file`` (its element type is its suffix before ``.gguf``) with the converter in ``llama_cpp``.
-
-    The converter knows BPE tokenizers by a hash of what they make of one text, so a tokenizer trained by yourself is
-    unknown to it, however common its rules are. ``pre`` names those rules then; a recognised hash goes first.
-    """
-    sys.path.insert(0, str(llama_cpp))
-    converter: Any = importlib.import_module("convert_hf_to_gguf")
-    if pre is not None:
-        text_model: Any = vars(sys.modules[converter.ModelBase.__module__])["TextModel"]
-        by_hash = text_model.get_vocab_base_pre
-
-        def by_hash_or_name(self: Any, tokenizer: Any) -> str:
-            try:
-                return str(by_hash(self, tokenizer))
-            except NotImplementedError:
-                return pre
-
-        text_model.get_vocab_base_pre = by_hash_or_name
-    arguments = sys.argv
-    sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outfile", str(file), "--outtype", element_type(file)]
-    try:
-        converter.main()
-    finally:
-        sys.argv = arguments
-
-
-def element_type(file: Path) -> str:
-    """``model-q4_k_m.gguf`` has ``q4_k_m``."""
-    return file.stem.rpartition("-")[2]
 
 
 def quantise(source: Path, file: Path) -> None:
@@ -148,8 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=256, help="tokens a window")
     parser.add_argument("--windows", type=int, default=4, help="windows of each embedded domain's test text")
     options = parser.parse_args(arguments)
-    if not (options.llama_cpp / "convert_hf_to_gguf.py").is_file():
-        parser.error(f"--llama-cpp {options.llama_cpp}: no convert_hf_to_gguf.py in this directory")
+    if not (options.llama_cpp / CONVERTER).is_file():
+        parser.error(f"--llama-cpp {options.llama_cpp}: no {CONVERTER} in this directory")
 
     options.output.mkdir(parents=True, exist_ok=True)
     checkpoint = options.checkpoint or tiny_export(options.output / "checkpoint")

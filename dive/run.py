@@ -277,7 +277,10 @@ class Run:
             results.generations = [Continuation(**row) for row in rows]
         exporting = time.monotonic()
         results.timings["total"] = exporting - self.started
-        card = model_card(results, _serving_notes(model.mixture, experts=config.moe.experts))
+        notes = _serving_notes(model.mixture, experts=config.moe.experts)
+        if notes:
+            log.warning("the export does not serve in every engine: %s", " ".join(notes))
+        card = model_card(results, notes)
         where = export(config.model, model, tokenizer, self.directory, card=card)
         meter.exported(where, time.monotonic() - exporting)
         results.export = str(where)

@@ -24,10 +24,12 @@ from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig
 from dive.help import NEEDED, PRESETS_ALONE, docstring_of, meaning_of_preset, presets, written
 from dive.push import PushConfig
+from dive.verify import VerifyConfig
 
 COMMANDS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "verify": VerifyConfig,
     "push": PushConfig,
     "dashboard": DashboardConfig,
 }

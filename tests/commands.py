@@ -13,6 +13,7 @@ from dive.config import Config, EvaluateConfig
 from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig, quoted
 from dive.push import PushConfig
+from dive.verify import VerifyConfig
 
 SCHEMAS: dict[str, tuple[str, type[Any]]] = {
     "train": ("config", Config),
@@ -20,6 +21,7 @@ SCHEMAS: dict[str, tuple[str, type[Any]]] = {
     "evaluate": ("evaluate", EvaluateConfig),
     "generate": ("generate", GenerateConfig),
     "push": ("push", PushConfig),
+    "verify": ("verify", VerifyConfig),
     "dashboard": ("dashboard", DashboardConfig),
 }
 """{command: (name of its YAML file, its schema)}"""

@@ -23,6 +23,7 @@ from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig
 from dive.help import walk
 from dive.push import PushConfig
+from dive.verify import VerifyConfig
 from tests.workplace import Workplace, environment
 
 
@@ -227,6 +228,7 @@ def helped(module: str, *arguments: str, directory: Path) -> str:
     [
         ("dive.generate", [field.name for field in fields(GenerateConfig)]),
         ("dive.push", [field.name for field in fields(PushConfig)]),
+        ("dive.verify", [option.name for option in walk(VerifyConfig, None)]),
         ("dive.dashboard", [field.name for field in fields(DashboardConfig)]),
         ("dive.evaluate", ["checkpoint", "revision", "dtype", "device", "seed", "store"]),
     ],
@@ -234,7 +236,7 @@ def helped(module: str, *arguments: str, directory: Path) -> str:
 def test_help_lists_a_commands_own_options(module: str, options: list[str], tmp_path: Path) -> None:
     printed = helped(module, directory=tmp_path)
     section = printed.split("Options:\n")[1].split("\n\n")[0]
-    assert re.findall(r"^  (\w+)=", section, flags=re.MULTILINE) == options
+    assert re.findall(r"^  ([\w.]+)=", section, flags=re.MULTILINE) == options
     assert "affinity" not in printed
 
 
@@ -268,7 +270,7 @@ def test_help_of_a_run_has_every_group_and_of_a_group_every_option(tmp_path: Pat
     assert "trainer.devices" not in said
 
 
-@pytest.mark.parametrize("schema", [Config, EvaluateConfig, GenerateConfig, PushConfig, DashboardConfig])
+@pytest.mark.parametrize("schema", [Config, EvaluateConfig, GenerateConfig, PushConfig, VerifyConfig, DashboardConfig])
 def test_every_option_has_a_meaning(schema: type) -> None:
     silent = [option.name for option in walk(schema, None) if not option.meaning]
     assert silent == []
@@ -291,7 +293,9 @@ def test_presets_of_ones_own_are_in_the_help(tmp_path: Path) -> None:
 def test_the_package_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "dive"], env=environment(), capture_output=True, text=True, check=True)
     listed = dict(re.findall(r"^  python -m (dive\.\w+) +(.+)$", done.stdout, flags=re.MULTILINE))
-    assert listed.keys() >= {f"dive.{name}" for name in ("train", "evaluate", "generate", "plan", "report", "push")}
+    assert listed.keys() >= {
+        f"dive.{name}" for name in ("train", "evaluate", "generate", "plan", "report", "push", "verify")
+    }
     assert listed["dive.train"] == "Turn a dense model into a Mixture-of-Experts"
     assert all(find_spec(module) for module in listed)
 

@@ -23,7 +23,7 @@ ORDER = (
     ("moe",),
     ("trainer", "logger"),
     ("retrain",),
-    ("export", "hub"),
+    ("export", "hub", "engines"),
     ("plan",),
     ("report",),
     ("inputs",),
@@ -45,6 +45,7 @@ ENTRY_POINTS = {
         "push",
         "renamed",
         "train",
+        "verify",
     ),
     *("plan.__main__", "report.__main__", "report.callback", "model.tiny.pretrain"),
 }

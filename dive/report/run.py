@@ -15,6 +15,8 @@ import numpy as np
 from scipy.cluster.hierarchy import dendrogram
 
 from dive.affinity.grouping import affinity
+from dive.engines.table import figures as engine_figures
+from dive.engines.verified import Verified, read_verified
 from dive.errors import UserError
 from dive.report.page import embedded, write_page
 from dive.report.plots import FIGURES
@@ -58,6 +60,8 @@ def write_report(directory: Path) -> Path:
         domains=domain_rows(results),
         tasks=task_rows(results),
         plan=plan_rows(results),
+        verified=(verified := read_verified(directory)),
+        engines=[] if verified is None else engine_rows(verified),
         contaminated=contaminated_rows(results),
         own_groups=has_own_groups(results),
         mined_groups=group_rows(results),
@@ -226,6 +230,20 @@ def plan_rows(results: Results) -> list[dict[str, Any]]:
     whole = row("whole run", None, planned, actual)
     whole["disk_bytes"] = (planned.disk_bytes.store + planned.disk_bytes.export, actual.disk_bytes)
     return [*(row(stage.name, stage.flops, stage, took.get(stage.name)) for stage in planned.stages), whole]
+
+
+def engine_rows(verified: Verified) -> list[dict[str, Any]]:
+    """What each engine made of the export."""
+    return [
+        {
+            "engine": found.engine,
+            "version": found.version or "–",
+            "figures": engine_figures(verified, found),
+            "verdict": found.verdict,
+            "reason": found.reason,
+        }
+        for found in verified.engines
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

@@ -136,6 +136,7 @@ def test_a_model_that_is_nowhere() -> None:
         ("train", ["model=local", "model.path=/nope"], "model.path=/nope: no such directory"),
         ("plan", ["model=local", "model.path=./nope"], "model.path=./nope: no such directory"),
         ("push", ["checkpoint=/nope", "repo=a/b"], "checkpoint=/nope: no such directory"),
+        ("verify", ["checkpoint=/nope"], "checkpoint=/nope: no such directory"),
     ],
 )
 def test_a_wrong_path_is_said_before_the_heavy_imports(

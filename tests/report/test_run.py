@@ -1,6 +1,7 @@
 """The page of a run: its figures by hand, and what a browser makes of it."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -262,6 +263,41 @@ def test_texts_that_training_has_seen_in_part_are_named(finished: Path, tmp_path
     (tmp_path / "results.json").write_text(json.dumps(results | {"contamination": found}))
     text = " ".join(Elements(write_report(tmp_path).read_text()).text.split())
     assert "2 of 3 texts share 13 words in a row with it" in text
+
+
+def test_what_engines_made_of_the_export_is_shown_until_it_is_written_again(finished: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory, ignore=shutil.ignore_patterns("plots", "*.safetensors"))
+    assert "In engines" not in write_report(directory).read_text()
+    rows = [
+        {"engine": "transformers", "version": "5.1", "verdict": "reference", "perplexity": 12.5, "equal": 8},
+        {
+            "engine": "vllm",
+            "version": "1",
+            "verdict": "differs",
+            "reason": ENDING,
+            "difference": 0.5,
+            "perplexity": 13.0,
+            "equal": 2,
+        },
+    ]
+    verified = {
+        "checkpoint": "elsewhere/checkpoint",
+        "model": "M",
+        "texts": "text",
+        "predicted": 1200,
+        "continuations": 8,
+    }
+    verified |= {"tokens": 16, "tolerance": 1e-3, "date": "2026-01-01", "engines": rows}
+    (directory / "verify.json").write_text(json.dumps(verified))
+    page = write_report(directory).read_text()
+    assert ENDING not in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.partition('id="engines"')[2].partition("</table>")[0])
+    assert cells[:6] == ["transformers", "5.1", "–", "12.5000", "8 of 8", "reference"]
+    assert cells[6:11] == ["vllm", "1", "5.0e-01", "13.0000", "2 of 8"]
+    assert "1,200 tokens of text" in page
+    os.utime(directory / "checkpoint/config.json")
+    assert "In engines" not in write_report(directory).read_text()
 
 
 def test_the_plan_stands_beside_what_it_took() -> None:

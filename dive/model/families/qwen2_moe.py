@@ -79,7 +79,10 @@ class Qwen2Moe(Twin):
                 "llama.cpp's converter leaves Llama 3's RoPE scaling out of this class: it gives other answers."
             )
         if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
-            found.append("vLLM and SGLang take a head of this class to be hidden size / heads wide.")
+            found.append(
+                "vLLM and SGLang take a head of this class to be hidden size / heads wide: they give other answers. "
+                "llama.cpp refuses wider ones."
+            )
         return found
 
     def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:

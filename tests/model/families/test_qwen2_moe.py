@@ -159,6 +159,11 @@ def test_what_is_not_served_everywhere() -> None:
     qwen, scaled = twin_of("qwen2_moe"), {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
     scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     form = Form(twin="qwen2_moe", gates=probable)
+    mixtral = twin_of("mixtral")
+    (said_of_positions,) = mixtral.unserved(Form(twin="mixtral"), LlamaConfig(rope_parameters=scaled), experts=4)
+    (said_of_heads,) = mixtral.unserved(Form(twin="mixtral"), MistralConfig(head_dim=64), experts=4)
+    assert said_of_positions.startswith("SGLang 0.5.23 leaves RoPE scaling out")
+    assert said_of_heads.startswith("SGLang 0.5.23 takes a head of this class to be hidden size / heads wide")
     assert "RoPE scaling" in qwen.unserved(form, LlamaConfig(rope_parameters=scaled), experts=4)[0]
     assert "hidden size / heads" in qwen.unserved(form, MistralConfig(head_dim=64), experts=4)[0]
 

@@ -1,0 +1,1 @@
+"""An export in the engines that serve it: what each makes of the same tokens."""
