@@ -47,12 +47,11 @@ class Ranks:
         """
         if self.count == 1:
             return tensor
-        longest = max(lengths)
-        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         here = padded.to(_device(tensor))
-        found = [torch.empty_like(here) for _ in lengths]
-        _heard(lambda: distributed.all_gather(found, here))
+        found = here.new_empty(self.count, *here.shape)
+        _heard(lambda: distributed.all_gather_into_tensor(found.flatten(0, 1), here))
         return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)]).to(tensor.device)
 
     def owns(self, number: int) -> bool:

@@ -64,7 +64,7 @@ def cut_experts(
         if pruning.compensation is Compensation.bias
         else None,
     )
-    layer.router = ranks.from_owner(0, _router(weights, layer, groups, moe, seed=seed))
+    layer.router = _router(weights, layer, groups, moe, seed=seed, ranks=ranks)
     if moe.scales:
         rows = _inputs(weights, groups, "moe.gates=probabilities")
         layer = scaled_to_gates(layer, weights.act, rows, _outputs(weights, rows), top_k=moe.top_k)
@@ -96,7 +96,9 @@ def _down(down: Tensor, group: Group, mask: Tensor, pruning: PruningConfig, scal
     return kept
 
 
-def _router(weights: FFN, layer: ExpertLayer, groups: Sequence[Group], moe: MoEConfig, *, seed: int) -> Tensor:
+def _router(
+    weights: FFN, layer: ExpertLayer, groups: Sequence[Group], moe: MoEConfig, *, seed: int, ranks: Ranks
+) -> Tensor:
     experts, hidden = len(layer.masks), weights.gate.shape[1]
     if experts == 1:
         return torch.zeros(1, hidden, dtype=weights.gate.dtype, device=weights.gate.device)
@@ -106,10 +108,9 @@ def _router(weights: FFN, layer: ExpertLayer, groups: Sequence[Group], moe: MoEC
         start = torch.empty(experts, hidden).uniform_(-bound, bound, generator=generator)
         return start.to(weights.gate)
     inputs = _inputs(weights, groups, f"moe.{moe.construction}.router_init=distilled")
-    errors = expert_errors(
-        inputs, _outputs(weights, inputs), [expert_function(layer, e, weights.act) for e in range(experts)]
-    )
-    return fit_router(inputs, errors, moe.distillation, seed=seed)
+    functions = [expert_function(layer, e, weights.act) for e in range(experts)]
+    errors = expert_errors(inputs, _outputs(weights, inputs), functions, ranks=ranks)
+    return fit_router(inputs, errors, moe.distillation, seed=seed, ranks=ranks)
 
 
 def _inputs(weights: FFN, groups: Sequence[Group], setting: str) -> Tensor:

@@ -10,23 +10,32 @@ from torch import Tensor
 from torch.nn import functional
 
 from dive.config import DistillationConfig
+from dive.ranks import ALONE, Ranks
 
 
-def expert_errors(inputs: Tensor, targets: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+def expert_errors(
+    inputs: Tensor, targets: Tensor, experts: Sequence[Callable[[Tensor], Tensor]], *, ranks: Ranks = ALONE
+) -> Tensor:
     """‖y − expert_e(x)‖² of every token and expert, (T, E) float32.
 
     Args:
         inputs: FFN inputs x, (T, D).
         targets: y, what the dense FFN makes of them, (T, D).
         experts: the pruned FFNs, (t, D) to (t, D).
+        ranks: the processes that compute together, which all are given the same; each runs the experts that it owns.
     """
-    chunks = []
-    for rows, wanted in zip(inputs.split(2048), targets.split(2048), strict=True):
-        chunks.append(torch.stack([(wanted - expert(rows)).float().square().sum(dim=-1) for expert in experts], dim=-1))
-    return torch.cat(chunks)
+
+    def errors_of(expert: int) -> Tensor:
+        parts = zip(inputs.split(2048), targets.split(2048), strict=True)
+        return torch.cat([(wanted - experts[expert](rows)).float().square().sum(dim=-1) for rows, wanted in parts])
+
+    like = inputs.new_empty(len(inputs), dtype=torch.float32)
+    return torch.stack(ranks.each(len(experts), errors_of, like), dim=-1)
 
 
-def fit_router(inputs: Tensor, errors: Tensor, settings: DistillationConfig, *, seed: int) -> Tensor:
+def fit_router(
+    inputs: Tensor, errors: Tensor, settings: DistillationConfig, *, seed: int, ranks: Ranks = ALONE
+) -> Tensor:
     """Linear router (E, D) that sends tokens where the error is small.
 
     With p = softmax(router · x) and errors scaled by their mean, the first third of the steps minimises the
@@ -38,6 +47,7 @@ def fit_router(inputs: Tensor, errors: Tensor, settings: DistillationConfig, *, 
         inputs: x, FFN inputs after the norm, (T, D).
         errors: of every token and expert, (T, E).
         seed: of the batches.
+        ranks: the processes that fit together, which all are given the same; each takes its part of every batch.
     """
     scale = inputs.float().square().mean().sqrt().clamp_min(1e-12)
     rows = inputs.float() / scale
@@ -51,14 +61,18 @@ def fit_router(inputs: Tensor, errors: Tensor, settings: DistillationConfig, *, 
     with torch.enable_grad():
         for step in range(settings.steps):
             chosen = torch.randint(len(rows), (min(settings.batch, len(rows)),), generator=generator).to(rows.device)
-            logits = rows.index_select(0, chosen) @ weight.T
+            own = ranks.part(chosen)
+            logits = rows.index_select(0, own) @ weight.T
             if step < settings.steps // 3:
-                entropy = functional.cross_entropy(logits, targets.index_select(0, chosen), reduction="none")
-                loss = (entropy * worth[chosen]).sum() / worth[chosen].sum()
+                entropy = functional.cross_entropy(logits, targets.index_select(0, own), reduction="none")
+                loss = (entropy * worth[own]).sum() / worth[chosen].sum()
             else:
-                loss = (torch.softmax(logits, dim=-1) * relative.index_select(0, chosen)).sum(dim=-1).mean()
+                expected = (torch.softmax(logits, dim=-1) * relative.index_select(0, own)).sum(dim=-1)
+                loss = expected.mean() if ranks.count == 1 else expected.sum() / len(chosen)
             optimiser.zero_grad()
             loss.backward()
+            assert weight.grad is not None
+            weight.grad = ranks.sum(weight.grad)
             optimiser.step()
             schedule.step()
-    return (weight.detach() / scale).to(inputs.dtype)
+    return ranks.from_owner(0, (weight.detach() / scale).to(inputs.dtype))

@@ -78,8 +78,9 @@ def layer(
         if moe.experts == 1:
             break
         rows, wanted = share.take(inputs, sample).to(device), share.take(targets, sample).to(device)
-        errors = _errors(found, weights.act, rows, wanted, ranks)
-        found.router = ranks.from_owner(0, fit_router(rows, errors, moe.distillation, seed=seed))
+        functions = [expert_function(found, e, weights.act) for e in range(moe.experts)]
+        errors = expert_errors(rows, wanted, functions, ranks=ranks)
+        found.router = fit_router(rows, errors, moe.distillation, seed=seed, ranks=ranks)
         if not last:
             assignment = share.whole(likeliest_experts(found, inputs))
     scaled = partial(scaled_to_gates, act=weights.act, inputs=inputs, targets=targets, top_k=moe.top_k, ranks=ranks)
@@ -90,15 +91,6 @@ def layer(
             found, weights.act, inputs, targets, settings, top_k=moe.top_k, gates=moe.gates, seed=seed, share=share
         )
     return convert(scaled(found) if moe.scales else found, element)
-
-
-def _errors(layer: ExpertLayer, act: nn.Module, rows: Tensor, wanted: Tensor, ranks: Ranks) -> Tensor:
-    """(T, E), each expert's by its owner."""
-
-    def of(expert: int) -> Tensor:
-        return expert_errors(rows, wanted, [expert_function(layer, expert, act)])[:, 0]
-
-    return torch.stack(ranks.each(len(layer.masks), of, rows.new_empty(len(rows))), dim=-1)
 
 
 def first_assignment(
