@@ -47,11 +47,10 @@ class Ranks:
         """
         if self.count == 1:
             return tensor
-        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        here = padded.to(_device(tensor))
-        found = here.new_empty(self.count, *here.shape)
-        _heard(lambda: distributed.all_gather_into_tensor(found.flatten(0, 1), here))
+        here = torch.empty(max(lengths), *tensor.shape[1:], dtype=tensor.dtype, device=_device(tensor))
+        here[: len(tensor)] = tensor  # what stands behind it is cut off again
+        found = [torch.empty_like(here) for _ in lengths]
+        _heard(lambda: distributed.all_gather(found, here))
         return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)]).to(tensor.device)
 
     def owns(self, number: int) -> bool:
@@ -184,16 +183,21 @@ class Share:
         own: Tensor = rows[(rows >= here.start) & (rows < here.stop)] - here.start
         return own
 
-    def take(self, matrix: Tensor, rows: Tensor) -> Tensor:
-        """Some rows (n,) of a matrix of which this process has (t, D); (n, D) in every process."""
+    def take(self, matrix: Tensor, rows: Tensor, *, ordered: bool = True) -> Tensor:
+        """Some rows (n,) of a matrix of which this process has (t, D); (n, D) in every process.
+
+        Args:
+            ordered: in the order given; otherwise, of several processes, in one that is the same for any matrix.
+        """
         if self.ranks.count == 1:
             return matrix.index_select(0, rows)
         bounds = torch.tensor(list(accumulate(self.lengths)))
         owner = torch.bucketize(rows, bounds, right=True)
         lengths = torch.bincount(owner, minlength=self.ranks.count).tolist()
         found = self.ranks.joined(matrix.index_select(0, self.own(rows)), lengths)
-        ordered = torch.empty_like(found)
-        return ordered.index_copy_(0, torch.argsort(owner, stable=True).to(found.device), found)
+        if not ordered:
+            return found
+        return torch.empty_like(found).index_copy_(0, torch.argsort(owner, stable=True).to(found.device), found)
 
     def whole(self, vector: Tensor) -> Tensor:
         """(T, ...) in every process, of which each has (t, ...)."""

@@ -309,7 +309,7 @@ def train_layer(
             if len(order) < batch:
                 order = torch.cat([order, torch.randperm(share.count, generator=generator)])
             rows, order = order[:batch], order[batch:]
-            x, y = share.take(inputs, rows).to(device), share.take(targets, rows).to(device)
+            x, y = (share.take(matrix, rows, ordered=False).to(device) for matrix in (inputs, targets))
             if experts == 1:
                 every = torch.arange(len(x), device=device)
                 loss = errors_of(x, y, tokens=every, experts=torch.zeros_like(every)).mean() / energy
