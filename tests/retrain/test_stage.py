@@ -15,6 +15,9 @@ from tests.workplace import Workplace
 
 STOCHASTIC = ("retrain.lora.dropout=0.1", "retrain.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
 """Everything that draws random numbers in training."""
+FITTED = "moe.refined.steps=0"
+"""Local steps make the rounding of several processes' sums large, as they do any rounding on six hundred tokens; tests/test_ranks.py
+has a few of them."""
 TEACHER = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=0.1")
 ROUTERS = (
     "retrain.stages.experts.gate=straight_through",
@@ -89,8 +92,7 @@ def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: str) -> None:
-    # 300 local steps on six hundred tokens make rounding large, in one process as well: tests/test_ranks.py has a few.
-    same = ("moe.top_k=2", "moe.refined.steps=0", "trainer.accumulation=2", TEACHER[0], ROUTERS[0])
+    same = ("moe.top_k=2", FITTED, "trainer.accumulation=2", TEACHER[0], ROUTERS[0])
     finish(workplace.start("one", f"store={workplace.root / 'one-store'}", *same))
     output = finish(
         workplace.start(
@@ -113,7 +115,7 @@ def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: s
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_checkpoint_of_two_processes_is_resumed_by_one(workplace: Workplace, tmp_path: Path, strategy: str) -> None:
-    long = ("retrain.stages.experts.tokens=102400", "retrain.checkpoint_every=20")
+    long = ("retrain.stages.experts.tokens=102400", "retrain.checkpoint_every=20", FITTED)
     finish(workplace.start(f"{strategy}-undisturbed", f"store={tmp_path / 'a'}", *long))
     two = (f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     process = workplace.start(f"{strategy}-two", f"store={tmp_path / 'b'}", *long, *two)
