@@ -1,12 +1,12 @@
 r"""Building experts in several processes, against one.
 
     python -m benchmarks.processes
-    python -m benchmarks.processes --shape smollm2 --layers 2 --tokens 47104 --processes 1 2 moe.refined.steps=100
+    python -m benchmarks.processes --shape smollm2 --layers 2 --tokens 47104 --processes 1,2 moe.refined.steps=100
 
 Every process has one thread and, where there are as many, a core of its own. Experts of the first layers of a model of random
-weights are built from random tokens by the default recipe and these overrides. Prints one table: seconds of the wall clock, from when all
-processes have the model until all have the last layer, how many times as fast as the first number of processes, and how far the
-experts are from that one's.
+weights are built from random tokens by the default recipe and these overrides. Prints one table: seconds of the wall clock, from
+when all processes have the model until all have the last layer, how many times as fast as the first number of processes, and how
+far the experts are from that one's.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2, help="of the model, the first so many")
     parser.add_argument("--tokens", type=int, default=47104)
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", default="1,2", help="how many, one row each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="as of dive.train")
     settings = parser.parse_intermixed_args(arguments)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| processes | seconds | times as fast | masks that differ | largest relative distance of a tensor |")
     print("| --- | --- | --- | --- | --- |")
     first: dict[str, torch.Tensor] | None = None
-    for processes in settings.processes:
+    for processes in map(int, settings.processes.split(",")):
         found = measured(settings, processes)
         seconds = float(found.pop("seconds"))
         if first is None:

@@ -7,7 +7,7 @@ from tests.benchmarks.tables import read_table
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--shape", "tiny", "--layers", "1", "--tokens", "512", "--length", "32", "--processes", "1", "2"]
+    sizes = ["--shape", "tiny", "--layers", "1", "--tokens", "512", "--length", "32", "--processes", "1,2"]
     overrides = ["moe.experts=2", "pruning.ratio=0.5", "moe.refined.steps=4", "moe.distillation.steps=5"]
     assert main([*sizes, *overrides]) == 0
     rows = read_table(capsys.readouterr().out)

@@ -16,8 +16,8 @@ from tests.workplace import Workplace
 STOCHASTIC = ("retrain.lora.dropout=0.1", "retrain.noise=0.05", "moe.top_k=2", "trainer.accumulation=2")
 """Everything that draws random numbers in training."""
 FITTED = "moe.refined.steps=0"
-"""Local steps make the rounding of several processes' sums large, as any rounding on six hundred tokens; tests/test_ranks.py has a
-few of them."""
+"""Local steps make the rounding of several processes' sums large, as any rounding on six hundred tokens; tests/test_ranks.py
+has a few of them."""
 TEACHER = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=0.1")
 ROUTERS = (
     "retrain.stages.experts.gate=straight_through",
