@@ -39,5 +39,10 @@ def disk_trouble(error: BaseException) -> str | None:
 
 def one_line(error: BaseException) -> str:
     """What an error of a library says, as one line of at most 300 characters; its type where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}…"
+    return shortened(str(error)) or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """A text as one line of at most 300 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:299]}…"

@@ -6,7 +6,8 @@ as long as the tokens alone, such as the expert of each, is known to all, so tha
 Shapes: T tokens of all processes, t of this one, D width of a matrix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -47,15 +48,24 @@ class Ranks:
         """
         if self.count == 1:
             return tensor
-        here = torch.empty(max(lengths), *tensor.shape[1:], dtype=tensor.dtype, device=_device(tensor))
+        here = torch.empty(max(lengths), *tensor.shape[1:], dtype=tensor.dtype, device=meeting_place(tensor.device))
         here[: len(tensor)] = tensor  # what stands behind it is cut off again
         found = [torch.empty_like(here) for _ in lengths]
-        _heard(lambda: distributed.all_gather(found, here))
+        with others_alive():
+            distributed.all_gather(found, here)
         return torch.cat([part[:length] for part, length in zip(found, lengths, strict=True)]).to(tensor.device)
 
+    def owner(self, number: int) -> int:
+        """The process to which it falls to make the thing of this number."""
+        return number % self.count
+
     def owns(self, number: int) -> bool:
-        """Whether it falls to this process to make the thing of this number."""
-        return number % self.count == self.rank
+        """Whether that is this one."""
+        return self.owner(number) == self.rank
+
+    def from_owners(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`from_owner` of the thing of each number."""
+        return [self.from_owner(self.owner(number), tensor) for number, tensor in enumerate(tensors)]
 
     def part(self, rows: Tensor) -> Tensor:
         """This process's run of rows that all have; it may be empty."""
@@ -68,38 +78,42 @@ class Ranks:
         Args:
             like: of the shape, type and device of every result.
         """
-        made = [make(i) if self.owns(i) else torch.empty_like(like) for i in range(number)]
-        return [self.from_owner(i % self.count, tensor.contiguous()) for i, tensor in enumerate(made)]
+        return self.from_owners([make(i) if self.owns(i) else torch.empty_like(like) for i in range(number)])
 
     def _collective(self, tensor: Tensor, run: Callable[[Tensor], object]) -> Tensor:
         if self.count == 1:
             return tensor
-        there = tensor.contiguous().to(_device(tensor))
-        _heard(lambda: run(there))
+        there = tensor.contiguous().to(meeting_place(tensor.device))
+        with others_alive():
+            run(there)
         return there.to(tensor.device)
 
 
 ALONE = Ranks()
 
 
-def _device(tensor: Tensor) -> torch.device:
-    """Where tensors are for a collective call: NCCL knows those on a GPU alone."""
-    if distributed.get_backend() == "nccl" and tensor.device.type == "cpu":
+def meeting_place(device: torch.device) -> torch.device:
+    """Where a tensor of this device is for a collective call: NCCL knows those on a GPU alone."""
+    if distributed.get_backend() == "nccl" and device.type == "cpu":
         return torch.device("cuda", torch.cuda.current_device())
-    return tensor.device
+    return device
 
 
-def _heard(call: Callable[[], object]) -> None:
-    """A collective call, or word that another process is gone.
+@contextmanager
+def others_alive(where: str = "") -> Iterator[None]:
+    """Collective calls, or word that another process is gone.
+
+    Args:
+        where: what the word begins with.
 
     Raises:
         UserError: it is.
     """
     try:
-        call()
+        yield
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or "by peer" in str(error):
-            raise UserError("another process of this run has ended; what it said tells why") from error
+            raise UserError(f"{where}another process of this run has ended; what it said tells why") from error
         raise
 
 
@@ -130,10 +144,15 @@ def sequences_of(ranks: Ranks, counts: Sequence[int], *, rank: int | None = None
     ]
 
 
-def shared_tokens(ranks: Ranks, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's sequences of each set, some of which may be empty; (n, T) each."""
-    slices = sequences_of(ranks, [len(matrix) for matrix in tokens.values()])
-    return {name: matrix[here] for (name, matrix), here in zip(tokens.items(), slices, strict=True)}
+def shared_tokens(ranks: Ranks, sets: Sequence[Tensor]) -> list[Tensor]:
+    """This process's sequences of each set (N, L), some of which may be empty; (n, L) each."""
+    slices = sequences_of(ranks, [len(tokens) for tokens in sets])
+    return [tokens[here] for tokens, here in zip(sets, slices, strict=True)]
+
+
+def batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Rows in parts of so many; none of a share that is empty, of which ``split`` makes one."""
+    return rows.split(size) if len(rows) else ()
 
 
 @dataclass(frozen=True, slots=True)

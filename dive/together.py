@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from dive.errors import UserError
-from dive.ranks import ALONE, Ranks
+from dive.ranks import ALONE, Ranks, meeting_place
 from dive.store import Artifact, P, Place, R, Step
 
 FOUND, COMPUTE = range(2)
@@ -35,8 +35,7 @@ def from_first(value: int) -> int:
     """
     if ranks().count == 1:
         return value
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    message = torch.tensor([value], device=device)
+    message = torch.tensor([value], device=meeting_place(torch.device("cpu")))
     try:
         work = distributed.broadcast(message, src=0, async_op=True)
         while not work.is_completed():

@@ -23,7 +23,8 @@ from typing import Any
 from dive.engines import gguf, worker
 from dive.engines.texts import Question
 from dive.engines.verified import ABSENT, DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED, EngineResult
-from dive.errors import UserError
+from dive.errors import UserError, shortened
+from dive.eval.perplexity import perplexity_of
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def compare(
     if "refused" in truth:
         raise UserError(
             f"checkpoint={asked.checkpoint}: transformers, which engines are compared with, does not load it "
-            f"({short(truth['refused'])}); export again"
+            f"({shortened(truth['refused'])}); export again"
         )
     found = [reference(truth, question.measured, MEASURED[not rounded])]
     found[0].seconds = seconds
@@ -185,7 +186,7 @@ def environment(python: str | None) -> dict[str, str]:
 def perplexity(logprobs: Sequence[Sequence[float]]) -> float:
     """exp of the mean negative log-probability of all tokens of all texts."""
     values = [value for row in logprobs for value in row]
-    return math.exp(min(-math.fsum(values) / len(values), 700.0))
+    return perplexity_of(-math.fsum(values), len(values))
 
 
 def reference(truth: Mapping[str, Any], measured: float | None, allowed: float) -> EngineResult:
@@ -217,7 +218,7 @@ def judge(engine: str, answer: Mapping[str, Any], truth: Mapping[str, Any], tole
     """
     found = EngineResult(engine=engine, verdict=EQUAL, version=answer.get("version"))
     if "refused" in answer:
-        found.verdict, found.reason = REFUSED, short(answer["refused"])
+        found.verdict, found.reason = REFUSED, shortened(answer["refused"])
         return found
     if "faults" in answer:
         faults = [*answer["faults"], *turned(answer["frequencies"], truth["frequencies"])]
@@ -264,9 +265,3 @@ def same(tokens: Sequence[int], expected: Sequence[int], margins: Sequence[float
         if token != wanted:
             return margin <= tie
     return True
-
-
-def short(text: str) -> str:
-    """One line of at most 300 characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:299]}…"

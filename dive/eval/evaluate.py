@@ -13,7 +13,7 @@ from dive.calibration_domains.sampling import Tokenize, evaluation_windows
 from dive.calibration_domains.texts import DomainTexts, load_eval_set, refuse_overlap, training_documents
 from dive.config import EvalConfig
 from dive.errors import UserError
-from dive.eval.perplexity import geometric_mean, token_nll
+from dive.eval.perplexity import geometric_mean, perplexity_of, token_nll
 from dive.model.chat import Chat, Conversation
 from dive.progress import track
 from dive.ranks import ALONE, Ranks
@@ -95,13 +95,11 @@ def evaluate(
     Raises:
         UserError: a perplexity is not finite.
     """
-    items = texts.all()
-    totals = torch.zeros(len(items), 2, dtype=torch.float64)
-    for number, windows in enumerate(track(list(items.values()), f"evaluating {description}")):
-        totals[number] = torch.tensor(token_nll(model, ranks.part(windows), batch=batch), dtype=torch.float64)
+    items = list(texts.all().items())
     values: dict[str, float] = {}
-    for key, (nll, count) in zip(items, ranks.sum(totals).tolist(), strict=True):
-        values[key] = math.exp(min(nll / count, 700.0))
+    for key, windows in track(items, f"evaluating {description}"):
+        own = torch.tensor(token_nll(model, ranks.part(windows), batch=batch), dtype=torch.float64)
+        values[key] = perplexity_of(*ranks.sum(own).tolist())
         if not math.isfinite(values[key]):
             raise UserError(
                 f"{description}: the perplexity of {key} is {values[key]}: weights that are not finite, or a model beyond the "

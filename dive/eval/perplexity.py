@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dive.ranks import batches
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def token_nll(model: "PreTrainedModel", windows: Tensor, *, batch: int) -> tuple[float, int]:
     """(sum of negative log-likelihoods in nats, number of predicted tokens) over windows (N, T) int64."""
     total, count = 0.0, 0
-    for rows in windows.split(batch) if len(windows) else ():
+    for rows in batches(windows, batch):
         ids = rows.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits
         # A window at a time: the softmax of a large vocabulary is as large again as the logits.
@@ -32,7 +34,11 @@ def token_nll(model: "PreTrainedModel", windows: Tensor, *, batch: int) -> tuple
 
 def perplexity(model: "PreTrainedModel", windows: Tensor, *, batch: int = 16) -> float:
     """Token perplexity over windows (N, T) int64."""
-    nll, count = token_nll(model, windows, batch=batch)
+    return perplexity_of(*token_nll(model, windows, batch=batch))
+
+
+def perplexity_of(nll: float, count: float) -> float:
+    """Of a sum of negative log-likelihoods in nats over so many tokens; finite unless that is not a number."""
     return math.exp(min(nll / count, 700.0))
 
 

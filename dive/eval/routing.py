@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dive.model.families import moe_blocks, sparse_layers
-from dive.ranks import ALONE, Ranks
+from dive.ranks import ALONE, Ranks, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +66,7 @@ def routing_share(
         hooks.append(block.gate.register_forward_hook(count))
     try:
         for current, matrix in enumerate(windows.values()):  # noqa: B007  # the hooks read it
-            own = ranks.part(matrix)
-            for rows in own.split(batch) if len(own) else ():
+            for rows in batches(ranks.part(matrix), batch):
                 model.base_model(input_ids=rows.to(model.device), use_cache=False)
     finally:
         for hook in hooks:

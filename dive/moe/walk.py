@@ -19,7 +19,7 @@ from dive.moe.layer import CHUNK, ExpertLayer, convert, dense_output, float32, l
 from dive.pruning.calibrate import Calibration
 from dive.pruning.compensation import held_out
 from dive.pruning.statistics import ChannelStatistics
-from dive.ranks import ALONE, Ranks, Share, shared_tokens
+from dive.ranks import ALONE, Ranks, Share, batches, shared_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,12 +193,11 @@ class TokenWalk:
             ranks: the processes that compute together.
         """
         assert moe.refined is not None
-        own = shared_tokens(ranks, {str(number): group for number, group in enumerate(groups)}).values()
-        settings, batches = moe.refined, [part for group in own if len(group) for part in group.split(batch)]
+        settings, own = moe.refined, [part for group in shared_tokens(ranks, groups) for part in batches(group, batch)]
         self._share = Share.of_sequences(ranks, groups)
         self._model, self._moe, self._correction = model, moe, settings.correction
-        self._dense = Track(model, batches)
-        self._rebuilt = Track(model, batches) if settings.sequential else self._dense
+        self._dense = Track(model, own)
+        self._rebuilt = Track(model, own) if settings.sequential else self._dense
         grouped = len(groups) > 1 and settings.start is None
         self._groups = (
             torch.cat([torch.full((group.numel(),), number) for number, group in enumerate(groups)])

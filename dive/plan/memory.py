@@ -55,25 +55,23 @@ def _memory(job: Job, rest: dict[str, float], host: dict[str, float] | None = No
     return found
 
 
+def _together(job: Job, found: Memory, *shared: str) -> Memory:
+    """The same of all processes of one machine: each has its own of everything on the host, but for what all share out."""
+    devices, nodes = job.config.trainer.devices, job.config.trainer.num_nodes
+    several = f" × {devices} processes" if devices > 1 else ""
+    found.host = {
+        name if name in shared else f"{name}{several}": size / nodes if name in shared else size * devices
+        for name, size in found.host.items()
+    }
+    return found
+
+
 def dequantising(job: Job) -> Memory:
     """The mapped file stays in memory where there is room, which is not counted."""
     s = job.shapes
     largest = max(s.vocabulary * s.hidden, s.hidden * s.channels)
     shard = min(float(s.dense * job.weight), float(max(SHARD_BYTES, job.weight * largest)))
     return _memory(job, {}, {"a shard": shard, "a tensor in float32, twice": 8.0 * largest}, first=True)
-
-
-def _together(job: Job, found: Memory, *shared: str) -> Memory:
-    """The same of all processes of one machine: each has its own of everything on the host, but for what they share out."""
-    trainer = job.config.trainer
-    if trainer.devices * trainer.num_nodes > 1:
-        found.host = {
-            name if name in shared else f"{name} × {trainer.devices} processes": size / trainer.num_nodes
-            if name in shared
-            else size * trainer.devices
-            for name, size in found.host.items()
-        }
-    return found
 
 
 def _attention(job: Job) -> float:

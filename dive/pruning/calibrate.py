@@ -81,7 +81,8 @@ class Calibration:
                 self._keep.append(here)
         self._taylor = None
         if taylor:
-            own = taylor_scores(model, shared_tokens(ranks, tokens), batch=batch)
+            shares_of = dict(zip(tokens, shared_tokens(ranks, list(tokens.values())), strict=True))
+            own = taylor_scores(model, shares_of, batch=batch)
             self._taylor = {name: ranks.sum(scores) for name, scores in own.items()}
         self._track = Track(model, batches)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from dive.model.families import decoder_layers, ffn_projections
 from dive.progress import track
+from dive.ranks import batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +39,7 @@ def taylor_scores(model: "PreTrainedModel", tokens: Mapping[str, Tensor], *, bat
     """
     layers, channels = len(decoder_layers(model)), int(model.config.intermediate_size)
     found = {name: torch.zeros(layers, channels, dtype=torch.float64) for name in tokens}
-    steps = [(name, rows) for name, matrix in tokens.items() for rows in matrix.split(batch) if len(rows)]
+    steps = [(name, rows) for name, matrix in tokens.items() for rows in batches(matrix, batch)]
     for name, rows in track(steps, "Taylor scores"):
         gates, activations, gradients = _backward(model, rows.to(model.device))
         for number in range(layers):

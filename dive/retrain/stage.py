@@ -18,6 +18,7 @@ from dive.model.families import decoder_layers, part_of, renormalises
 from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers
 from dive.progress import show
+from dive.ranks import others_alive
 from dive.retrain.corpus import Corpus
 from dive.retrain.freezing import apply_policy, trained_parameters_table, trained_table
 from dive.retrain.module import MoERetraining, log_values
@@ -179,13 +180,10 @@ def _run(module: MoERetraining, execution: Execution, partial: Path) -> None:
         callbacks=[StageProgress(name, steps=module.steps, tokens=module.recipe.step_tokens, loss=module.recent_loss)],
     )
     try:
-        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+        with others_alive(f"stage {name}: "):
+            trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as end:
         raise KeyboardInterrupt from end  # how Lightning ends on Ctrl-C
-    except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "by peer" in str(error):
-            raise UserError(f"stage {name}: another process of this run has ended; what it said tells why") from error
-        raise
 
 
 def _replay(execution: Execution, stage: Retrained) -> None:

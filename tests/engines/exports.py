@@ -19,6 +19,7 @@ from transformers import (
 
 import dive
 from dive.model.architecture import EMBEDDED
+from tests import conftest
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096,  # of the embedded tokenizer
@@ -34,14 +35,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 1,
     "attn_implementation": "eager",
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3_ROPE = conftest.LLAMA3_ROPE | {"original_max_position_embeddings": 64}
 
 
 @dataclass(frozen=True, slots=True)

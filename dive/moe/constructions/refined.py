@@ -167,7 +167,7 @@ def derive_experts(
         share: which tokens are this process's; all if none.
     """
     share = share or Share.all_of(inputs)
-    hidden, channels = weights.down.shape
+    ranks, (hidden, channels) = share.ranks, weights.down.shape
     width = pruning.width(channels)
 
     def rows_of(expert: int) -> Tensor:
@@ -181,38 +181,32 @@ def derive_experts(
     def moments(expert: int, rows: Tensor) -> tuple[ChannelStatistics, Tensor] | None:
         """Of the rows of all processes; none but for the expert's owner."""
         statistics, cross = token_statistics(weights, inputs, targets, share.own(rows))
-        ranks, owner = share.ranks, expert % share.ranks.count
+        owner = ranks.owner(expert)
         statistics, cross = over_ranks(statistics, ranks, owner=owner), ranks.sum_at(owner, cross)
         return (statistics, cross) if ranks.owns(expert) else None
 
-    kept, refitted = [], []
-    for first in range(
-        0, experts, share.ranks.count
-    ):  # as many at once as there are processes: each has one of its own
-        several = range(first, min(first + share.ranks.count, experts))
-        rows = {expert: rows_of(expert) for expert in several}
+    kept = list(torch.zeros(experts, channels, dtype=torch.bool))
+    refitted = [weights.down.new_empty(hidden, width) for _ in range(experts)]
+    for first in range(0, experts, ranks.count):  # as many at once as there are processes: each has one of its own
+        several, expert = range(first, min(first + ranks.count, experts)), first + ranks.rank
+        rows = {each: rows_of(each) for each in several}
         held = {
-            expert: held_out(len(found)) if pruning.ridge is None else torch.zeros(len(found), dtype=torch.bool)
-            for expert, found in rows.items()
+            each: held_out(len(found)) if pruning.ridge is None else torch.zeros(len(found), dtype=torch.bool)
+            for each, found in rows.items()
         }
-        chosen, down = torch.zeros(channels, dtype=torch.bool), weights.down.new_empty(hidden, width)
         fit: tuple[ChannelStatistics, Tensor] | None = None
-        for expert in several:
-            fit = moments(expert, rows[expert][~held[expert]]) or fit
+        for each in several:
+            fit = moments(each, rows[each][~held[each]]) or fit
         if fit is not None:
-            chosen = choose_channels(
-                pruning, weights, fit[0], width=width, cross=fit[1], seed=seed + first + share.ranks.rank
-            )
+            kept[expert] = choose_channels(pruning, weights, fit[0], width=width, cross=fit[1], seed=seed + expert)
         other: tuple[ChannelStatistics, Tensor] | None = None
         if pruning.ridge is None:
-            for expert in several:
-                other = moments(expert, rows[expert][held[expert]]) or other
+            for each in several:
+                other = moments(each, rows[each][held[each]]) or other
         if fit is not None:
-            down = _refit(weights.down, chosen, fit, other, pruning.ridge)
+            refitted[expert] = _refit(weights.down, kept[expert], fit, other, pruning.ridge)
         del fit, other
-        for expert in several:
-            kept.append(share.ranks.from_owner(expert % share.ranks.count, chosen.clone()))
-            refitted.append(share.ranks.from_owner(expert % share.ranks.count, down.clone()))
+    kept, refitted = ranks.from_owners(kept), ranks.from_owners(refitted)
     return ExpertLayer(
         masks=torch.stack(kept),
         gate_up=torch.stack([torch.cat([weights.gate[mask], weights.up[mask]]) for mask in kept]),
@@ -300,9 +294,11 @@ def train_layer(
 
     def errors_of(x: Tensor, y: Tensor, *, tokens: Tensor, experts: Tensor) -> Tensor:
         """Of pairs, each by its expert's owner."""
+        errors_at = partial(pair_errors, gate_up, down, act, x, y)
+        if ranks.count == 1:
+            return errors_at(tokens=tokens, experts=experts)
         own = (experts % ranks.count == ranks.rank).nonzero().squeeze(1)
-        found = pair_errors(gate_up, down, act, x, y, tokens=tokens[own], experts=experts[own])
-        return joined_pairs(found, own, len(experts), ranks)
+        return joined_pairs(errors_at(tokens=tokens[own], experts=experts[own]), own, len(experts), ranks)
 
     with torch.enable_grad():
         for _ in range(steps):
@@ -345,8 +341,9 @@ def train_layer(
             optimiser.step()
             schedule.step()
             ranks.from_owner(0, router.detach())  # or rounding would part them in time
-
-    def owned(matrices: list[Tensor]) -> Tensor:
-        return torch.stack([ranks.from_owner(e % ranks.count, m.detach()) for e, m in enumerate(matrices)])
-
-    return ExpertLayer(masks=start.masks, gate_up=owned(gate_up), down=owned(down), router=(router / scale).detach())
+    return ExpertLayer(
+        masks=start.masks,
+        gate_up=torch.stack(ranks.from_owners([matrix.detach() for matrix in gate_up])),
+        down=torch.stack(ranks.from_owners([matrix.detach() for matrix in down])),
+        router=(router / scale).detach(),
+    )
