@@ -92,14 +92,14 @@ def served(x: float, y: float) -> Iterator[str]:
         left, top = x + 102 * (number % 2), y + 52 * (number // 2)
         more = ' stroke="var(--line)" stroke-width="2"'
         yield rectangle(left, top, 98, 44, "var(--paper)", radius=8, more=more)
-        yield words(left + 49, top + 28, name, "middle")
+        yield words(left + 49, top + 28, name, "middle small")
 
 
 STATIONS = (
     ("1  Dense model", "one wide FFN in each layer", dense),
     ("2  Domains", "texts of several kinds", domains),
     ("3  Pruned experts", "each keeps other channels", pruned),
-    ("4  Mixture-of-Experts", "a router picks, per token", mixture),
+    ("4  Mixture-of-Experts", "a router picks one per token", mixture),
     ("5  Retrained", "taught by the dense model", retrained),
     ("6  Served", "as a stock model class", served),
 )

@@ -71,11 +71,28 @@ def test_a_corpus_on_the_hub_composes() -> None:
             to_typed(compose("config", ["retrain.corpus.source=hub"]), Config)
 
 
+def test_every_preset_that_a_page_names_exists() -> None:
+    text = "\n".join(PAGES.values())
+    for group, number in (
+        ("model", 13),
+        ("experiment", 8),
+        ("trainer", 4),
+        ("moe", 5),
+        ("retrain", 6),
+        ("affinity", 4),
+    ):
+        named = re.findall(rf"(?<![\w.+/]){group}=([\w.|\\-]*\w)", text)
+        presets = {preset for name in named for preset in name.replace("\\", "").split("|")}
+        assert len(presets) >= number, group
+        for preset in presets:
+            assert (CONF / group / f"{preset}.yaml").is_file(), f"{group}={preset}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page: str) -> None:
-    for target in re.findall(r"\]\(((?!https?:)[^)#]+)", PAGES[page]):
+    for target in re.findall(r"(?:\]\(|src=\")((?!https?:)[^)#\"]+)", PAGES[page]):
         generated = re.fullmatch(r"options/(\w+)\.md", target)
-        there = generated is not None and (CONF / generated[1]).is_dir()
+        there = generated is not None and (generated[1] == "index" or (CONF / generated[1]).is_dir())
         assert there or (ROOT / page).parent.joinpath(target).exists(), target
 
 

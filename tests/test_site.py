@@ -120,6 +120,28 @@ def test_the_route_is_drawn_anew_where_its_script_changes() -> None:
     ElementTree.fromstring(drawn)
 
 
+def test_the_recording_is_of_its_transcript_and_fetches_nothing() -> None:
+    transcript, drawn = ((DOCS / name).read_text(encoding="utf-8") for name in ("demo.txt", "demo.svg"))
+    assert "make demo" in transcript
+    shown = "".join(ElementTree.fromstring(drawn).itertext())
+    for line in re.sub(r"\x1b\[[\d;]*m", "", transcript).splitlines():
+        for word in line.split():
+            assert word in shown.replace("\xa0", " "), line
+    assert "url(http" not in drawn
+    assert "href" not in drawn
+
+
+def test_a_recording_leaves_out_progress_and_refuses_paths_of_the_machine() -> None:
+    recording = script("recording")
+    table = "\x1b[3m   Stage experts: trained parameters  \x1b[0m\n┏━┓\n┃ part ┃\n│ all │\n└─┘\n"
+    log = f"10:00:00 dense: computing\n10:00:01 pruning: 3/5, 2 s/layer, 4 s left\n{table}report   {ROOT}/outputs/1\n"
+    said = recording.shortened(log, "make demo")
+    assert re.sub(r"\x1b\[[\d;]*m", "", said) == "$ make demo\nreport   outputs/1\n"
+    with pytest.raises(ValueError, match="a path of this machine: into /home/me"):
+        recording.shortened("into \x1b[35m/home/me\x1b[0m", "make demo")
+    assert "\x1b" not in recording.draw(said, "a title")
+
+
 def built(root: Path, site: Path) -> "subprocess.CompletedProcess[str]":
     """Build the site as ``make docs`` does."""
     pytest.importorskip("mkdocstrings", reason="pip install 'dive-moe[docs]'")

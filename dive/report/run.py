@@ -18,13 +18,17 @@ from dive.affinity.grouping import affinity
 from dive.engines.table import figures as engine_figures
 from dive.engines.verified import Verified, read_verified
 from dive.errors import UserError
+from dive.eval.tasks import headline
 from dive.report.page import embedded, write_page
 from dive.report.plots import FIGURES
+from dive.report.text import asked_with, model_name
 from dive.results import Results, Spent, SpentStage, read_results, to_json
 
 POINTS = 300
 """Points of a curve that are drawn, at most."""
 OF_EXPERT = re.compile(r"(?P<metric>.+)/layer_(?P<layer>\d+)/expert_(?P<expert>\d+)")
+NAMED_FROM = 1.5
+"""A domain names an expert that gets at least as many times the mean domain's share of it."""
 OF_LAYER = re.compile(r"(?P<metric>.+)/layer_(?P<layer>\d+)")
 
 
@@ -47,7 +51,7 @@ def write_report(directory: Path) -> Path:
         script="report.js",
         data=figures(results, curves),
         results=results,
-        name=model_name(results),
+        name=model_name(results.settings),
         config=results.run.config,
         config_text=config_file.read_text(encoding="utf-8") if config_file.is_file() else None,
         command=shlex.join(results.run.command),
@@ -59,6 +63,7 @@ def write_report(directory: Path) -> Path:
         recovered=recovered(results),
         domains=domain_rows(results),
         tasks=task_rows(results),
+        task_figure=bool(task_figure(results)),
         plan=plan_rows(results),
         verified=(verified := read_verified(directory)),
         engines=[] if verified is None else engine_rows(verified),
@@ -104,15 +109,11 @@ def stage_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def computing_seconds(results: Results) -> float:
-    """What making every stage took, whenever that was, and mining."""
+    """What the run's stages took, whenever each was computed; of a run under way, without evaluation."""
+    if results.plan is not None:
+        return results.plan.actual.seconds
     mining = (results.affinity.seconds if results.affinity is not None else None) or 0.0
     return mining + sum(stage.seconds for stage in results.stages if stage is not results.dense)
-
-
-def model_name(results: Results) -> str:
-    """Of the dense model: its short name, or its directory's."""
-    name, path = str(results.settings["model.name"]), str(results.settings["model.path"])
-    return Path(path).name or name if name == "local" else name
 
 
 def recovered(results: Results) -> float | None:
@@ -125,22 +126,24 @@ def recovered(results: Results) -> float | None:
 
 
 def expert_rows(results: Results) -> list[dict[str, Any]]:
-    """For each expert the domains it was built from, and those whose tokens it gets."""
+    """For each expert its name, the domains it was built from, and those whose tokens it gets."""
     share, groups = results.share, results.groups or []
     if not share:
         return []
     experts = len(next(iter(share.values())))
     rows = []
     for number in range(experts):
+        load = float(np.mean([values[number] for values in share.values()]))
         served = sorted(share, key=lambda domain: -share[domain][number])
         first = [domain for domain in served if max(share[domain]) == share[domain][number]]
         rows.append(
             {
                 "number": number,
+                "name": ", ".join([d for d in served if share[d][number] >= NAMED_FROM * load > 0][:2]) or "mixed",
                 "built_from": groups[number] if has_own_groups(results) else [],
                 "first_choice_of": first,
                 "served": [(domain, share[domain][number]) for domain in served[:3]],
-                "load": float(np.mean([values[number] for values in share.values()])),
+                "load": load,
             }
         )
     return rows
@@ -199,6 +202,37 @@ def task_rows(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def task_figure(results: Results) -> list[dict[str, Any]]:
+    """Each task's own metric where it is a share, {value, error} or null a stage; last, the mean of the tasks with its error."""
+    scores = {(row["task"], row["metric"]): row["scores"] for row in task_rows(results)}
+    rows = []
+    for task in dict.fromkeys(task for task, _ in scores):
+        metrics = {metric: 0.0 for name, metric in scores if name == task}
+        asked = asked_with(results.evaluation.tasks, task)
+        metric, _ = headline(metrics, None if asked is None else asked.metric)
+        found = [value for value, _ in scores[task, metric] if value is not None]
+        if all(0 <= value <= 1 for value in found):
+            rows.append({"task": task, "metric": metric.partition(",")[0], "scores": scores[task, metric]})
+    if len(rows) > 1:
+        of_stage = zip(*(row["scores"] for row in rows), strict=True)
+        rows.append({"task": "mean", "metric": "", "scores": [mean_score(values) for values in of_stage]})
+    return [row | {"scores": [_drawn(*score) for score in row["scores"]]} for row in rows]
+
+
+def _drawn(value: float | None, error: Any) -> dict[str, float | None]:
+    """A score as the figure takes it; the harness writes words where it has no error."""
+    return {"value": value, "error": error if isinstance(error, int | float) else None}
+
+
+def mean_score(scores: Sequence[tuple[float | None, Any]]) -> tuple[float | None, float | None]:
+    """Mean of the tasks, and its standard error where each has one, as of independent questions."""
+    values = [value for value, _ in scores if value is not None]
+    errors = [error for _, error in scores if isinstance(error, int | float)]
+    if len(values) < len(scores):
+        return None, None
+    return float(np.mean(values)), math.hypot(*errors) / len(errors) if len(errors) == len(scores) else None
+
+
 def contaminated_rows(results: Results) -> list[dict[str, Any]]:
     """Texts that were measured and stand in part in the training text, the largest share of documents first."""
     found = results.contamination
@@ -255,6 +289,8 @@ def figures(results: Results, curves: Sequence[dict[str, Any]]) -> dict[str, Any
         "groups": results.groups or [],
         "stages": [{"name": stage.name, "label": stage.label} for stage in results.stages],
         "domains": domain_rows(results),
+        "tasks": task_figure(results),
+        "names": [row["name"] for row in expert_rows(results)],
         "affinity": affinity_figure(results),
         "overlap": results.overlap,
         "layers": None if results.routing is None else results.routing.layers,

@@ -4,6 +4,7 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +12,16 @@ from rich.table import Table
 from dive.eval.tasks import headline
 from dive.results import AskedTask, Results, StageResult
 from dive.units import clock, count
+
+
+def model_name(settings: Mapping[str, Any]) -> str:
+    """What people call the dense model: its name on the hub, or that of its directory or file; the embedded one's own."""
+    name, path = str(settings["model.name"]), Path(str(settings["model.path"]))
+    if str(path) == "embedded":
+        return name
+    if path.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return path.parents[1].name.rpartition("--")[2] or name
+    return (path.stem if path.suffix == ".gguf" else path.name) or name
 
 
 def results_table(results: Results) -> Table:
@@ -129,7 +140,7 @@ def model_card(results: Results, notes: Sequence[str] = ()) -> str:
         *front,
         "---",
         "",
-        f"# Mixture-of-Experts from {markdown(settings['model.name'])}",
+        f"# Mixture-of-Experts from {markdown(model_name(settings))}",
         "",
         f"{settings['moe.experts']} experts, {settings['moe.top_k']} active per token; each is the dense model's FFN with "
         f"{settings['pruning.ratio']:.0%} of its channels pruned. Made by pruning and reconstruction after DIVE "

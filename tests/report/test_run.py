@@ -15,15 +15,19 @@ from dive.report.page import HTML, compact, number, percent
 from dive.report.run import (
     POINTS,
     affinity_figure,
+    computing_seconds,
     contaminated_rows,
     expert_rows,
+    mean_score,
     own_share,
     plan_rows,
     read_curves,
     recovered,
+    task_figure,
     task_rows,
     write_report,
 )
+from dive.units import duration
 from tests.browser import browse, shapes
 from tests.report.made import results as made
 from tests.report.made import stage
@@ -49,7 +53,7 @@ def hostile(finished: Path, tmp_path: Path) -> Path:
     text = (directory / "results.json").read_text().replace('"cats', json.dumps(DOMAIN)[:-1])
     results = json.loads(text)
     results["run"]["command"].append(ENDING)
-    results["run"]["config"]["model"]["name"] = ENDING
+    results["run"]["config"]["model"] |= {"name": ENDING, "path": "embedded"}
     for sample in results["generations"]:
         sample |= {"moe": ENDING, "dense": ENDING, "prompt": ENDING}
     results["stages"][-1]["tasks"] = {DOMAIN: {ENDING: 0.5}}
@@ -90,6 +94,17 @@ def test_every_run_has_its_page(finished: Path) -> None:
     assert set(re.findall(r'data-figure="(\w+)"', page)) == FIGURES
 
 
+def test_the_page_shows_one_time(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8").replace("\u00a0", " ")
+    seconds = json.loads((finished / "results.json").read_text())["plan"]["actual"]["seconds"]
+    took = duration(seconds)
+    assert f"<span>computing time</span><b>{took}</b><span>on cpu, evaluation included</span>" in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page.partition("whole run</td>")[2].partition("</tr>")[0])
+    assert cells[2] == took
+    assert "<th>time</th>" not in page
+    assert "This run itself" not in page
+
+
 def test_the_page_fetches_nothing(finished: Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"<(?:link|img|script|iframe)[^>]+(?:src|href)=[\"'](?!data:)", page)
@@ -116,7 +131,8 @@ def test_chromium_draws_every_figure_without_a_complaint(finished: Path, tmp_pat
 def test_chromium_runs_nothing_from_data(hostile: Path, tmp_path: Path) -> None:
     page = browse(write_report(hostile), tmp_path)
     assert page.console == []
-    assert set(page.figures) == FIGURES
+    assert set(page.figures) == FIGURES | {"tasks"}
+    assert DOMAIN.replace("<", "&lt;").replace(">", "&gt;") in page.figures["tasks"]
     assert Elements(page.dom).scripts == 1 + 4
     assert DOMAIN.replace("<", "&lt;").replace(">", "&gt;") in page.figures["routing"]
 
@@ -190,6 +206,7 @@ def test_experts_and_the_domains_they_serve() -> None:
     first, second = expert_rows(results)
     assert first["first_choice_of"] == ["a", "b"]
     assert second["first_choice_of"] == ["c"]
+    assert (first["name"], second["name"]) == ("a", "c")  # 0.7 and 0.9 are 1.5 times the mean load, 0.6 and 0.4 are not
     assert second["served"] == [("c", 0.9), ("b", 0.4), ("a", 0.3)]
     assert second["load"] == pytest.approx((0.3 + 0.4 + 0.9) / 3)
     assert own_share(results) == pytest.approx((0.7 + 0.4 + 0.9) / 3)
@@ -236,6 +253,37 @@ def test_tasks_are_shown_where_they_are() -> None:
     assert task_rows(made(stages=stages)) == [
         {"task": "piqa", "metric": "acc,none", "scores": [(None, None), (0.5, 0.1)]}
     ]
+
+
+def test_an_expert_that_no_domain_prefers_is_mixed() -> None:
+    share = {"a": [0.5, 0.5, 0.0], "b": [0.4, 0.6, 0.0], "c": [0.5, 0.5, 0.0]}
+    assert [row["name"] for row in expert_rows(made(routing={"share": share}))] == ["mixed", "mixed", "mixed"]
+    share = {name: [0.9, 0.1] for name in "abc"} | {name: [0.1, 0.9] for name in "defghi"}
+    assert expert_rows(made(routing={"share": share}))[0]["name"] == "a, b"  # two at most
+
+
+def test_bars_are_standard_errors_and_the_mean_has_its_own() -> None:
+    def stages(*scores: tuple[float, Any]) -> list[dict[str, Any]]:
+        measured = [
+            {"acc,none": acc, "acc_stderr,none": error, "acc_norm,none": 0.9, "alias": "t"} for acc, error in scores
+        ]
+        tasks = dict(zip(("piqa", "sciq"), measured, strict=True)) | {"wiki": {"word_perplexity,none": 20.0}}
+        return [stage("dense", 1.0), stage("experts", 2.0, tasks=tasks)]
+
+    piqa, sciq, mean = task_figure(made(stages=stages((0.5, 0.3), (0.7, 0.4))))
+    assert (piqa["task"], piqa["metric"]) == ("piqa", "acc")
+    assert piqa["scores"] == [{"value": None, "error": None}, {"value": 0.5, "error": 0.3}]
+    assert sciq["scores"][1] == {"value": 0.7, "error": 0.4}
+    assert mean["scores"][0] == {"value": None, "error": None}
+    assert mean["scores"][1] == pytest.approx({"value": 0.6, "error": 0.25})  # half of the root of 0.09 + 0.16
+    without = task_figure(made(stages=stages((0.5, "N/A"), (0.7, 0.4))))
+    assert [row["scores"][1]["error"] for row in without] == [None, 0.4, None]
+    asked = {"shots": 0, "limit": None, "metric": "acc_norm,none", "questions": 1, "members": []}
+    evaluation = {"domains": [], "sets": [], "tasks": {"piqa": asked}}
+    chosen = task_figure(made(stages=stages((0.5, 0.3), (0.7, 0.4)), evaluation=evaluation))
+    assert chosen[0]["metric"] == "acc_norm"
+    assert task_figure(made(stages=[stage("dense", 1.0)])) == []
+    assert mean_score([(0.5, None)]) == (0.5, None)
 
 
 def test_texts_that_training_has_seen_in_part_are_named(finished: Path, tmp_path: Path) -> None:
@@ -306,7 +354,10 @@ def test_the_plan_stands_beside_what_it_took() -> None:
     planned["disk_bytes"] = {"store": 5, "export": 6, "checkpoints": 7}
     took = {"seconds": 8.0, "host_bytes": 9, "device_bytes": 0, "disk_bytes": 10}
     actual = {"stages": [took | {"name": "mining", "reused": True}], **took}
-    mining, whole = plan_rows(made(plan={"planned": planned, "actual": actual}))
+    results = made(plan={"planned": planned, "actual": actual}, stages=[stage("x", 1.0, seconds=3.0)])
+    mining, whole = plan_rows(results)
+    assert computing_seconds(results) == whole["seconds"][1] == 8.0
+    assert computing_seconds(made(stages=[stage("x", 1.0, seconds=3.0)])) == 3.0
     assert (mining["seconds"], mining["disk_bytes"], mining["flops"]) == ((1.0, 8.0), (3, 10), 4.0)
     assert mining["reused"]
     assert whole["disk_bytes"] == (5 + 6, 10)

@@ -8,7 +8,7 @@ import pytest
 from rich.table import Table
 
 from dive.progress import show
-from dive.report.text import fenced_json, markdown, model_card, results_table, task_tables
+from dive.report.text import fenced_json, markdown, model_card, model_name, results_table, task_tables
 from tests.report.made import results, stage
 
 CONFIG = {"model": {"name": "m", "path": "a/m"}, "moe": {"experts": 2, "top_k": 1}, "pruning": {"ratio": 0.5}}
@@ -34,6 +34,24 @@ def test_the_card_names_the_domains_of_experts_whatever_they_began_with() -> Non
     grouped = model_card(results(CONFIG, groups=groups, parameters=SIZES, routing={"share": SHARE}))
     assert "## Domains of each expert\n\n- expert 0: law, news\n- expert 1: code, maths\n" in grouped
     assert "expert 0" not in model_card(results(CONFIG, groups=[], parameters=SIZES, routing={}))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "called"),
+    [
+        ("tiny", "embedded", "tiny"),
+        ("local", "/models/My-Llama/", "My-Llama"),
+        ("local", "models/Smol.Q4_1.gguf", "Smol.Q4_1"),
+        ("local", ".", "local"),
+        ("llama3.2-1b", "meta-llama/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct"),
+        ("local", "/cache/models--org--Some-Model/snapshots/0123abc", "Some-Model"),
+    ],
+)
+def test_a_model_is_called_as_on_the_hub_or_by_its_directory(name: str, path: str, called: str) -> None:
+    assert model_name({"model.name": name, "model.path": path}) == called
+    config = CONFIG | {"model": {"name": name, "path": path}}
+    card = model_card(results(config, groups=[], parameters=SIZES, routing={}))
+    assert f"# Mixture-of-Experts from {markdown(called)}\n" in card
 
 
 @pytest.mark.parametrize("grouped", [True, False])

@@ -9,6 +9,7 @@ const grouping = (groups) => {
     name: (domain) => (known(domain) ? `${domain} · ${of.get(domain)}` : domain),
   };
 };
+const named = (expert) => (data.names[expert] ? `expert ${expert}: ${data.names[expert]}` : `expert ${expert}`);
 const mined = grouping(data.affinity?.groups ?? []);
 const { of: groupOf, ink: groupInk, name: groupName } = data.groups.length > 1 ? grouping(data.groups) : mined;
 
@@ -31,7 +32,7 @@ if (data.routing) {
       ring: built ? (i, j) => groupOf.get(domains[i]) === j : null,
       rowInk: (d) => groupInk(domains[d]), columnInk: (d) => (built ? colour(d, experts) : "currentColor"),
       xLabel: "expert (values in %)",
-      title: (i, j, v) => `${domains[i]} → expert ${j}\n${d3.format(".1%")(v)} of its tokens\n${layer < 0 ? "mean over layers" : `layer ${numbers[layer]}`}${built && groupOf.get(domains[i]) === j ? "\nbuilt from this domain" : ""}`,
+      title: (i, j, v) => `${domains[i]} → ${named(j)}\n${d3.format(".1%")(v)} of its tokens\n${layer < 0 ? "mean over layers" : `layer ${numbers[layer]}`}${built && groupOf.get(domains[i]) === j ? "\nbuilt from this domain" : ""}`,
     }),
   ]);
   if (drawn && layers > 1) {
@@ -42,8 +43,9 @@ if (data.routing) {
 
 /* ---- perplexity by domain and stage */
 
+const stageInks = data.stages.map((stage, i) => ["currentColor", colour(2), colour(1), colour(3), colour(0), colour(6), colour(5)][i] ?? colour(i));
 if (data.domains.length) {
-  const inks = data.stages.map((stage, i) => ["currentColor", colour(2), colour(1), colour(3), colour(0), colour(6), colour(5)][i] ?? colour(i));
+  const inks = stageInks;
   const last = data.stages.length - 1;
   const points = data.domains.flatMap((row) => row.perplexity.map((v, s) => ({ domain: row.domain, v, s })).filter((p) => p.v != null));
   figure("domains", (width) => {
@@ -61,6 +63,34 @@ if (data.domains.length) {
           Plot.ruleY(data.domains, { y: "domain", x1: (d) => d3.min(d.perplexity), x2: (d) => d3.max(d.perplexity), strokeOpacity: 0.35 }),
           Plot.dot(points, { x: "v", y: "domain", r: { value: (d) => (d.s < 2 ? 4 : 3.4 + 1.8 * Math.min(3, last - d.s)), scale: null }, fill: { value: (d) => inks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
           Plot.tip(points, Plot.pointer({ x: "v", y: "domain", title: (d) => `${d.domain}\n${data.stages[d.s].label}\nperplexity ${show(d.v)}`, fontSize: 12 })),
+        ],
+      }),
+    ];
+  });
+}
+
+/* ---- tasks, with a bar of one standard error to each side */
+
+if (data.tasks.length) {
+  const kept = d3.range(data.stages.length).filter((s) => data.tasks.some((row) => row.scores[s].value != null));
+  const points = data.tasks.flatMap((row, i) => kept.map((s, k) => ({ ...row.scores[s], row, s, y: i + (k - (kept.length - 1) / 2) * (0.7 / kept.length) })).filter((p) => p.value != null));
+  const reach = (sign) => (p) => p.value + sign * (p.error ?? 0);
+  figure("tasks", (width) => {
+    const left = widest(data.tasks.map((row) => row.task)) + 14;
+    return [
+      legend(kept.map((s) => [data.stages[s].label, stageInks[s]])),
+      Plot.plot({
+        width, height: 50 + data.tasks.length * (16 + 9 * kept.length), marginLeft: left, marginTop: 8, marginBottom: 42, marginRight: 20,
+        style: { fontSize: "11px", background: "transparent" },
+        x: { label: "score", grid: true, inset: 6, tickFormat: percent, ticks: Math.max(2, Math.floor((width - left) / 90)) },
+        y: { domain: [-0.5, data.tasks.length - 0.5], reverse: true, axis: null },
+        ariaLabel: "scores by task and stage, with standard errors",
+        marks: [
+          Plot.ruleY(d3.range(1, data.tasks.length).map((i) => i - 0.5), { strokeOpacity: 0.15 }),
+          Plot.text(data.tasks, { y: (_, i) => i, frameAnchor: "left", textAnchor: "end", dx: -8, text: "task" }),
+          Plot.ruleY(points.filter((p) => p.error != null), { y: "y", x1: reach(-1), x2: reach(1), stroke: { value: (p) => stageInks[p.s], scale: null }, strokeWidth: 1.6 }),
+          Plot.dot(points, { x: "value", y: "y", r: 3.6, fill: { value: (p) => stageInks[p.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
+          Plot.tip(points, Plot.pointer({ x: "value", y: "y", title: (p) => `${p.row.task}${p.row.metric ? `, ${p.row.metric}` : ""}\n${data.stages[p.s].label}\n${d3.format(".1%")(p.value)}${p.error == null ? "" : ` ± ${d3.format(".1%")(p.error)}`}`, fontSize: 12 })),
         ],
       }),
     ];
@@ -131,7 +161,7 @@ if (data.overlap && data.overlap.length > 1) {
       label: "overlap between experts", rows: names, columns: names, width: Math.min(width, 620), cell: 29, rowHeight: 28, xLabel: "expert", yLabel: "expert",
       value: (i, j) => (i === j ? null : data.overlap[i][j]), shade: (v) => (high > low ? (v - low) / (high - low) : 0.5), text: (v) => d3.format(".2f")(v),
       rowInk: (d) => (data.groups.length === names.length ? colour(d, names.length) : "currentColor"), columnInk: (d) => (data.groups.length === names.length ? colour(d, names.length) : "currentColor"),
-      title: (i, j, v) => (v == null ? `expert ${i} with itself: 1` : `experts ${i} and ${j}\n${show(v)}${data.groups.length === names.length ? `\n${i}: ${data.groups[i].join(", ")}\n${j}: ${data.groups[j].join(", ")}` : ""}`),
+      title: (i, j, v) => (v == null ? `expert ${i} with itself: 1` : `${named(i)}\n${named(j)}\n${show(v)}${data.groups.length === names.length ? `\n${i}: ${data.groups[i].join(", ")}\n${j}: ${data.groups[j].join(", ")}` : ""}`),
     }),
   ]);
 }
@@ -167,9 +197,9 @@ if (data.curves.length) {
     const loads = figure("load", (width) => {
       const with_ = data.curves.filter((c) => c.experts[kind]);
       const experts = d3.sort(new Set(with_.flatMap((c) => Object.keys(Object.values(c.experts[kind])[0]).map(Number))));
-      const series = with_.flatMap((c) => experts.map((e) => ({ name: `expert ${e}`, of: `${c.stage}/${e}`, colour: colour(e, experts.length), points: c.tokens.map((t, i) => [t, value(c, e, i)]) })));
+      const series = with_.flatMap((c) => experts.map((e) => ({ name: named(e), of: `${c.stage}/${e}`, colour: colour(e, experts.length), points: c.tokens.map((t, i) => [t, value(c, e, i)]) })));
       return [
-        legend(experts.map((e) => [`expert ${e}`, colour(e, experts.length)])),
+        legend(experts.map((e) => [named(e), colour(e, experts.length)])),
         lines({ series, width, xLabel: "training tokens", yLabel: kind === "expert_load" ? "share of the layer's tokens" : kind, format: kind === "expert_load" ? percent : short, zero: true, marks: [borders, Plot.ruleY([1 / experts.length], { strokeOpacity: 0.5 })] }),
       ];
     });
