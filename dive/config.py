@@ -226,6 +226,9 @@ class CalibrationDomainsConfig:
     group_samples: int | None = bounded(None, at_least=1, at_most=10**9)
     """Calibration sequences of a group, split evenly over its domains, as in the paper; all of theirs if null. Where experts
     do not begin with groups, so many for each expert, of all domains."""
+    generated: int = bounded(0, at_least=0, at_most=10**7)
+    """Calibration sequences that the dense model writes itself, beside the domains' own: for text unlike any of the domains.
+    Where stages read the domains' text, it has the same share of that as of calibration. It takes some time to write."""
     repeat: bool = False
     """Crop the same documents again where a domain has fewer tokens than are asked for, instead of refusing it."""
     batch: int = bounded(16, at_least=1, at_most=2**16)
@@ -235,6 +238,11 @@ class CalibrationDomainsConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "calibration_domains")
+        require(
+            self.generated == 0 or self.length > 2,
+            f"calibration_domains.generated gives its sequences two tokens to begin with, and calibration_domains.length is "
+            f"{self.length}; raise calibration_domains.length to 3",
+        )
         if self.source is TextSource.local:
             require(
                 self.path is not None,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dive.affinity.groups import Groups
 from dive.calibration_domains.amounts import check_amounts
+from dive.calibration_domains.generated import read_text, write_text
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import DomainTexts, domain_names, fingerprint, load_domains
-from dive.config import Config, EvalConfig, EvaluateConfig, Grouping, StageText
+from dive.config import Config, EvalConfig, EvaluateConfig, Grouping, Load, StageText
 from dive.errors import require
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluation_texts
@@ -22,9 +23,11 @@ from dive.eval.tasks import TaskSuite, load_tasks
 from dive.model.chat import conversation
 from dive.model.families import check_chosen, form_of
 from dive.model.load import DenseSource, document_tokens, load_tokenizer
-from dive.retrain.corpus import Corpus, local_documents, open_corpora
+from dive.model.recipe import Dense
+from dive.results import GENERATED
+from dive.retrain.corpus import Corpus, Generated, local_documents, open_corpora
 from dive.retrain.freezing import check_policy
-from dive.store import HasStore
+from dive.store import HasStages, HasStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,18 +52,25 @@ class TrainingInputs(Inputs):
 
     tokens: dict[str, Tensor]
     """{domain: (samples, length) int64} for calibration."""
+    generated: Tensor | None
+    """(samples, length) int64 that the dense model wrote, for calibration beside the domains."""
     measured: dict[str, Tensor]
     """{domain: (samples, length) int64} for affinity."""
     corpora: dict[StageText, Corpus]
     """For retraining."""
 
+    def calibration(self) -> dict[str, Tensor]:
+        """All calibration sequences, (samples, length) int64 of each domain and of what the model wrote."""
+        return self.tokens | ({} if self.generated is None else {GENERATED: self.generated})
 
-def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInputs:
-    """Read tasks and texts and cut these into tokens.
+
+def prepare(run: HasStages, config: Config, dense: Dense) -> TrainingInputs:
+    """Read tasks and texts and cut these into tokens; let the dense model write the text that is asked of it.
 
     Raises:
         UserError: a task or text is missing, unreadable, too short, or on both sides of the split.
     """
+    source = dense.source
     tokenizer = load_tokenizer(source)
     tasks = load_tasks(config.eval, tokenizer)
     tokenize = partial(document_tokens, tokenizer)
@@ -70,6 +80,7 @@ def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInput
     local = local_documents(config.retrain.corpus, chat=chat)
     texts = evaluation_texts(config.eval, domains, tokenize, corpus=local, chat=chat)
     tokens, measured = sample_tokens(config, train, tokenize)
+    generated = written_by(run, config, dense, tokenizer)
     return TrainingInputs(
         tokenizer=tokenizer,
         texts=texts,
@@ -77,9 +88,30 @@ def prepare(run: HasStore, config: Config, source: DenseSource) -> TrainingInput
         fingerprints=fingerprints(domains),
         contamination=contamination(run, config.eval, domains, texts, tasks, corpus=local),
         tokens=tokens,
+        generated=generated,
         measured=measured,
-        corpora=open_corpora(config.retrain, train, local, tokenize, seed=config.seed, chat=chat),
+        corpora=open_corpora(
+            *(config.retrain, train, local, tokenize),
+            seed=config.seed,
+            chat=chat,
+            generated=None if generated is None else Generated(generated, share=generated_share(config)),
+        ),
     )
+
+
+def written_by(run: HasStages, config: Config, dense: Dense, tokenizer: "PreTrainedTokenizerBase") -> Tensor | None:
+    """Calibration sequences (N, length) int64 that the dense model writes; none if none are asked for."""
+    wanted = config.calibration_domains
+    if not wanted.generated:
+        return None
+    with run.stage(GENERATED):
+        text = write_text(run, tokenizer, model=dense, samples=wanted.generated, length=wanted.length, seed=config.seed)
+    return read_text(text)
+
+
+def generated_share(config: Config) -> int:
+    """Blocks of generated text for each block of a domain: as in calibration, and one at least."""
+    return max(round(config.calibration_domains.generated / config.calibration_domains.samples), 1)
 
 
 def prepare_evaluation(run: HasStore, config: EvaluateConfig, source: DenseSource) -> Inputs:
@@ -129,19 +161,24 @@ def sample_tokens(
 
 
 def tokens_of(
-    tokens: Mapping[str, Tensor], groups: Sequence[Sequence[str]], *, group_samples: int | None, experts: int
+    tokens: Mapping[str, Tensor],
+    groups: Sequence[Sequence[str]],
+    *,
+    generated: Tensor | None = None,
+    group_samples: int | None,
+    experts: int,
 ) -> list[Tensor]:
     """Calibration sequences of each group, (N, length): all of its domains', or ``group_samples`` split evenly over them.
 
-    One group of all domains has as many sequences as groups of ``experts`` experts would have together.
+    One group of all domains has as many sequences as groups of ``experts`` experts would have together. Each group has the
+    ``generated`` ones (N, length) beside its own.
     """
-    if group_samples is None:
-        return [torch.cat([tokens[domain] for domain in group]) for group in groups]
-    wanted = group_samples * experts if len(groups) == 1 else group_samples
+    wanted = 0 if group_samples is None else group_samples * (experts if len(groups) == 1 else 1)
     found = []
     for group in groups:
         shares = [wanted // len(group) + (number < wanted % len(group)) for number in range(len(group))]
-        found.append(torch.cat([tokens[domain][:share] for domain, share in zip(group, shares, strict=True)]))
+        taken = [tokens[domain][: share if wanted else None] for domain, share in zip(group, shares, strict=True)]
+        found.append(torch.cat(taken if generated is None else [*taken, generated]))
     return found
 
 
@@ -181,6 +218,7 @@ def check(config: Config, source: DenseSource) -> None:
     check_amounts(config, names)
     check_names(config.eval, names)
     check_groups(config, names)
+    check_generated(config, names)
 
 
 def check_evaluation(config: EvaluateConfig, source: DenseSource) -> None:
@@ -207,6 +245,24 @@ def check_groups(config: Config, names: Sequence[str]) -> None:
         require(not unknown, f"affinity.groups: {unknown} not among the calibration domains {names}")
     for members in config.affinity.groups or []:
         require(bool(set(members) & set(names)), f"affinity.groups: none of {members} is a calibration domain here")
+
+
+def check_generated(config: Config, names: Sequence[str]) -> None:
+    """Refuse text of the model's own where nothing has a place for it."""
+    if not config.calibration_domains.generated:
+        return
+    wanted = f"calibration_domains.generated={config.calibration_domains.generated}"
+    require(
+        config.grouping is None,
+        f"{wanted}: it belongs to no group of domains, and experts begin with groups here; set affinity=default and moe=default, "
+        "or calibration_domains.generated=0",
+    )
+    require(
+        config.model.load is not Load.streamed,
+        f"{wanted}: model.load=streamed would read every weight for each token that it writes; set model.load=full, or "
+        "calibration_domains.generated=0",
+    )
+    require(GENERATED not in names, f"{wanted}: a calibration domain is called {GENERATED!r} as well; rename it")
 
 
 def check_lengths(lengths: Mapping[str, Sequence[int]], config: EvalConfig, source: DenseSource) -> None:

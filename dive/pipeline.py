@@ -46,13 +46,14 @@ def train(config: Config, directory: Path, overrides: Sequence[str]) -> Results:
     connect(config.trainer)
     with run.stage(DEQUANTISED):
         dense = dense.in_safetensors(run)
-    data = prepare(run, config, dense.source)
+    data = prepare(run, config, dense)
     run.open(data, dense)
     run.measure(DENSE, dense, data)
 
     groups = choose_groups(run, config, dense, data.tokens, data.measured)
     run.grouped(groups, config)
-    tokens = partial(tokens_of, data.tokens, group_samples=config.calibration_domains.group_samples)
+    limit = config.calibration_domains.group_samples
+    tokens = partial(tokens_of, data.tokens, generated=data.generated, group_samples=limit)
     build = partial(build_experts, run, config.calibration_domains.batch, model=dense, seed=config.seed)
     pruning = config.pruning.effective()
     moe, form = config.moe.effective(pruning), form_of(config, dense.source.config.model_type)

@@ -18,6 +18,7 @@ from dive.store import write_json
 FILE = "results.json"
 DENSE, PRUNED, RECONSTRUCTED, CHECKPOINT = "dense", "pruned", "reconstructed", "checkpoint"
 DEQUANTISED = "dequantised"
+GENERATED = "generated"
 """What a run does first with a GGUF file; it is measured as the dense model."""
 LABELS = {DENSE: "dense model", PRUNED: "pruned, one expert", RECONSTRUCTED: "experts, not retrained"}
 """What readers who have not seen the code are told of a stage; one that is not here trained, and is called by its name."""

@@ -145,7 +145,7 @@ class Run:
                 retraining_corpus=None if trained is None else trained.corpora[StageText.corpus].identity,
             ),
             samples=Samples(
-                calibration=None if trained is None else _shapes(trained.tokens),
+                calibration=None if trained is None else _shapes(trained.calibration()),
                 evaluation=_shapes(data.texts.all()),
             ),
             config=plain(self.config),

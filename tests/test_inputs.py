@@ -14,7 +14,7 @@ from dive.config import StageText
 from dive.errors import UserError
 from dive.inputs import TrainingInputs, prepare, tokens_of
 from dive.model.architecture import read_architecture
-from dive.model.load import locate_dense
+from dive.model.recipe import Dense
 from dive.plan.job import describe_job
 from tests.workplace import Bench, Workplace
 
@@ -40,6 +40,13 @@ def test_text_together_is_as_much_as_that_of_all_groups() -> None:
     assert counts(tokens_of(TOKENS, TOGETHER, group_samples=3, experts=2)) == [{0: 2, 1: 1, 2: 2, 3: 1}]
 
 
+def test_what_the_model_wrote_stands_beside_all_domains() -> None:
+    written = torch.full((5, 4), 9)
+    for limit, domains in ((None, {0: 6, 1: 6, 2: 6, 3: 6}), (3, {0: 2, 1: 1, 2: 2, 3: 1})):
+        found = tokens_of(TOKENS, TOGETHER, generated=written, group_samples=limit, experts=2)
+        assert counts(found) == [domains | {9: 5}]
+
+
 @pytest.mark.parametrize(("affinity", "groups"), [("affinity=default", TOGETHER), ("affinity=given", GROUPS)])
 def test_as_much_text_as_was_planned_is_built_from(
     untrained: Workplace, affinity: str, groups: list[list[str]]
@@ -52,6 +59,9 @@ def test_as_much_text_as_was_planned_is_built_from(
     for count, experts, members in ((job.groups, config.moe.experts, groups), (1, 1, TOGETHER)):
         found = tokens_of(TOKENS, members, group_samples=3, experts=experts)
         assert sum(map(len, found)) == job.building_sequences(count, experts=experts)
+        job.config.calibration_domains.generated = 5
+        assert sum(map(len, found)) + 5 == job.building_sequences(count, experts=experts)
+        job.config.calibration_domains.generated = 0
 
 
 def test_conversations_are_read_by_the_chat_template(
@@ -76,7 +86,7 @@ def test_conversations_are_read_by_the_chat_template(
         settings += ["calibration_domains.text_field=messages", "affinity=default", "eval.windows=null"]
         settings += [f"+eval.sets={{more:{{path:{tmp_path / 'more.jsonl'},text_field:messages,lengths:[16]}}}}"]
         config = workplace.compose(*settings, *overrides)
-        return prepare(Bench(tmp_path / "store"), config, locate_dense(config.model.path))
+        return prepare(Bench(tmp_path / "store"), config, Dense.locate(config.model))
 
     data = read()
     tested = [*chain(*expected[80:90])]
@@ -106,3 +116,32 @@ def test_conversations_are_read_by_the_chat_template(
         UserError, match=r"train\.jsonl:1: .* no chat template; set model\.path to a model that has one"
     ):
         read()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["affinity=mined"], "belongs to no group of domains"),
+        (["model.load=streamed"], "set model.load=full"),
+        (["calibration_domains.length=2"], "raise calibration_domains.length to 3"),
+    ],
+)
+def test_where_nothing_has_a_place_for_it_generated_text_is_refused(
+    untrained: Workplace, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        untrained.run("refused", "affinity=default", "calibration_domains.generated=4", "retrain=none", *overrides)
+
+
+def test_a_domain_of_the_name_of_generated_text_is_refused(untrained: Workplace, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "generated").mkdir(exist_ok=True)
+        (tmp_path / "generated" / f"{split}.txt").write_text("one two three\n" * 100)
+    with pytest.raises(UserError, match="a calibration domain is called 'generated' as well"):
+        untrained.run(
+            "named",
+            "affinity=default",
+            "retrain=none",
+            "calibration_domains.generated=4",
+            f"calibration_domains.path={tmp_path}",
+        )

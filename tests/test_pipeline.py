@@ -236,6 +236,25 @@ def test_affinity_is_mapped_where_it_has_no_say(workplace: Workplace) -> None:
     assert [stage["perplexity"] for stage in without["stages"]] == [stage["perplexity"] for stage in found["stages"]]
 
 
+def test_what_the_model_wrote_calibrates_and_is_read_again(untrained: Workplace, tmp_path: Path) -> None:
+    reading = ["retrain=end_to_end", "~retrain.stages.experts", "retrain.stages.end_to_end.tokens=512"]
+    reading += ["retrain.length=32", "retrain.checkpoint_every=100"]
+    settings = ["affinity=default", f"store={tmp_path}", "moe.refined.steps=5", *reading]
+    settings += ["retrain.stages.end_to_end.batch=4", "retrain.stages.end_to_end.train.experts=full"]
+    plain = untrained.run("without", *settings)
+    found = untrained.run("with", *settings, "calibration_domains.generated=12")
+    assert found["run"]["samples"]["calibration"] == plain["run"]["samples"]["calibration"] | {"generated": [12, 32]}
+    assert found["run"]["fingerprints"]["retraining_corpus"] != plain["run"]["fingerprints"]["retraining_corpus"]
+    assert sorted(found["evaluation"]["domains"]) == sorted(WORDS)
+    stages = {stage["name"]: stage for stage in found["plan"]["actual"]["stages"]}
+    assert stages["generated"]["seconds"] > 0
+    assert [s["tokens"] for s in found["plan"]["planned"]["stages"] if s["name"] == "generated"] == [12 * 32]
+    for before, after in zip(plain["stages"], found["stages"], strict=True):
+        assert (before["perplexity"] == after["perplexity"]) == (before["name"] == "dense")
+    again = untrained.run("again", *settings, "calibration_domains.generated=12")
+    assert all(stage["reused"] for stage in again["plan"]["actual"]["stages"] if stage["name"] != "export")
+
+
 def test_expert_biases_make_a_custom_directory(workplace: Workplace) -> None:
     results = workplace.run(
         "bias",

@@ -199,3 +199,15 @@ def token_blocks(documents: Sequence[str], tokenize: Tokenize, *, length: int, s
             while len(pending) >= length:
                 yield torch.tensor(pending[:length])
                 del pending[:length]
+
+
+def row_blocks(rows: Tensor, *, length: int, seed: int) -> Iterator[Tensor]:
+    """Endless blocks (length,) int64 of sequences (N, T) joined in random order, reshuffled every round."""
+    rng = np.random.default_rng(seed)
+    pending = torch.empty(0, dtype=torch.int64)
+    while True:
+        for index in rng.permutation(len(rows)):
+            pending = torch.cat([pending, rows[index]])
+            while len(pending) >= length:
+                yield pending[:length].clone()
+                pending = pending[length:]

@@ -408,12 +408,17 @@ def load_dense(
     return load_weights(source, dtype=dtype, device=resolve_device(device)), tokenizer
 
 
+def boundary_token(tokenizer: Any) -> int | None:
+    """What a document begins with: the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing."""
+    found: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return found
+
+
 def document_tokens(tokenizer: Any, document: str) -> list[int]:
     """Tokens of one document as language models are trained on it: a boundary token, then the text.
 
-    The boundary is the tokenizer's BOS token, or its EOS token where there is no BOS (Qwen), or nothing. A conversation has
-    none but what its chat template writes.
+    A conversation has no boundary but what its chat template writes.
     """
-    boundary = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    boundary = boundary_token(tokenizer)
     ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     return ids if boundary is None or isinstance(document, Conversation) else [boundary, *ids]

@@ -131,9 +131,10 @@ class Job:
         if sizes is None:
             sizes = [self.domains // groups + (i < self.domains % groups) for i in range(groups)]
         if domains.group_samples is None:
-            return sum(sizes) * domains.samples
+            return sum(sizes) * domains.samples + domains.generated
         wanted = domains.group_samples * (experts if groups == 1 else 1)
-        return sum(min(wanted // size + (i < wanted % size), domains.samples) for size in sizes for i in range(size))
+        shares = (min(wanted // size + (i < wanted % size), domains.samples) for size in sizes for i in range(size))
+        return sum(shares) + domains.generated
 
     @property
     def groups(self) -> int:

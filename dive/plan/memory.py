@@ -23,6 +23,9 @@ CONTEXT = 0.6e9
 LOSS_CHUNK = 2**20
 """Of :mod:`dive.retrain.loss`, which the plan does not import: it imports torch."""
 
+GENERATED_ROWS = 64
+"""Of :mod:`dive.calibration_domains.generated`, which imports torch too."""
+
 
 @dataclass(slots=True)
 class Memory:
@@ -72,6 +75,14 @@ def dequantising(job: Job) -> Memory:
     largest = max(s.vocabulary * s.hidden, s.hidden * s.channels)
     shard = min(float(s.dense * job.weight), float(max(SHARD_BYTES, job.weight * largest)))
     return _memory(job, {}, {"a shard": shard, "a tensor in float32, twice": 8.0 * largest}, first=True)
+
+
+def generating(job: Job, rows: int) -> Memory:
+    """Sequences that the dense model writes: keys and values, copied as they grow, and logits."""
+    s = job.shapes
+    cache = 2.0 * rows * job.config.calibration_domains.length * s.layers * 2 * s.keys * job.weight
+    rest = {"dense model": float(job.weight * s.dense), "keys and values": cache, "logits": 16.0 * rows * s.vocabulary}
+    return _memory(job, rest, first=True)
 
 
 def _attention(job: Job) -> float:

@@ -11,7 +11,7 @@ from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
 from dive.plan.parameters import reached, shapes, trained
-from dive.results import DEQUANTISED, PRUNED, RECONSTRUCTED
+from dive.results import DEQUANTISED, GENERATED, PRUNED, RECONSTRUCTED
 
 
 @dataclass(slots=True)
@@ -141,6 +141,8 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     job = describe_job(config, architecture, device or config.plan.device)
     s, domains = job.shapes, config.calibration_domains
     stages = [_dequantising(job)] if config.model.path.endswith(GGUF) else []
+    if domains.generated:
+        stages.append(_generating(job))
     if config.mines:
         stages += [_calibration(job, "calibration", domains.samples, domains.length), _mining(job)]
     elif config.maps and job.domains > 2:
@@ -207,6 +209,25 @@ def _dequantising(job: Job) -> Stage:
     """Its arithmetic is not counted: it takes less than writing."""
     written = float(job.shapes.dense * job.weight)
     return Stage(DEQUANTISED, "dequantised", 0, {}, memory.dequantising(job), moved=written, written=written)
+
+
+def _generating(job: Job) -> Stage:
+    """Text that the dense model writes, a token of every row at a time: all weights are read for each."""
+    s, domains = job.shapes, job.config.calibration_domains
+    rows = min(domains.generated, memory.GENERATED_ROWS)
+    steps = math.ceil(domains.generated / rows) * domains.length
+    tokens = domains.generated * domains.length
+    cache = rows * domains.length * s.layers * 2 * s.keys * job.weight  # copied as it grows: read, written, and read
+    return Stage(
+        GENERATED,
+        "generated",
+        tokens,
+        {job.dtype: float(tokens * flops.dense_forward(s, domains.length))},
+        memory.generating(job, rows),
+        moved=float(steps * (s.dense * job.weight + 1.5 * cache)),
+        written=8.0 * tokens,
+        alone=float(tokens * flops.dense_forward(s, domains.length)),
+    )
 
 
 def _calibration(job: Job, name: str, samples: int, length: int) -> Stage:

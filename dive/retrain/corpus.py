@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from dive.calibration_domains.local import SUFFIXES, read_documents, text_files
-from dive.calibration_domains.sampling import Tokenize, token_blocks
+from dive.calibration_domains.sampling import Tokenize, row_blocks, token_blocks
 from dive.calibration_domains.texts import fingerprint
 from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, StageText
 from dive.errors import require
@@ -44,18 +44,37 @@ def _(value: Corpus) -> str:
     return value.identity
 
 
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Text that the dense model wrote, to be read beside the domains'."""
+
+    rows: Tensor
+    """(N, T) int64"""
+    share: int
+    """Of the blocks, where a domain has 1."""
+
+
 def domain_blocks(
-    texts: Mapping[str, Sequence[str]], tokenize: Tokenize, *, length: int, seed: int
+    texts: Mapping[str, Sequence[str]],
+    tokenize: Tokenize,
+    *,
+    length: int,
+    seed: int,
+    generated: Generated | None = None,
 ) -> Iterator[Tensor]:
     """Blocks of every domain in turn, in a new random order each turn: each domain has the same share of the tokens."""
     streams = [
         token_blocks(documents, tokenize, length=length, seed=seed + number)
         for number, documents in enumerate(texts.values())
     ]
+    turn = list(range(len(streams)))
+    if generated is not None:
+        turn += [len(streams)] * generated.share
+        streams.append(row_blocks(generated.rows, length=length, seed=seed + len(streams)))
     rng = np.random.default_rng(seed)
     while True:
-        for number in rng.permutation(len(streams)):
-            yield next(streams[number])
+        for place in rng.permutation(len(turn)):
+            yield next(streams[turn[place]])
 
 
 def hub_blocks(
@@ -115,17 +134,21 @@ def open_corpora(
     *,
     seed: int,
     chat: Chat | None = None,
+    generated: Generated | None = None,
 ) -> dict[StageText, Corpus]:
     """What the stages read.
 
     Args:
         domains: {domain: train documents}.
         local: documents of a local corpus, see :func:`local_documents`.
+        generated: what is read with the domains' text.
         chat: what makes documents of the lists of messages of a hub corpus.
     """
     length = config.length
     prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
-    evenly = partial(domain_blocks, domains, tokenize, length=length, seed=seed)
+    if generated is not None:
+        prints += f",{generated.share}*{identity(generated.rows)}"
+    evenly = partial(domain_blocks, domains, tokenize, length=length, seed=seed, generated=generated)
     calibration = Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", evenly)
     other = _other_corpus(config, local, tokenize, seed=seed, chat=chat)
     return {StageText.calibration: calibration, StageText.corpus: other or calibration}

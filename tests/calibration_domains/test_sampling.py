@@ -10,6 +10,7 @@ from dive.calibration_domains.sampling import (
     calibration_tokens,
     evaluation_windows,
     pieces,
+    row_blocks,
     token_blocks,
 )
 from dive.errors import UserError
@@ -216,3 +217,14 @@ def test_a_conversation_is_never_cut_before_its_tokens_are() -> None:
     assert found.tolist() == [[97, 98, 97, 98]] * 2
     assert asked == [said]
     assert isinstance(asked[0], Conversation)
+
+
+def test_blocks_of_sequences_have_all_of_them_in_each_round() -> None:
+    """5 sequences of 6 tokens are 3 blocks of 10 a round, and nothing is lost between two."""
+    rows = torch.arange(30).view(5, 6)
+    found = torch.cat([*islice(row_blocks(rows, length=10, seed=3), 6)]).view(2, 5, 6)
+    for turn in found:
+        assert sorted(turn[:, 0].tolist()) == [0, 6, 12, 18, 24]
+        assert (turn - turn[:, :1] == torch.arange(6)).all()
+    assert not torch.equal(*found)
+    assert torch.equal(torch.cat([*islice(row_blocks(rows, length=10, seed=3), 6)]), found.flatten())

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from dive.calibration_domains import generated
 from dive.config import Freezing, FreezingConfig, Mode, StageConfig, TeacherConfig
 from dive.eval.perplexity import token_nll
 from dive.model.architecture import locate_architecture, read_architecture
@@ -159,6 +160,10 @@ def test_a_teacher_shares_what_is_frozen() -> None:
 
 def test_the_loss_is_taken_in_the_same_chunks() -> None:
     assert memory.LOSS_CHUNK == loss.CHUNK
+
+
+def test_text_is_written_in_the_same_batches() -> None:
+    assert memory.GENERATED_ROWS == generated.ROWS
 
 
 def test_on_a_cpu_everything_is_in_the_hosts_memory() -> None:

@@ -78,6 +78,23 @@ def test_text_that_experts_are_built_from() -> None:
     assert by_name(planned("moe.experts=4"))["pruned"].tokens == 16 * 32 * 256  # without a limit all there is
 
 
+def test_text_that_the_model_writes() -> None:
+    """100 sequences in two batches of at most 64 rows, 256 tokens of each: all weights are read 512 times."""
+    without, stages = (
+        by_name(planned("model=tinyllama")),
+        by_name(planned("model=tinyllama", "calibration_domains.generated=100")),
+    )
+    assert list(stages) == ["generated", *without]
+    writing = stages["generated"]
+    assert writing.tokens == 100 * 256
+    assert sum(writing.flops.values()) == pytest.approx(2 * 1.03e9 * 100 * 256, rel=0.1)  # and attention
+    cache = 64 * 256 * 22 * 2 * 256 * 2
+    assert writing.moved == pytest.approx(2 * 256 * (2 * 1_100_048_384 + 1.5 * cache))
+    assert writing.memory.device["keys and values"] == 2 * cache
+    for name in ("pruned", "reconstructed"):
+        assert stages[name].tokens - without[name].tokens == 100 * 256
+
+
 def test_one_expert_is_pruning_alone_unless_it_is_refined() -> None:
     assert "reconstructed" not in by_name(planned("moe=plain", "moe.experts=1"))
     stages = by_name(planned("moe.experts=1"))

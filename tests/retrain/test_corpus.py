@@ -15,7 +15,7 @@ from dive.calibration_domains.sampling import token_blocks
 from dive.cli import composed
 from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, StageText
 from dive.errors import UserError
-from dive.retrain.corpus import BlockRange, domain_blocks, local_documents, open_corpora
+from dive.retrain.corpus import BlockRange, Generated, domain_blocks, local_documents, open_corpora
 
 
 def tokenize(text: str) -> list[int]:
@@ -193,3 +193,21 @@ def test_a_presets_data_set_that_has_no_say_is_named(caplog: pytest.LogCaptureFi
     with caplog.at_level("WARNING", logger="dive"):
         assert configured(config, DOMAINS) == configured(CorpusConfig(), DOMAINS)
     assert "retrain.corpus.hub.path=x/y has no say" in caplog.messages[0]
+
+
+def test_generated_text_has_its_share_of_each_turn() -> None:
+    """Of 10 blocks of two turns 4 are generated, and 2 are each domain's."""
+    written = Generated(torch.zeros(3, 8, dtype=torch.int64), share=2)
+    found = [int(block[0]) for block in islice(blocks(generated=written), 10)]
+    for turn in (found[:5], found[5:]):
+        assert sorted(turn) == [0, 0, ord("a"), ord("b"), ord("c")]
+
+
+def test_generated_text_tells_corpora_apart() -> None:
+    def known(generated: Generated | None) -> str:
+        corpora = open_corpora(RetrainConfig(length=10), DOMAINS, [], tokenize, seed=3, generated=generated)
+        return corpora[StageText.calibration].identity
+
+    rows = torch.zeros(3, 8, dtype=torch.int64)
+    made = [None, Generated(rows, share=1), Generated(rows, share=2), Generated(rows + 1, share=1)]
+    assert len({known(generated) for generated in made}) == 4
