@@ -131,6 +131,12 @@ def end_to_end(size: Setting) -> list[str]:
     return [*ours(size), *local, "retrain=end_to_end", "retrain.stages.end_to_end.batch=4"]
 
 
+def with_generated(size: Setting) -> list[str]:
+    """The same at as many calibration tokens (2 × 8 × 23 × 256, and 94 k), half of them written by the dense model."""
+    half = ("calibration_domains.generated=184", "retrain.stages.end_to_end.tokens=94208")
+    return [*end_to_end(size), *half]
+
+
 def grouped(*overrides: str) -> Callable[[Setting], list[str]]:
     """Ours with other groups to begin with."""
     return lambda size: [*ours(size), *overrides]
@@ -167,6 +173,7 @@ METHODS = {
     "paper": Method("DIVE, the paper's recipe", paper),
     "dive": Method("DIVE, ours", ours),
     "dive_end_to_end": Method("ours from a quarter of that text, the rest for all layers together", end_to_end),
+    "dive_generated": Method("the same, half of all text written by the dense model", with_generated),
     "dive_untaught": Method("ours, retrained on the text alone", grouped(*TEXT_ALONE)),
     "dive_distilled": Method(
         "ours, retrained on the dense model's predictions alone", grouped("retrain.stages.experts.teacher.logits=1")

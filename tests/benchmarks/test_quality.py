@@ -66,16 +66,18 @@ def test_every_method_trains_on_the_same_tokens_with_the_same_optimiser(method: 
     assert (last.learning_rate, last.schedule.value, last.warmup, last.floor) == (1.5e-3, "cosine", 0.1, 0.1)
     assert last.train.experts.value == "full"
     assert list(read) == (["router", "experts"] if method == "paper" else ["experts"])
-    calibrated = {"dive_end_to_end": ["end_to_end"]}
+    calibrated = {"dive_end_to_end": ["end_to_end"], "dive_generated": ["end_to_end"]}
     assert [name for name in config.retrain.stages if name not in read] == calibrated.get(method, [])
 
 
-def test_a_stage_on_calibration_text_stays_where_nothing_is_retrained() -> None:
-    overrides = METHODS["dive_end_to_end"].overrides(Setting.parse("ratio0.75-top1"))
+@pytest.mark.parametrize("method", ["dive_end_to_end", "dive_generated"])
+def test_a_stage_on_calibration_text_stays_where_nothing_is_retrained(method: str) -> None:
+    overrides = METHODS[method].overrides(Setting.parse("ratio0.75-top1"))
     stages = stage_overrides(composed(overrides), tokens=0, learning_rate=None, train="full")
     found = composed([*overrides, *stages])
     assert list(found.retrain.stages) == ["end_to_end"]
-    sampled = 23 * found.calibration_domains.samples * found.calibration_domains.length
+    texts = found.calibration_domains
+    sampled = (23 * texts.samples + texts.generated) * texts.length
     assert sampled + found.retrain.stages["end_to_end"].tokens <= 23 * 32 * 256
 
 
