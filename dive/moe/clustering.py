@@ -71,19 +71,19 @@ def _lloyd(rows: Tensor, squares: Tensor, centres: Tensor, rounds: int) -> Tenso
     clusters = len(centres)
     found, before = centres.double(), None
     for _ in range(rounds):
-        sums, apart, numbers = torch.zeros_like(found), [], []
+        sums, counts, apart, numbers = torch.zeros_like(found), rows.new_zeros(clusters), [], []
         for part in rows.split(PART):
             lowest, number = _scores(part, centres).min(dim=1)
             # A product, not index_add_: that adds in another order each time on CUDA.
             ones = torch.zeros(len(part), clusters, dtype=part.dtype, device=part.device)
             sums += ones.scatter_(1, number[:, None], 1.0).T @ part
+            counts += ones.sum(dim=0)
             apart.append(lowest)
             numbers.append(number)
         number = torch.cat(numbers)
         if before is not None and torch.equal(number, before):
             break
         before = number
-        counts = (number[:, None] == torch.arange(clusters, device=rows.device)).sum(dim=0)
         empty = counts == 0
         farthest = (squares + torch.cat(apart)).topk(min(clusters, len(rows))).indices
         other = rows[farthest[(empty.cumsum(dim=0) - 1).clamp(0, len(farthest) - 1)]]
