@@ -19,7 +19,9 @@ def overload(probabilities: Tensor, chosen: Tensor, *, max_load: float) -> Tenso
         chosen: (T, K) int64.
     """
     experts = probabilities.shape[1]
-    load = torch.bincount(chosen.reshape(-1), minlength=experts) * (experts / chosen.numel())
+    # Not bincount: on CUDA the host waits for it, and no compiler sees through it. Sums of ones are exact in any order.
+    ones = torch.ones(chosen.numel(), device=chosen.device)
+    load = torch.zeros(experts, device=chosen.device).scatter_add_(0, chosen.reshape(-1), ones) * (experts / len(ones))
     return ((load - max_load).clamp_min(0.0) * probabilities.mean(dim=0) * experts).sum()
 
 

@@ -53,14 +53,15 @@ def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
     """Pairs of token and expert in the order of experts, for :func:`grouped_linear`.
 
     Args:
-        chosen: (T, K) int64, experts of each token.
+        chosen: (T, K) int64, experts of each token; pairs of experts from ``experts`` on stand behind all others.
 
     Returns:
         (expert of each row (S,), number t · K + k of each row's pair (S,), end of each expert's rows (E,) int32)
     """
     expert_of_row, order = torch.sort(chosen.reshape(-1), stable=True)
-    per_expert = torch.bincount(expert_of_row, minlength=experts)
-    return expert_of_row, order, torch.cumsum(per_expert, dim=0, dtype=torch.int32)
+    numbers = torch.arange(experts, device=chosen.device)
+    # Not bincount: on CUDA the host waits for it.
+    return expert_of_row, order, torch.searchsorted(expert_of_row, numbers, right=True, out_int32=True)
 
 
 class GroupedLoRA(nn.Module):

@@ -100,7 +100,7 @@ def selected_outputs(
     # What is not computed stands behind the last expert's rows, where no offset reaches.
     _, order, offsets = sort_by_expert(chosen if own is None else chosen.masked_fill(~own, experts), experts)
     if own is not None:
-        order, offsets = order[: int(offsets[experts - 1])], offsets[:experts]
+        order = order[: int(offsets[-1])]
     gate, up = grouped_linear(rows.index_select(0, order // top_k), layer.gate_up, offsets).chunk(2, dim=-1)
     output = grouped_linear(act(gate) * up, layer.down, offsets)
     return output.new_zeros(chosen.numel(), output.shape[1]).index_copy(0, order, output).view(len(rows), top_k, -1)

@@ -3,6 +3,7 @@
 Shapes: D hidden width, F FFN channels, W channels kept, E experts, G groups, N calibration tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 from dive.config import Config, DistillationConfig
@@ -12,9 +13,7 @@ from dive.plan.parameters import Shapes
 ROUND_TOKENS = 4
 """Tokens a channel of an expert that all derivations but the last take, see :mod:`dive.moe.constructions.refined`."""
 KMEANS_TOKENS, KMEANS_ROUNDS = 32768, 10
-"""Tokens of a layer that k-means takes at most, and scipy's rounds, see :func:`first_assignment` there."""
-KMEANS_RATE = 1.5e9
-"""Bytes a second that scipy's k-means reads on one core; measured at hidden widths of 576 and 4096."""
+"""Tokens of a layer that k-means takes at most, and its rounds, see :mod:`dive.moe.clustering`."""
 PAIRS = 1.2
 """Measured: a token's second expert is left out of a local step where the router all but excludes it."""
 
@@ -105,8 +104,21 @@ def refine_solves(s: Shapes, settings: Refinement, *, eliminates: bool) -> int:
 
 
 def kmeans(s: Shapes, tokens: int) -> int:
-    """Bytes that k-means of one layer's inputs reads (float64): once for each centre it begins with, and once a round."""
-    return (s.experts + KMEANS_ROUNDS) * min(tokens, KMEANS_TOKENS) * s.hidden * 8
+    """FLOPs of k-means on one layer's inputs (float32): rows times a few candidates for each centre, in each round rows times
+    centres and sums of rows."""
+    candidates = 1 + (s.experts - 1) * (2 + int(math.log(s.experts)))
+    return min(tokens, KMEANS_TOKENS) * 2 * s.hidden * (candidates + 2 * s.experts * KMEANS_ROUNDS)
+
+
+def kmeans_moved(s: Shapes, tokens: int) -> int:
+    """Bytes that it reads in the device's memory, of which it makes less than a GPU could: rows once for each product, and to
+    centre them (read, written, squared)."""
+    return kmeans_sample(s, tokens) * (3 + s.experts + 2 * KMEANS_ROUNDS)
+
+
+def kmeans_sample(s: Shapes, tokens: int) -> int:
+    """Bytes of the rows (float32) that go to the device for it; it has as many again of its own."""
+    return min(tokens, KMEANS_TOKENS) * s.hidden * 4
 
 
 def refine_host_bytes(s: Shapes, tokens: int, weight: int) -> int:

@@ -181,7 +181,8 @@ def building(job: Job, *, experts: int, groups: int, sequences: int, refined: co
     host = {"hidden states": _hidden(job, sequences * job.config.calibration_domains.length)}
     if refined is not None:
         rest["second moments"] = 0.0  # of one expert at a time, and counted there
-        rest["refinement"] = float(construction.refine_device_bytes(s, refined))
+        clustering = 2 * construction.kmeans_sample(s, sequences * domains.length) if job.clusters_tokens else 0
+        rest["refinement"] = float(max(construction.refine_device_bytes(s, refined), clustering))
         host["refinement"] = float(construction.refine_host_bytes(s, sequences * domains.length, job.weight))
         host["refinement"] += 4.0 * sequences * domains.length * s.hidden if s.shared_width else 0.0  # targets again
     return _together(job, _memory(job, rest, host, first=job.streamed), "hidden states", "refinement")

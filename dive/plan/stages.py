@@ -31,7 +31,7 @@ class Stage:
     linked: float = 0.0
     """Bytes between host and device."""
     clustered: float = 0.0
-    """Bytes that k-means reads on one core of the host, once for each centre it begins with and once a round."""
+    """Bytes that k-means reads in the memory of the first process's device, while the others wait."""
     written: float = 0.0
     """Bytes that stay on the disk."""
     temporary: float = 0.0
@@ -195,7 +195,7 @@ def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
     arithmetic = alone * whole + (1.0 - alone) * shared
     moving = stage.moved / device.bandwidth + (stage.linked / device.link if device.memory is not None else 0.0)
     moving /= stage.processes
-    return arithmetic + moving + stage.clustered / construction.KMEANS_RATE + stage.written / disk
+    return arithmetic + moving + stage.clustered / device.bandwidth + stage.written / disk
 
 
 def _sum(*parts: tuple[str, float]) -> dict[str, float]:
@@ -287,6 +287,10 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         passes = 2 if refined is not None and moe.top_k > 1 else 1
         targets = 0 if refined is not None else 2 * s.ffn
         parts.append(("float32", float(s.sparse * passes * seen * (2 * moe.top_k * s.expert + targets))))
+    clusters = job.clusters_tokens and refined is not None
+    clustering = float(s.sparse * construction.kmeans(s, tokens)) if clusters else 0.0
+    sampled_inputs = float(s.sparse * construction.kmeans_sample(s, tokens)) if clusters else 0.0
+    parts.append(("float32", clustering))
     of_layer = experts * (s.expert * job.weight + s.hidden * job.weight * (1 + s.bias) + s.channels)
     of_layer += s.shared_expert * job.weight if experts > 1 else 0
     return Stage(
@@ -296,13 +300,12 @@ def _building(job: Job, name: str, *, experts: int, groups: int, refined: constr
         _sum(*parts),
         memory.building(job, experts=experts, groups=groups, sequences=sequences, refined=refined),
         moved=moved,
-        linked=float(2 * s.layers * tokens * s.hidden * job.weight),
-        clustered=float(s.sparse * construction.kmeans(s, tokens))
-        if job.clusters_tokens and refined is not None
-        else 0.0,
+        linked=float(2 * s.layers * tokens * s.hidden * job.weight) + sampled_inputs,
+        clustered=float(s.sparse * construction.kmeans_moved(s, tokens)) if clusters else 0.0,
         written=float(s.sparse * of_layer),
         processes=job.world if refined is None else min(job.world, experts),
         owners=experts,
+        alone=clustering,
     )
 
 

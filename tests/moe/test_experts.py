@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, Qwen3MoeConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from dive.config import Gate
 from dive.moe import experts as experts_module
 from dive.moe.experts import GroupedLoRA, experts_forward
+from dive.moe.router import Router
 
 TOKENS, HIDDEN, EXPERTS = 12, 16, 4
 PROJECTIONS = ("lora_gate", "lora_up", "lora_down")
@@ -162,3 +164,34 @@ def test_bias_by_hand() -> None:
     _, chosen, gates = selection(2)
     shift = (gates[:, :, None] * biased.down_bias[chosen]).sum(dim=1)
     torch.testing.assert_close(experts_forward(biased, *selection(2)), plain + shift, rtol=1e-5, atol=1e-4)
+
+
+def test_pairs_are_sorted_by_expert() -> None:
+    chosen = torch.tensor([[2, 0], [2, 3], [0, 5]])  # 1 has no pair; 5 is behind the last of four
+    experts, order, offsets = experts_module.sort_by_expert(chosen, 4)
+    assert experts.tolist() == [0, 0, 2, 2, 3, 5]
+    assert order.tolist() == [1, 4, 0, 2, 3, 5]
+    assert offsets.tolist() == [2, 2, 4, 5]
+    assert offsets.dtype == torch.int32  # what grouped products take
+
+
+def test_a_compiler_sees_through_router_and_experts() -> None:
+    """One graph: nothing in a pass of training waits for the host. Where experts run one after another it reads their counts."""
+    if experts_module._runs_on_cpu(make_experts(), torch.empty(1)):
+        pytest.skip("expert after expert, as on CPUs")
+    module = with_lora(make_experts(width=16)).bfloat16()  # the compiler takes grouped products for bfloat16's alone
+    stock = MixtralTopKRouter(MixtralConfig(hidden_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=1))
+    nn.init.normal_(stock.weight, generator=torch.Generator().manual_seed(0))
+    router = Router(stock.bfloat16(), experts=EXPERTS, top_k=1).train()
+    router.gate, router.balance, router.max_load = Gate.straight_through, 0.1, 1.0
+
+    def block(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        _, gates, chosen = router(rows)
+        return experts_forward(module, rows, chosen, gates), router.penalty
+
+    rows = selection(1)[0].bfloat16()
+    torch._dynamo.reset()
+    # Not fullgraph=True: that allows what waits.
+    assert torch._dynamo.explain(block)(rows).graph_break_count == 0
+    found = torch.compile(block, backend="eager")(rows)
+    torch.testing.assert_close(found, block(rows), rtol=0.0, atol=0.0)

@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dive.config import Config, DistillationConfig, MoEConfig, PlainConfig, RefinedConfig
+from dive.moe import clustering
 from dive.moe.constructions import refined
 from dive.plan import construction
 from dive.plan.construction import Refinement
@@ -53,6 +56,7 @@ def test_refinement(llama: Shapes) -> None:
     one_round = n * 6 * d * f + construction.moments(llama, n) + construction.router_fit(llama, router, n)
     assert construction.ROUND_TOKENS == refined.ROUND_TOKENS
     assert construction.KMEANS_TOKENS == refined.KMEANS_TOKENS
+    assert construction.KMEANS_ROUNDS == clustering.ROUNDS
     # forward; gradients of three matrices, and of what goes into the last
     steps = 10 * 64 * 1.5 * (3 + 3 + 1) * 2 * d * w
     forward = n * (6 * d * f + 2 * 4 * d * d + 4 * length * d + 2 * 8 * d + 6 * d * w)
@@ -73,6 +77,16 @@ def test_refinement(llama: Shapes) -> None:
     one = replace(llama, experts=1)
     assert construction.refine_device_bytes(one, settings) == 2 * 4 * f * f + construction.eliminate_bytes(llama)
     assert more - held == 64 * 2 * (4 * w + 3 * d) * 4
+
+
+def test_clusters_of_tokens_are_what_torch_counts(llama: Shapes) -> None:
+    tokens, hidden = 4096, 32
+    small = replace(llama, hidden=hidden)
+    with FlopCounterMode(display=False) as counter:
+        clustering.kmeans(torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(0)), 8, seed=0)
+    assert construction.kmeans(small, tokens) == counter.get_total_flops()
+    assert construction.kmeans_sample(llama, 10**6) == 32768 * 4096 * 4
+    assert construction.kmeans_moved(llama, 10**6) == 32768 * 4096 * 4 * (3 + 8 + 20)
 
 
 def test_refinement_of_a_configuration() -> None:

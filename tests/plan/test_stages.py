@@ -135,19 +135,24 @@ def test_seconds() -> None:
         Memory(),
         moved=2000.0,
         linked=30.0,
-        clustered=6e9,
+        clustered=4000.0,
         written=40.0,
         processes=2,
     )
     assert seconds(stage, device, 20.0) == (10 + 10 + 10 + 2 + 3) / 2 + 4 + 2
 
 
-def test_clusters_of_tokens_are_the_hosts_work() -> None:
-    # 8 centres and 10 rounds, each reading 32768 rows of 192 float64 in 5 layers
-    assert by_name(planned("calibration_domains.samples=1000"))["reconstructed"].clustered == 18 * 32768 * 192 * 8 * 5
+def test_clusters_of_tokens_are_one_devices_work() -> None:
+    """5 layers of 32768 rows of 192: 7 · 4 candidates after the first, 10 rounds of two products with 8 centres; each product
+    reads the rows, and so do the mean, what takes it off and the squares."""
+    building = by_name(planned("calibration_domains.samples=1000"))["reconstructed"]
+    assert building.alone == 5 * 32768 * 2 * 192 * (1 + 28 + 160)
+    assert building.clustered == 5 * 32768 * 192 * 4 * (3 + 8 + 20)
     assert by_name(planned())["pruned"].clustered == 0
     for otherwise in ("moe.experts=1", "moe=plain", "affinity=random", "moe.refined.start=random"):
-        assert all(stage.clustered == 0 for stage in planned(otherwise).stages)
+        stages = planned(otherwise).stages
+        assert all(stage.clustered == 0 for stage in stages)
+        assert all(stage.alone == 0 for stage in stages if stage.kind == "experts")
 
 
 def test_training_divides_by_the_processes() -> None:

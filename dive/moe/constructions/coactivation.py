@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dive.config import MoEConfig, PruningConfig
 from dive.errors import UserError
 from dive.model.families import FFN
+from dive.moe.assignment import balanced_assignment
 from dive.moe.cut import common_channels, cut_experts
 from dive.moe.layer import ExpertLayer
 from dive.moe.walk import Group, StatisticsWalk, together
@@ -22,7 +22,7 @@ from dive.ranks import ALONE, Ranks
 
 WALK = StatisticsWalk
 ITERATIONS = 3
-"""Of k-means at most; it stops earlier when no channel moves. More gain next to nothing, and each costs O(n³)."""
+"""Of k-means at most; it stops earlier when no channel moves. More gain next to nothing."""
 
 
 def layer(
@@ -94,8 +94,9 @@ def balanced_clusters(coactivation: NDArray[np.float64], *, experts: int) -> NDA
 
     A channel's pattern is the vector over tokens that is 1 where it is active. Squared distances between patterns and means
     of patterns follow from the co-activation counts alone (kernel k-means), so no pattern is kept. Each step assigns all
-    channels at once by the Hungarian method, as in CMoE. It starts from the channel that is active most often, and then
-    each time from the one farthest from those; CMoE takes the E most active ones, which may be alike.
+    channels at once at the least sum of distances (:func:`balanced_assignment`), as CMoE does by the Hungarian method. It
+    starts from the channel that is active most often, and then each time from the one farthest from those; CMoE takes the E
+    most active ones, which may be alike.
 
     Args:
         coactivation: (n, n).
@@ -105,7 +106,6 @@ def balanced_clusters(coactivation: NDArray[np.float64], *, experts: int) -> NDA
     sizes = np.full(experts, n // experts)
     sizes[: n % experts] += 1
     active = coactivation.diagonal()
-    place = np.repeat(np.arange(experts), sizes)  # the cluster of each place
     member = np.zeros((n, experts))  # columns are means: 1 / size for the members
     seed, nearest = int(active.argmax()), np.full(n, np.inf)
     for cluster in range(min(experts, n)):
@@ -116,8 +116,7 @@ def balanced_clusters(coactivation: NDArray[np.float64], *, experts: int) -> NDA
     for _ in range(ITERATIONS):
         together = coactivation @ member
         distance = active[:, None] - 2 * together + (member * together).sum(axis=0)
-        _, taken = linear_sum_assignment(distance[:, place])
-        moved, clusters = clusters, place[taken]
+        moved, clusters = clusters, balanced_assignment(distance, sizes)
         if np.array_equal(moved, clusters):
             break
         member = (clusters[:, None] == np.arange(experts)) / np.maximum(sizes, 1)

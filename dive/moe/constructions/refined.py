@@ -7,13 +7,13 @@ import math
 from functools import partial
 
 import torch
-from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from dive.config import Gates, MoEConfig, PruningConfig, RefinedConfig, Start
 from dive.model.families import FFN
 from dive.moe.balance import overload
+from dive.moe.clustering import kmeans, nearest
 from dive.moe.distill import expert_errors, fit_router
 from dive.moe.gates import scaled_to_gates
 from dive.moe.layer import (
@@ -65,11 +65,13 @@ def layer(
     assert settings is not None
     inputs, targets, share, element = tokens.inputs, tokens.targets, tokens.share, weights.gate.dtype
     weights = float32(weights)
-    assignment = first_assignment(inputs, tokens.groups, settings.start, experts=moe.experts, seed=seed, share=share)
+    device = weights.down.device
+    assignment = first_assignment(
+        inputs, tokens.groups, settings.start, experts=moe.experts, seed=seed, share=share, device=device
+    )
     if tokens.before is not None:
         assignment = renumbered(assignment, tokens.before, experts=moe.experts)
     sample = sampled_rows(share.count, moe.distillation.tokens, seed=seed)
-    device = weights.down.device
     for last in [False] * (settings.rounds if moe.experts > 1 else 0) + [True]:
         most = None if last else ROUND_TOKENS * weights.down.shape[1]
         found = derive_experts(
@@ -101,12 +103,14 @@ def first_assignment(
     experts: int,
     seed: int,
     share: Share | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Expert of each token before the first round, (T,) int64: its group's, where there are any.
+    """Expert of each token before the first round, (T,) int64 on the host: its group's, where there are any.
 
     Args:
         inputs: (t, D), of the tokens of this process.
         share: which these are; all if none.
+        device: that clusters them; where they rest if none. One process finds the centres for all.
     """
     share = share or Share.all_of(inputs)
     if experts == 1:
@@ -115,13 +119,13 @@ def first_assignment(
         return groups
     if start is Start.random:
         return torch.randint(experts, (share.count,), generator=torch.Generator().manual_seed(seed))
+    device = device or inputs.device
     sampled = share.take(inputs, sampled_rows(share.count, KMEANS_TOKENS, seed=seed))
-    centres = inputs.new_empty(experts, inputs.shape[1])
+    centres = torch.empty(experts, inputs.shape[1], dtype=inputs.dtype, device=device)
     if share.ranks.owns(0):
-        centroids, _ = kmeans2(sampled.double().cpu().numpy(), experts, minit="++", rng=seed)
-        centres = torch.from_numpy(centroids).to(inputs)
+        centres = kmeans(sampled.to(device), experts, seed=seed)
     centres = share.ranks.from_owner(0, centres)
-    return share.whole(torch.cat([torch.cdist(part, centres).argmin(dim=-1).cpu() for part in inputs.split(CHUNK)]))
+    return share.whole(torch.cat([nearest(part.to(device), centres).cpu() for part in inputs.split(CHUNK)]))
 
 
 def renumbered(assignment: Tensor, other: Tensor, *, experts: int) -> Tensor:
