@@ -5,11 +5,12 @@ from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from dive.calibration_domains.sampling import evaluation_windows
 from dive.calibration_domains.texts import load_domains
 from dive.cli import composed
 from dive.config import Compensation, Config, Metric, RouterInit, TextSource
@@ -37,17 +38,19 @@ def load_tokens(
     samples: int | None = None,
     length: int | None = None,
     seed: int | None = None,
+    split: Literal["train", "test"] = "train",
 ) -> dict[str, Tensor]:
-    """Read the calibration text of each domain and cut it into tokens.
+    """Read the text of each domain and cut it into tokens.
 
     Args:
         tokenizer: of the dense model.
         overrides: of the command line, such as ``["calibration_domains=paper"]``.
         path: directory with ``<domain>/{train,test}.jsonl|txt|parquet``; the texts that come with the package if None.
         domains: names of the domains to read; all if None.
-        samples: sequences per domain.
+        samples: sequences per domain; of the test split at most so many, from the start.
         length: tokens per sequence.
         seed: seed of the random crops.
+        split: ``train`` to calibrate on, as random crops; ``test`` to measure on, as windows that do not overlap.
 
     Returns:
         {domain: (samples, length) int64}
@@ -55,15 +58,19 @@ def load_tokens(
     Raises:
         UserError: a domain is unknown, unreadable, empty, or has less text than is asked for.
     """
+    require(split in ("train", "test"), f"split={split!r}: choose one of ['train', 'test']")
     config = _composed(tuple(overrides))
     stated = {"path": None if path is None else fspath(path), "samples": samples, "length": length}
     names = None if domains is None else list(domains)
     source = None if path is None else TextSource.local
     settings = replace(config.calibration_domains, **_stated({**stated, "domains": names, "source": source}))
     config = replace(config, calibration_domains=settings, **_stated({"seed": seed}))
-    chat = partial(conversation, tokenizer)
-    texts = {domain.name: domain.train for domain in load_domains(settings, seed=config.seed, chat=chat)}
-    return sample_tokens(config, texts, partial(document_tokens, tokenizer))[0]
+    chat, tokenize = partial(conversation, tokenizer), partial(document_tokens, tokenizer)
+    texts = load_domains(settings, seed=config.seed, chat=chat)
+    if split == "train":
+        return sample_tokens(config, {domain.name: domain.train for domain in texts}, tokenize)[0]
+    cut = partial(evaluation_windows, tokenize=tokenize, length=settings.length, windows=settings.samples)
+    return {domain.name: cut(domain.test, name=domain.name) for domain in texts}
 
 
 def reconstruct(

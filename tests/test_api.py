@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import dive
+from dive.calibration_domains.local import read_documents
 from dive.cli import CONF, PACKAGE, composed
 from dive.errors import UserError
 from dive.eval.perplexity import perplexity
+from dive.model.load import document_tokens
 from dive.moe.assemble import assemble
 from dive.moe.build import build_layers
 from tests.commands import blocks
@@ -109,6 +111,13 @@ def test_tokens_are_those_that_a_run_calibrates_on(tokenizer: PreTrainedTokenize
     assert all(torch.equal(found[name], same[name]) for name in WORDS)
     (cats,) = dive.load_tokens(tokenizer, path=path, domains=["cats"], **settings).values()
     assert torch.equal(cats, found["cats"])
+    test = dive.load_tokens(tokenizer, path=path, split="test", **settings)
+    assert {name: matrix.shape for name, matrix in test.items()} == dict.fromkeys(WORDS, (3, 16))
+    (written,) = (tmp_path / "texts/cats").glob("test.*")
+    whole = document_tokens(tokenizer, read_documents(written, field="text", where="cats")[0])
+    assert test["cats"].flatten().tolist() == whole[: 3 * 16]
+    with pytest.raises(UserError, match=r"split='both': choose one of \['train', 'test'\]"):
+        dive.load_tokens(tokenizer, path=path, split="both")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"domain 'cats' has .* tokens of training text"):
         dive.load_tokens(tokenizer, path=path, domains=["cats"], samples=10**6, length=16)
 

@@ -62,6 +62,7 @@ def test_the_sdist_holds_what_the_site_and_the_tests_need(scripts: Path) -> None
         "CONTRIBUTING.md",
         "CHANGELOG.md",
         "docs/options.py",
+        "examples/dive.ipynb",
         "tests/conftest.py",
         "Makefile",
     } <= names

@@ -152,7 +152,7 @@ def built(root: Path, site: Path) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.slow
 def test_the_site_builds_and_a_broken_link_stops_it(tmp_path: Path) -> None:
     copy = tmp_path / "here"
-    for name in ("docs", "dive", "conf", "tests", "benchmarks"):
+    for name in ("docs", "dive", "conf", "tests", "benchmarks", "examples"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, copy)

@@ -1,9 +1,10 @@
 """Who is routed where, and how much experts have in common.
 
-Shapes: L layers, E experts, F channels.
+Shapes: L layers, E experts, F channels, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,22 +58,50 @@ def routing_share(
     if experts == 1:
         return Routing({domain: torch.ones(len(layers), 1) for domain in windows}, layers)
     counts = torch.zeros(len(windows), len(layers), experts)
-    hooks, current = [], 0
-    for number, block in enumerate(moe_blocks(model)):
+    current = 0
 
-        def count(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor], number: int = number) -> None:
-            counts[current, number] += torch.bincount(output[2].reshape(-1).cpu(), minlength=experts)
+    def count(number: int, chosen: Tensor) -> None:
+        counts[current, number] += torch.bincount(chosen.reshape(-1), minlength=experts)
 
-        hooks.append(block.gate.register_forward_hook(count))
-    try:
-        for current, matrix in enumerate(windows.values()):  # noqa: B007  # the hooks read it
+    with _chosen(model, count):
+        for current, matrix in enumerate(windows.values()):  # noqa: B007  # count reads it
             for rows in batches(ranks.part(matrix), batch):
                 model.base_model(input_ids=rows.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     counts = ranks.sum(counts)
     return Routing(dict(zip(windows, counts / counts.sum(dim=-1, keepdim=True), strict=True)), layers)
+
+
+@torch.no_grad()
+def experts_of_tokens(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
+    """The expert that each layer's router likes best for every token of a text.
+
+    Args:
+        tokens: (T,) int64, the text.
+
+    Returns:
+        (T, L) int64, of the L layers that have experts, see :func:`dive.model.families.sparse_layers`.
+    """
+    found: list[Tensor] = []
+    with _chosen(model, lambda _, chosen: found.append(chosen[:, 0])):
+        model.base_model(input_ids=tokens[None].to(model.device), use_cache=False)
+    return torch.stack(found, dim=1)
+
+
+@contextmanager
+def _chosen(model: "PreTrainedModel", see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Show the experts that routers choose, (tokens, K) int64 with the likeliest first, beside the number of the sparse layer."""
+    hooks = []
+    for number, block in enumerate(moe_blocks(model)):
+
+        def hook(_: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor], number: int = number) -> None:
+            see(number, output[2].cpu())
+
+        hooks.append(block.gate.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def mask_overlap(masks: Tensor) -> Tensor:

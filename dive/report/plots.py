@@ -1,4 +1,4 @@
-"""Figures of a run, written as PNG.
+"""Figures of a run, written as PNG; :func:`affinity_figure` and :func:`routing_figure` draw for notebooks as well.
 
 A figure is a function of what a run found, and a line in :data:`FIGURES`: then it is drawn at the end of every run, logged to
 W&B and, where the page has no interactive one in its place, shown in the report. Shapes: n domains, E experts.
@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from scipy.cluster.hierarchy import dendrogram
 
 from dive.affinity.grouping import affinity
@@ -37,14 +38,41 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
     mined = results.affinity
     if mined is None or mined.tree is None or len(mined.domains) < 2:
         return None
-    values = np.array(mined.similarity) if mined.perplexity is None else affinity(mined.perplexity)
-    domains, tree, groups = mined.domains, np.array(mined.tree), mined.groups or results.groups or []
+    values = mined.similarity if mined.perplexity is None else mined.perplexity
+    assert values is not None
+    return affinity_figure(
+        values,
+        mined.domains,
+        tree=mined.tree,
+        groups=mined.groups or results.groups or [],
+        similarity=str(mined.measure) if mined.perplexity is None else None,
+    )
+
+
+def affinity_figure(
+    values: ArrayLike,
+    domains: Sequence[str],
+    *,
+    tree: ArrayLike,
+    groups: Sequence[Sequence[str]] = (),
+    similarity: str | None = None,
+) -> Figure:
+    """Map of the domains' affinity in the order of their dendrogram.
+
+    Args:
+        values: (n, n) perplexities, see :func:`dive.cross_domain_perplexity`.
+        domains: names of its rows and columns.
+        tree: (n - 1, 4), see :class:`dive.affinity.grouping.Clustering`.
+        groups: of domains, which colour the labels.
+        similarity: name of a measure, where the values are similarities by it instead.
+    """
+    shown = affinity(values) if similarity is None else np.asarray(values)
     n = len(domains)
     size = max(4.5, 0.32 * n)
     figure = Figure(figsize=(size * 1.6, size), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 3.2])
     drawn = dendrogram(
-        tree,
+        np.asarray(tree),
         ax=left,
         orientation="left",
         no_labels=True,
@@ -54,7 +82,7 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
     order = drawn["leaves"][::-1]
     left.set_xlabel("distance, 1 − r")
     left.spines[["top", "right", "left"]].set_visible(False)
-    image = right.imshow(values[np.ix_(order, order)], cmap=MAP, aspect="auto")
+    image = right.imshow(shown[np.ix_(order, order)], cmap=MAP, aspect="auto")
     group_of = {domain: number for number, group in enumerate(groups) for domain in group}
     labels = [f"{domains[i]} [{group_of[domains[i]]}]" if domains[i] in group_of else domains[i] for i in order]
     right.set_xticks(range(n), [domains[i] for i in order], rotation=90, fontsize=8)
@@ -63,9 +91,9 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
     for tick, i in zip(right.get_yticklabels(), order, strict=True):
         if domains[i] in group_of:
             tick.set_color(colours(group_of[domains[i]] % 10))
-    if mined.perplexity is None:
+    if similarity is not None:
         right.set_ylabel("domain [group]")
-        right.set_title(f"Domain affinity: {mined.measure}", fontsize=9)
+        right.set_title(f"Domain affinity: {similarity}", fontsize=9)
         figure.colorbar(image, ax=right, label="similarity (1 = the same)")
     else:
         right.set_xlabel("measured on")
@@ -77,9 +105,16 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
 
 def routing_heatmap(results: Results, curves: Curves) -> Figure | None:
     """Share of each domain's tokens that each expert gets, averaged over layers; a dot marks the expert's own domains."""
-    share, groups = results.share, results.groups or []
-    if not share:
-        return None
+    return routing_figure(results.share, results.groups or []) if results.share else None
+
+
+def routing_figure(share: Mapping[str, Sequence[float]], groups: Sequence[Sequence[str]] = ()) -> Figure:
+    """Map of who is routed where.
+
+    Args:
+        share: {domain: (E,)}, the share of its tokens that each expert gets.
+        groups: the domains that each expert begins with, which get a dot.
+    """
     domains = list(share)
     values = np.array([share[domain] for domain in domains])
     figure = Figure(figsize=(1.8 + 0.55 * values.shape[1], 1.2 + 0.28 * len(domains)))

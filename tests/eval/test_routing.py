@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dive.api import reconstruct
-from dive.eval.routing import Routing, mask_overlap, routing_share
+from dive.eval.routing import Routing, experts_of_tokens, mask_overlap, routing_share
 from dive.model.families import decoder_layers, moe_block
 from dive.moe.plug import plug_routers
 from dive.pruning.calibrate import collect_statistics
@@ -51,6 +51,26 @@ def test_shares_are_those_of_the_router_logits(
     found = routing_share(moe, windows, batch=2)
     for name in windows:
         assert found.share[name].tolist() == pytest.approx(torch.tensor(expected[name]).numpy(), abs=1e-6)
+    assert not any(module._forward_hooks for module in moe.modules())
+
+
+@pytest.mark.parametrize("plugged", [False, True])
+def test_experts_of_tokens_are_those_of_the_highest_logits(
+    moe: PreTrainedModel, tokens: Callable[..., Tensor], plugged: bool
+) -> None:
+    if plugged:
+        plug_routers(moe)
+    text = tokens(1, 9, seed=5)[0]
+    inputs: list[Tensor] = []
+    blocks = [moe_block(moe, layer) for layer in range(len(decoder_layers(moe)))]
+    hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))) for block in blocks]
+    found = experts_of_tokens(moe, text)
+    for hook in hooks:
+        hook.remove()
+    likeliest = [(rows @ block.gate.weight.T).argmax(dim=1) for rows, block in zip(inputs, blocks, strict=True)]
+    assert found.dtype == torch.int64
+    assert found.T.tolist() == [layer.tolist() for layer in likeliest]
+    assert len(found.unique()) > 1
     assert not any(module._forward_hooks for module in moe.modules())
 
 

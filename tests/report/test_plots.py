@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from dive.affinity.grouping import cluster_domains
 from dive.report import plots
 from dive.report.plots import FIGURES, Curves, Plot, draw
 from dive.report.run import write_report
@@ -28,6 +30,23 @@ def test_a_figure_is_drawn_where_there_is_something_to_show(tmp_path: Path) -> N
     written = draw(full, CURVES, tmp_path)
     assert [file.stem for file in written] == ["affinity", "routing", "loss"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+
+
+def test_a_notebook_draws_the_figures_without_a_run() -> None:
+    # Column by column over the best: a and c serve each other, b serves itself alone.
+    perplexity = [[1.0, 4.0, 2.0], [2.0, 1.0, 4.0], [1.0, 4.0, 2.0]]
+    found = cluster_domains(perplexity, ["a", "b", "c"], experts=2)
+    figure = plots.affinity_figure(perplexity, ["a", "b", "c"], tree=found.tree, groups=found.groups)
+    axes = figure.axes[1]
+    labels = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert sorted(labels) == ["a [0]", "b [1]", "c [0]"]
+    order = ["abc".index(label[0]) for label in labels]
+    expected = np.array([[1, 0.25, 1], [0.5, 1, 0.5], [1, 0.25, 1]])
+    assert axes.images[0].get_array().data.tolist() == expected[np.ix_(order, order)].tolist()
+
+    axes = plots.routing_figure({"a": [0.7, 0.3], "b": [0.2, 0.8]}, [["a"], ["b"]]).axes[0]
+    assert axes.images[0].get_array().data.tolist() == [[0.7, 0.3], [0.2, 0.8]]
+    assert [(*map(int, dot.get_xdata()), *map(int, dot.get_ydata())) for dot in axes.lines] == [(0, 0), (1, 1)]
 
 
 def test_stages_follow_one_another() -> None:
