@@ -173,12 +173,15 @@ def tokens_of(
     One group of all domains has as many sequences as groups of ``experts`` experts would have together. Each group has the
     ``generated`` ones (N, length) beside its own.
     """
-    wanted = 0 if group_samples is None else group_samples * (experts if len(groups) == 1 else 1)
+    beside = [] if generated is None else [generated]
+    if group_samples is None:
+        return [torch.cat([*(tokens[domain] for domain in group), *beside]) for group in groups]
+    wanted = group_samples * experts if len(groups) == 1 else group_samples
     found = []
     for group in groups:
         shares = [wanted // len(group) + (number < wanted % len(group)) for number in range(len(group))]
-        taken = [tokens[domain][: share if wanted else None] for domain, share in zip(group, shares, strict=True)]
-        found.append(torch.cat(taken if generated is None else [*taken, generated]))
+        taken = [tokens[domain][:share] for domain, share in zip(group, shares, strict=True)]
+        found.append(torch.cat([*taken, *beside]))
     return found
 
 

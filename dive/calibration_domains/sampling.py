@@ -190,24 +190,22 @@ def _beginning(document: str, tokenize: Tokenize, wanted: int) -> list[int]:
 
 def token_blocks(documents: Sequence[str], tokenize: Tokenize, *, length: int, seed: int) -> Iterator[Tensor]:
     """Endless blocks (length,) int64 of the documents joined in random order, reshuffled every round."""
-    rng = np.random.default_rng(seed)
     parts = pieces(documents)
-    pending: list[int] = []
-    while True:
-        for index in rng.permutation(len(parts)):
-            pending += tokenize(parts[index])
-            while len(pending) >= length:
-                yield torch.tensor(pending[:length])
-                del pending[:length]
+    return _blocks(len(parts), lambda index: tokenize(parts[index]), length=length, seed=seed)
 
 
 def row_blocks(rows: Tensor, *, length: int, seed: int) -> Iterator[Tensor]:
-    """Endless blocks (length,) int64 of sequences (N, T) joined in random order, reshuffled every round."""
+    """The same of sequences (N, T) int64."""
+    return _blocks(len(rows), lambda index: rows[index].tolist(), length=length, seed=seed)
+
+
+def _blocks(count: int, tokens: Callable[[int], list[int]], *, length: int, seed: int) -> Iterator[Tensor]:
+    """Blocks of so many texts, whose tokens are asked for when their turn comes."""
     rng = np.random.default_rng(seed)
-    pending = torch.empty(0, dtype=torch.int64)
+    pending: list[int] = []
     while True:
-        for index in rng.permutation(len(rows)):
-            pending = torch.cat([pending, rows[index]])
+        for index in rng.permutation(count):
+            pending += tokens(index)
             while len(pending) >= length:
-                yield pending[:length].clone()
-                pending = pending[length:]
+                yield torch.tensor(pending[:length])
+                del pending[:length]

@@ -7,6 +7,18 @@ import torch
 from torch import Tensor
 
 
+def expert_load(chosen: Tensor, experts: int, weights: Tensor | None = None) -> Tensor:
+    """How often each expert is chosen, (E,) float32; or the sum of the weights with which it is.
+
+    Args:
+        chosen: (T, K) int64.
+        weights: (T, K).
+    """
+    # Not bincount: on CUDA the host waits for it, and no compiler sees through it. Sums of ones are exact in any order.
+    added = torch.ones_like(chosen, dtype=torch.float32) if weights is None else weights.float()
+    return torch.zeros(experts, device=chosen.device).scatter_add_(0, chosen.reshape(-1), added.reshape(-1))
+
+
 def overload(probabilities: Tensor, chosen: Tensor, *, max_load: float) -> Tensor:
     """Penalty on experts with more than ``max_load`` times the mean load; zero where there are none.
 
@@ -19,9 +31,7 @@ def overload(probabilities: Tensor, chosen: Tensor, *, max_load: float) -> Tenso
         chosen: (T, K) int64.
     """
     experts = probabilities.shape[1]
-    # Not bincount: on CUDA the host waits for it, and no compiler sees through it. Sums of ones are exact in any order.
-    ones = torch.ones(chosen.numel(), device=chosen.device)
-    load = torch.zeros(experts, device=chosen.device).scatter_add_(0, chosen.reshape(-1), ones) * (experts / len(ones))
+    load = expert_load(chosen, experts) * (experts / chosen.numel())
     return ((load - max_load).clamp_min(0.0) * probabilities.mean(dim=0) * experts).sum()
 
 

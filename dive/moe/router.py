@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dive.config import Gate, Mode
-from dive.moe.balance import overload, z_loss
+from dive.moe.balance import expert_load, overload, z_loss
 
 COLDEST = 0.05
 """Temperature at which ``Gate.annealed`` ends."""
@@ -115,11 +115,7 @@ class Router(nn.Module):
         return penalty
 
     def _observe(self, probabilities: Tensor, gates: Tensor, chosen: Tensor) -> None:
-        self.load += torch.zeros_like(self.load).scatter_add_(
-            0,
-            chosen.reshape(-1),
-            gates.reshape(-1).float() if self.mode is Mode.dense else torch.ones_like(chosen).reshape(-1).float(),
-        )
+        self.load += expert_load(chosen, len(self.load), gates if self.mode is Mode.dense else None)
         self.entropy += torch.special.entr(probabilities).sum()
         self.tokens += len(probabilities)
 

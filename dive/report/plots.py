@@ -1,4 +1,4 @@
-"""Figures of a run, written as PNG; :func:`affinity_figure` and :func:`routing_figure` draw for notebooks as well.
+"""Figures of a run, written as PNG; :func:`affinity_map` and :func:`routing_map` draw for notebooks as well.
 
 A figure is a function of what a run found, and a line in :data:`FIGURES`: then it is drawn at the end of every run, logged to
 W&B and, where the page has no interactive one in its place, shown in the report. Shapes: n domains, E experts.
@@ -40,7 +40,7 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
         return None
     values = mined.similarity if mined.perplexity is None else mined.perplexity
     assert values is not None
-    return affinity_figure(
+    return affinity_map(
         values,
         mined.domains,
         tree=mined.tree,
@@ -49,7 +49,7 @@ def affinity_heatmap(results: Results, curves: Curves) -> Figure | None:
     )
 
 
-def affinity_figure(
+def affinity_map(
     values: ArrayLike,
     domains: Sequence[str],
     *,
@@ -105,10 +105,10 @@ def affinity_figure(
 
 def routing_heatmap(results: Results, curves: Curves) -> Figure | None:
     """Share of each domain's tokens that each expert gets, averaged over layers; a dot marks the expert's own domains."""
-    return routing_figure(results.share, results.groups or []) if results.share else None
+    return routing_map(results.share, results.groups or []) if results.share else None
 
 
-def routing_figure(share: Mapping[str, Sequence[float]], groups: Sequence[Sequence[str]] = ()) -> Figure:
+def routing_map(share: Mapping[str, Sequence[float]], groups: Sequence[Sequence[str]] = ()) -> Figure:
     """Map of who is routed where.
 
     Args:

@@ -45,11 +45,12 @@ def write_report(directory: Path) -> Path:
         raise UserError(f"{directory}: results.json has no stage yet; run the same command again to go on")
     curves = read_curves(directory, [stage.name for stage in results.stages])
     config_file = directory / "config.yaml"
+    data = figures(results, curves)
     return write_page(
         directory / "report.html",
         "report.html",
         script="report.js",
-        data=figures(results, curves),
+        data=data,
         results=results,
         name=model_name(results.settings),
         config=results.run.config,
@@ -63,7 +64,7 @@ def write_report(directory: Path) -> Path:
         recovered=recovered(results),
         domains=domain_rows(results),
         tasks=task_rows(results),
-        task_figure=bool(task_figure(results)),
+        task_figure=bool(data["tasks"]),
         plan=plan_rows(results),
         verified=(verified := read_verified(directory)),
         engines=[] if verified is None else engine_rows(verified),

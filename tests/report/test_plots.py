@@ -36,7 +36,7 @@ def test_a_notebook_draws_the_figures_without_a_run() -> None:
     # Column by column over the best: a and c serve each other, b serves itself alone.
     perplexity = [[1.0, 4.0, 2.0], [2.0, 1.0, 4.0], [1.0, 4.0, 2.0]]
     found = cluster_domains(perplexity, ["a", "b", "c"], experts=2)
-    figure = plots.affinity_figure(perplexity, ["a", "b", "c"], tree=found.tree, groups=found.groups)
+    figure = plots.affinity_map(perplexity, ["a", "b", "c"], tree=found.tree, groups=found.groups)
     axes = figure.axes[1]
     labels = [tick.get_text() for tick in axes.get_yticklabels()]
     assert sorted(labels) == ["a [0]", "b [1]", "c [0]"]
@@ -44,7 +44,7 @@ def test_a_notebook_draws_the_figures_without_a_run() -> None:
     expected = np.array([[1, 0.25, 1], [0.5, 1, 0.5], [1, 0.25, 1]])
     assert axes.images[0].get_array().data.tolist() == expected[np.ix_(order, order)].tolist()
 
-    axes = plots.routing_figure({"a": [0.7, 0.3], "b": [0.2, 0.8]}, [["a"], ["b"]]).axes[0]
+    axes = plots.routing_map({"a": [0.7, 0.3], "b": [0.2, 0.8]}, [["a"], ["b"]]).axes[0]
     assert axes.images[0].get_array().data.tolist() == [[0.7, 0.3], [0.2, 0.8]]
     assert [(*map(int, dot.get_xdata()), *map(int, dot.get_ydata())) for dot in axes.lines] == [(0, 0), (1, 1)]
 

@@ -45,14 +45,13 @@ if (data.routing) {
 
 const stageInks = data.stages.map((stage, i) => ["currentColor", colour(2), colour(1), colour(3), colour(0), colour(6), colour(5)][i] ?? colour(i));
 if (data.domains.length) {
-  const inks = stageInks;
   const last = data.stages.length - 1;
   const points = data.domains.flatMap((row) => row.perplexity.map((v, s) => ({ domain: row.domain, v, s })).filter((p) => p.v != null));
   figure("domains", (width) => {
     const left = widest(data.domains.map((d) => d.domain)) + 14;
     const order = d3.sort(data.domains, (d) => d.perplexity[0]).map((d) => d.domain);
     return [
-      legend(data.stages.map((s, i) => [s.label, inks[i]])),
+      legend(data.stages.map((s, i) => [s.label, stageInks[i]])),
       Plot.plot({
         width, height: 54 + 20 * order.length, marginLeft: left, marginTop: 8, marginBottom: 42, marginRight: 20,
         style: { fontSize: "11px", background: "transparent" },
@@ -61,7 +60,7 @@ if (data.domains.length) {
         ariaLabel: "perplexity by domain and stage",
         marks: [
           Plot.ruleY(data.domains, { y: "domain", x1: (d) => d3.min(d.perplexity), x2: (d) => d3.max(d.perplexity), strokeOpacity: 0.35 }),
-          Plot.dot(points, { x: "v", y: "domain", r: { value: (d) => (d.s < 2 ? 4 : 3.4 + 1.8 * Math.min(3, last - d.s)), scale: null }, fill: { value: (d) => inks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
+          Plot.dot(points, { x: "v", y: "domain", r: { value: (d) => (d.s < 2 ? 4 : 3.4 + 1.8 * Math.min(3, last - d.s)), scale: null }, fill: { value: (d) => stageInks[d.s], scale: null }, stroke: "var(--back)", strokeWidth: 0.8 }),
           Plot.tip(points, Plot.pointer({ x: "v", y: "domain", title: (d) => `${d.domain}\n${data.stages[d.s].label}\nperplexity ${show(d.v)}`, fontSize: 12 })),
         ],
       }),
