@@ -16,7 +16,9 @@ def expert_load(chosen: Tensor, experts: int, weights: Tensor | None = None) -> 
     """
     # Not bincount: on CUDA the host waits for it, and no compiler sees through it. Sums of ones are exact in any order.
     added = torch.ones_like(chosen, dtype=torch.float32) if weights is None else weights.float()
-    return torch.zeros(experts, dtype=torch.float32, device=chosen.device).scatter_add_(0, chosen.reshape(-1), added.reshape(-1))
+    return torch.zeros(experts, dtype=torch.float32, device=chosen.device).scatter_add_(
+        0, chosen.reshape(-1), added.reshape(-1)
+    )
 
 
 def overload(probabilities: Tensor, chosen: Tensor, *, max_load: float) -> Tensor:
