@@ -1,4 +1,4 @@
-"""Router and expert stage of retraining on one device: tokens/s, share of the peak arithmetic (MFU), peak memory.
+"""Router and retraining stage of retraining on one device: tokens/s, share of the peak arithmetic (MFU), peak memory.
 
     python -m benchmarks.gpu                                               # TinyLlama's shape, DIVE 1/8 and 2/8, one CUDA GPU
     python -m benchmarks.gpu --micro-batch 8 trainer.gradient_checkpointing=true
@@ -57,7 +57,7 @@ def configured(setting: str, options: argparse.Namespace) -> Config:
     overrides += [f"trainer={options.device}".replace("cuda", "gpu"), f"trainer.accumulation={options.accumulation}"]
     overrides += [f"model.dtype={'bfloat16' if options.device == 'cuda' else 'float32'}", "pruning.compensation=none"]
     overrides += [f"retrain.length={options.length}", "retrain.log_every=1"]
-    for stage in ("router", "experts"):
+    for stage in ("router", "retrain"):
         overrides += [f"retrain.stages.{stage}.batch={batch}"]
         overrides += [f"retrain.stages.{stage}.tokens={steps * batch * options.length}"]
     return composed([*overrides, *options.overrides]).settled(gpu=options.device == "cuda")

@@ -44,7 +44,7 @@ SETTINGS = [
     "retrain.checkpoint_every=2",
     "retrain.log_every=2",
     "retrain.stages.router.tokens=10240",
-    "retrain.stages.experts.tokens=30720",
+    "retrain.stages.retrain.tokens=30720",
     "logger=csv",
 ]
 

@@ -79,7 +79,7 @@ class Method:
     """What makes the method; model, data, size, seed and tokens are added to it. Tokens of stages count as shares here."""
 
 
-TEXT_ALONE = ("retrain.stages.experts.teacher.logits=0", "retrain.stages.experts.teacher.hidden=0")
+TEXT_ALONE = ("retrain.stages.retrain.teacher.logits=0", "retrain.stages.retrain.teacher.hidden=0")
 """Next-token cross-entropy alone, as every method but ours was published."""
 
 
@@ -107,8 +107,8 @@ def paper(size: Setting) -> list[str]:
         *("moe=plain", "pruning=flap", f"pruning.ratio={size.ratio:g}", f"moe.top_k={size.top_k}"),
         *("moe.plain.router_init=random", "retrain.noise=0.0005", "retrain=two_stages"),
         *(f"retrain.stages.router.temperature={temperature}", "retrain.stages.router.tokens=1"),
-        *("retrain.stages.experts.tokens=10", "retrain.stages.experts.batch=8", "retrain.stages.router.batch=8"),
-        *("retrain.stages.experts.train.experts=full", "retrain.stages.experts.learning_rate=1.5e-3"),
+        *("retrain.stages.retrain.tokens=10", "retrain.stages.retrain.batch=8", "retrain.stages.router.batch=8"),
+        *("retrain.stages.retrain.train.experts=full", "retrain.stages.retrain.learning_rate=1.5e-3"),
     ]
 
 
@@ -176,7 +176,7 @@ METHODS = {
     "dive_generated": Method("the same, half of all text written by the dense model", with_generated),
     "dive_untaught": Method("ours, retrained on the text alone", grouped(*TEXT_ALONE)),
     "dive_distilled": Method(
-        "ours, retrained on the dense model's predictions alone", grouped("retrain.stages.experts.teacher.logits=1")
+        "ours, retrained on the dense model's predictions alone", grouped("retrain.stages.retrain.teacher.logits=1")
     ),
     "dive_mined": Method("ours from mined groups", grouped("affinity=mined")),
     "dive_random": Method("ours from random groups", grouped("affinity=random")),

@@ -1,4 +1,4 @@
-"""Peak memory of the expert stage by what the experts rest in, against the dense model's own LoRA training.
+"""Peak memory of the retraining stage by what the experts rest in, against the dense model's own LoRA training.
 
     python benchmarks/storage.py                     # a Llama of 0.3 B parameters, 8 experts at 50%
     python benchmarks/storage.py --shape tinyllama   # 12 GB of memory

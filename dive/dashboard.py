@@ -18,7 +18,7 @@ class DashboardConfig:
     """Project that the runs are logged to."""
     name: str = "DIVE"
     """Name of the workspace."""
-    stages: list[str] = field(default_factory=lambda: ["experts"])
+    stages: list[str] = field(default_factory=lambda: ["retrain"])
     """Names of the retraining stages, in order; the paper's recipes have router, experts and further."""
     results: str | None = None
     """Directory of a run, whose stages are shown in place of ``stages``."""

@@ -13,6 +13,7 @@ RENAMED = {
     "moe.shared": "write moe.plain.shared or moe.coactivation.shared",
     "moe.active_channels": "write moe.coactivation.active_channels",
     "moe.noise": "write retrain.noise",
+    "retrain.stages.experts": "write retrain.stages.retrain",
     "moe.storage": "write retrain.storage, and what was shared is indexed",
 }
 """{old name: what to do}; a name stands for what is below it as well, and the first that fits counts."""

@@ -192,13 +192,16 @@ class Store:
         """Key of an artifact: of its inputs, and of the packages whose arithmetic it follows from."""
         return key_of(kind, {"inputs": inputs, "packages": self._decisive})
 
-    def get(self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Place], float | None]) -> Artifact:
+    def get(
+        self, kind: str, inputs: Mapping[str, Any], compute: Callable[[Place], float | None], *, what: str = "it"
+    ) -> Artifact:
         """The artifact of these inputs; ``compute`` fills its directory if it is not there yet.
 
         Where several processes want the same one, the first computes it and the others wait.
 
         Args:
             compute: may return the seconds that interrupted attempts before it took.
+            what: is computed, for the log.
 
         Raises:
             UserError: the disk is full, or something stands where a directory belongs.
@@ -206,7 +209,8 @@ class Store:
         key = self.key(kind, inputs)
         with self._lock(kind, key):
             found = self.find(kind, inputs)
-            log.info("%s%s %s: %s", *self._for(), kind, key[:8], "computing" if found is None else "reused")
+            said = f"computing {what}" if found is None else "reused"
+            log.info("%s%s %s: %s", *self._for(), kind, key[:8], said)
             artifact = found or self._put(kind, key, inputs, compute)
         if self.finished is not None:
             self.finished(kind, artifact)
@@ -343,13 +347,20 @@ P = ParamSpec("P")
 class Step(Generic[R, P]):
     """A function whose result rests in the store; see :func:`step`."""
 
-    def __init__(self, compute: Callable[Concatenate[Place, R, P], float | None], kind: str, version: int) -> None:
-        self.kind, self.version, self.compute = kind, version, compute
+    def __init__(
+        self, compute: Callable[Concatenate[Place, R, P], float | None], kind: str, what: str, version: int
+    ) -> None:
+        self.kind, self.what, self.version, self.compute = kind, what, version, compute
         update_wrapper(self, compute)
 
     def __call__(self, run: R, *how: P.args, **inputs: P.kwargs) -> Artifact:
         """The artifact of these inputs, computed if it is not in the run's store."""
-        return run.store.get(self.kind, self.depends(**inputs), lambda place: self.compute(place, run, *how, **inputs))
+        return run.store.get(
+            self.kind,
+            self.depends(**inputs),
+            lambda place: self.compute(place, run, *how, **inputs),
+            what=self.what,
+        )
 
     def find(self, run: R, **inputs: Any) -> Artifact | None:
         """The artifact of these inputs, if it is in the run's store."""
@@ -364,7 +375,9 @@ class Step(Generic[R, P]):
         return {"step": self.version, **inputs}
 
 
-def step(kind: str, *, version: int = 1) -> Callable[[Callable[Concatenate[Place, R, P], float | None]], Step[R, P]]:
+def step(
+    kind: str, what: str, *, version: int = 1
+) -> Callable[[Callable[Concatenate[Place, R, P], float | None]], Step[R, P]]:
     """Let a function's result rest in the store, under a key of all its keyword arguments.
 
     The function is ``compute(place, run, *how, **inputs)``: it fills ``place.directory``, and may return the seconds that
@@ -374,11 +387,12 @@ def step(kind: str, *, version: int = 1) -> Callable[[Callable[Concatenate[Place
 
     Args:
         kind: folder in the store.
+        what: it computes, in a few words for the log.
         version: raise it when the function computes something else from the same inputs.
     """
 
     def wrap(compute: Callable[Concatenate[Place, R, P], float | None]) -> Step[R, P]:
-        return Step(compute, kind, version)
+        return Step(compute, kind, what, version)
 
     return wrap
 

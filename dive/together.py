@@ -66,7 +66,7 @@ class SharedStep(Step[R, P]):
                 from_first(COMPUTE)
                 return self.compute(where, run, *how, **inputs)
 
-            artifact = run.store.get(self.kind, self.depends(**inputs), compute)
+            artifact = run.store.get(self.kind, self.depends(**inputs), compute, what=self.what)
             from_first(FOUND)
             return artifact
         computed = from_first(FOUND) == COMPUTE
@@ -92,7 +92,7 @@ class SharedStep(Step[R, P]):
 
 
 def shared_step(
-    kind: str, *, version: int = 1
+    kind: str, what: str, *, version: int = 1
 ) -> Callable[[Callable[Concatenate[Place, R, P], float | None]], SharedStep[R, P]]:
     """:func:`dive.store.step` of a function that all processes of a run compute together.
 
@@ -100,6 +100,6 @@ def shared_step(
     """
 
     def wrap(compute: Callable[Concatenate[Place, R, P], float | None]) -> SharedStep[R, P]:
-        return SharedStep(compute, kind, version)
+        return SharedStep(compute, kind, what, version)
 
     return wrap

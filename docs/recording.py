@@ -20,7 +20,7 @@ ROOT = HERE.parent
 WIDTH = 112
 """Characters of a line; longer ones go on in the next."""
 LEFT_OUT = (
-    r"^\d\d:\d\d:\d\d (.*: computing|.* left|loading .*|generated new .*)\n",
+    r"^\d\d:\d\d:\d\d (.*: computing .*|.* left|loading .*|generated new .*)\n",
     r"^\S* +Stage \w+: trained parameters.*\n(.*[┏┃┡│└].*\n)+",
 )
 """Lines of progress, and the table of what a stage trains."""

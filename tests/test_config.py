@@ -46,7 +46,7 @@ def test_groups_made_without_a_command_line_are_checked_as_well(make: Any, messa
         make()
 
 
-EXPERTS = "retrain.stages.experts"
+EXPERTS = "retrain.stages.retrain"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_another_file_is_no_checkpoint(tmp_path: Any, content: bytes) -> None:
     file = tmp_path / "other"
     file.write_bytes(content)
     with pytest.raises(UserError, match="is not a checkpoint of this project"):
-        find_checkpoint(str(file), tmp_path / "partial", "experts")
+        find_checkpoint(str(file), tmp_path / "partial", "retrain")
 
 
 # ---------------------------------------------------------------------------------------------------------- small disks

@@ -22,22 +22,22 @@ def test_every_panel_shows_what_runs_log(tmp_path: Path) -> None:
         "someone",
         "dive",
         name="DIVE",
-        measured=["dense", "extra", "router", "experts"],
-        retrained=["router", "experts"],
+        measured=["dense", "extra", "router", "retrain"],
+        retrained=["router", "retrain"],
     )
     assert [section.name for section in made.sections] == [
         *("Results", "Affinity and routing", "Retraining", "Experts", "Cost")
     ]
     assert all(section.panels for section in made.sections)
     lines = [p for section in made.sections for p in section.panels if type(p).__name__ == "LinePlot"]
-    assert {line.x.name if hasattr(line.x, "name") else line.x for line in lines} == {"router/tokens", "experts/tokens"}
+    assert {line.x.name if hasattr(line.x, "name") else line.x for line in lines} == {"router/tokens", "retrain/tokens"}
     patterns = [line.metric_regex for line in lines if line.metric_regex]
-    assert any(re.fullmatch(p, "experts/router_entropy/layer_01") for p in patterns)
-    assert any(re.fullmatch(p, "experts/expert_load/layer_00/expert_1") for p in patterns)
+    assert any(re.fullmatch(p, "retrain/router_entropy/layer_01") for p in patterns)
+    assert any(re.fullmatch(p, "retrain/expert_load/layer_00/expert_1") for p in patterns)
     document: dict[str, Any] = made._to_model().model_dump()  # what would be sent
     assert "final/perplexity" in str(document)
     bars = {p.title: p.metrics for section in made.sections for p in section.panels if type(p).__name__ == "BarPlot"}
-    names = ["dense", "extra", "router", "experts"]
+    names = ["dense", "extra", "router", "retrain"]
     assert bars["Perplexity after each stage"] == [f"eval/{name}/mean" for name in names]
     assert bars["Seconds"] == [f"seconds/{name}" for name in (*names, "total")]
 

@@ -23,7 +23,7 @@ from dive.retrain.stage import find_checkpoint
 from dive.store import Place, Store
 from tests.workplace import Workplace, environment
 
-LONG = ("retrain.stages.experts.tokens=204800", "retrain.checkpoint_every=97")
+LONG = ("retrain.stages.retrain.tokens=204800", "retrain.checkpoint_every=97")
 """400 steps, and a checkpoint after 97, 194, 291 and 388 of them."""
 
 
@@ -300,9 +300,9 @@ def test_four_jobs_on_an_empty_store_compute_each_artifact_once(workplace: Workp
 def test_a_checkpoint_that_is_cut_short_is_left_aside(tmp_path: Path) -> None:
     torch.save({"dive": {}}, tmp_path / "step=2.ckpt")
     (tmp_path / "step=4.ckpt").write_bytes((tmp_path / "step=2.ckpt").read_bytes()[:-100])
-    assert find_checkpoint("last", tmp_path, "experts") == tmp_path / "step=2.ckpt"
+    assert find_checkpoint("last", tmp_path, "retrain") == tmp_path / "step=2.ckpt"
     (tmp_path / "step=2.ckpt").unlink()
-    assert find_checkpoint("last", tmp_path, "experts") is None
+    assert find_checkpoint("last", tmp_path, "retrain") is None
 
 
 # ------------------------------------------------------------------------------------------------------------ the signals
@@ -341,7 +341,7 @@ def test_a_signal_in_training_saves_a_checkpoint(
     name = hardware[0].partition("=")[2] if hardware else "one"
     finish(workplace.start(f"{name}-whole", f"store={tmp_path / 'a'}", *LONG, *hardware))
     process = workplace.start(f"{name}-stopped", f"store={tmp_path / 'b'}", *LONG, *hardware)
-    read_until(process, "experts: retrained .*: computing")
+    read_until(process, "retrain: retrained .*: computing")
     while process.poll() is None and not list((tmp_path / "b").glob("partial/*/step=97.ckpt")):
         time.sleep(0.01)
     process.send_signal(number)
@@ -369,7 +369,7 @@ def test_a_signal_in_training_saves_a_checkpoint(
 def test_processes_wait_for_a_stage_that_another_job_computes(workplace: Workplace, tmp_path: Path) -> None:
     store = f"store={tmp_path}"
     first = workplace.start("other-job", store, *LONG)
-    read_until(first, "experts: retrained .*: computing")
+    read_until(first, "retrain: retrained .*: computing")
     first.send_signal(signal.SIGSTOP)  # it goes on once the others have found that it computes this
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -391,13 +391,13 @@ def test_processes_wait_for_a_stage_that_another_job_computes(workplace: Workpla
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_loss_that_is_not_finite_stops_every_process(workplace: Workplace, tmp_path: Path, devices: int) -> None:
     wild = (
-        *("retrain.stages.experts.learning_rate=10", "trainer.gradient_clip=null", f"store={tmp_path}"),
-        *("retrain.stages.experts.tokens=51200", "retrain.stages.experts.weight_decay=10"),
+        *("retrain.stages.retrain.learning_rate=10", "trainer.gradient_clip=null", f"store={tmp_path}"),
+        *("retrain.stages.retrain.tokens=51200", "retrain.stages.retrain.weight_decay=10"),
     )
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     process = workplace.start(f"wild-{devices}", *wild, *(hardware if devices > 1 else ()))
     output = finish(process, 1)
-    assert re.search(r"error: retrain\.stages\.experts: the loss is (nan|inf) at step \d+; lower retrain", output)
+    assert re.search(r"error: retrain\.stages\.retrain: the loss is (nan|inf) at step \d+; lower retrain", output)
     assert not list(tmp_path.rglob(".*-*"))
 
 
@@ -405,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_every_process(workplace: Workplace, tmp
 def test_the_processes_of_a_killed_first_one_end(workplace: Workplace, tmp_path: Path) -> None:
     hardware = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     process = workplace.start("orphans", f"store={tmp_path}", *LONG, *hardware)
-    read_until(process, "experts: retrained .*: computing")
+    read_until(process, "retrain: retrained .*: computing")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 1
     time.sleep(1)

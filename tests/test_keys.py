@@ -49,7 +49,7 @@ HOW = {
     "trainer.num_nodes": "processes; a key where the loss depends on them",
     "trainer.strategy": "what is where",
     "retrain.stages.router.accumulation": "passes of a step; a key where the loss depends on them",
-    "retrain.stages.experts.accumulation": "passes of a step; a key where the loss depends on them",
+    "retrain.stages.retrain.accumulation": "passes of a step; a key where the loss depends on them",
 }
 """Options that say how, and what they are. The same numbers come out, but for rounding."""
 CONTENT = {
@@ -64,16 +64,16 @@ CONTENT = {
     "model.path",
     "retrain.corpus",
     "retrain.stages.router.text",
-    "retrain.stages.experts.text",
+    "retrain.stages.retrain.text",
 }
 """Where text and questions come from: keys hold these themselves."""
 
-SHORT = ("retrain.stages.router.tokens=512", "retrain.stages.experts.tokens=512")
-LEARNS = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=1")
+SHORT = ("retrain.stages.router.tokens=512", "retrain.stages.retrain.tokens=512")
+LEARNS = ("retrain.stages.retrain.teacher.logits=0.5", "retrain.stages.retrain.teacher.hidden=1")
 BASES: dict[str, tuple[str, ...]] = {
     "refined": (
-        *("affinity=mined", "moe.refined.steps=4", "retrain.lora.dropout=0.1", "retrain.stages.experts.balance=0.1"),
-        *(*LEARNS, "retrain.stages.experts.schedule=cosine", "retrain.stages.experts.train.router=full"),
+        *("affinity=mined", "moe.refined.steps=4", "retrain.lora.dropout=0.1", "retrain.stages.retrain.balance=0.1"),
+        *(*LEARNS, "retrain.stages.retrain.schedule=cosine", "retrain.stages.retrain.train.router=full"),
     ),
     "clusters": ("affinity=default", "moe.refined.steps=4", "~retrain.stages.router"),
     "routers": (
@@ -86,7 +86,7 @@ BASES: dict[str, tuple[str, ...]] = {
         "pruning.metric=wifv",
         "moe.plain.shared=0.25",
         "retrain.noise=0.01",
-        "retrain.stages.experts.mode=dense",
+        "retrain.stages.retrain.mode=dense",
     ),
     "split": ("moe=random_split", "moe.experts=2", "moe.random_split.router_init=distilled", "retrain.noise=0.01"),
     "together": ("moe=coactivation", "moe.experts=2"),
@@ -122,24 +122,24 @@ OTHER: dict[str, Any] = {
     "retrain.storage": "indexed",
     "trainer.gradient_clip": 0.1,
     "trainer.precision": "bf16-mixed",
-    **{f"retrain.stages.{stage}.mode": mode for stage, mode in (("router", "sparse"), ("experts", "dense"))},
-    **{f"retrain.stages.{stage}.gate": "straight_through" for stage in ("router", "experts")},
-    **{f"retrain.stages.{stage}.schedule": "constant" for stage in ("router", "experts")},
-    **{f"retrain.stages.{stage}.teacher.top_k": 3 for stage in ("router", "experts")},
-    **{f"retrain.stages.{stage}.batch": 8 for stage in ("router", "experts")},
-    **{f"retrain.stages.{stage}.tokens": 1024 for stage in ("router", "experts")},
+    **{f"retrain.stages.{stage}.mode": mode for stage, mode in (("router", "sparse"), ("retrain", "dense"))},
+    **{f"retrain.stages.{stage}.gate": "straight_through" for stage in ("router", "retrain")},
+    **{f"retrain.stages.{stage}.schedule": "constant" for stage in ("router", "retrain")},
+    **{f"retrain.stages.{stage}.teacher.top_k": 3 for stage in ("router", "retrain")},
+    **{f"retrain.stages.{stage}.batch": 8 for stage in ("router", "retrain")},
+    **{f"retrain.stages.{stage}.tokens": 1024 for stage in ("router", "retrain")},
 }
 """Another value, where the next number, the opposite or another name will not do."""
 ENTAILS = {
     **{f"moe.{name}": ("model.twin=qwen2_moe",) for name in ("dense_layers", "gates", "shared_expert")},
     "pruning.compensation": ("pruning.metric=wifv",),
     "pruning.metric": ("pruning.compensation=least_squares",),
-    "retrain.storage": ("retrain.stages.experts.train.experts=lora",),
+    "retrain.storage": ("retrain.stages.retrain.train.experts=lora",),
     "moe.refined.start": ("affinity=default",),
     "retrain.stages.router.train.router": ("retrain.stages.router.train.norms=full",),
     **{
         f"retrain.stages.{stage}.train.{part}": (f"retrain.stages.{stage}.train.{other}=full",)
-        for stage in ("router", "experts")
+        for stage in ("router", "retrain")
         for part, other in (("embeddings", "head"), ("head", "embeddings"))  # one tensor here
     },
 }
@@ -287,7 +287,7 @@ def test_options_that_say_how_change_no_result(place: Workplace, tmp_path: Path)
         *("calibration_domains.batch=5", "eval.batch=2", "eval.allow_overlap=true", "logger=[csv,tensorboard]"),
         *("model.device=cpu", "model.name=another", "model.revision=null", "plan.enforce=false", "plan.disk=1e8"),
         *("retrain.checkpoint_every=1", "retrain.log_every=3", "retrain.resume=null", "trainer.accumulation=2"),
-        *("trainer.gradient_checkpointing=true", "retrain.stages.experts.accumulation=4"),
+        *("trainer.gradient_checkpointing=true", "retrain.stages.retrain.accumulation=4"),
     )
     found = [
         place.run(f"how-{n}", *settings, *more, f"store={tmp_path / str(n)}") for n, more in enumerate(((), changes))

@@ -140,8 +140,8 @@ def test_the_method_with_our_refit_and_routers_lies_between_the_papers_and_the_d
         RouterInit.random,
         RouterInit.distilled,
     ]
-    assert [*ours.retrain.stages] == ["router", "experts"] == [*paper.retrain.stages][:2]
-    assert ours.retrain.stages["experts"].train == paper.retrain.stages["experts"].train
+    assert [*ours.retrain.stages] == ["router", "retrain"] == [*paper.retrain.stages][:2]
+    assert ours.retrain.stages["retrain"].train == paper.retrain.stages["retrain"].train
 
 
 def test_groups_are_not_named_in_vain() -> None:
@@ -201,7 +201,7 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
     assert config.retrain.corpus.chosen is CorpusSource.hub
     assert config.retrain.corpus.hub.streaming
 
-    assert list(config.retrain.stages) == ["router", "experts", "further"]
+    assert list(config.retrain.stages) == ["router", "retrain", "further"]
     assert config.retrain.stages["router"].temperature == temperature
     sparse = {"router": "full", "norms": "full", "experts": "lora"}
     assert {name: stage_facts(stage) for name, stage in config.retrain.stages.items()} == {
@@ -216,7 +216,7 @@ def test_the_paper_experiments_hold_the_papers_figures(top_k: int, ratio: float,
             "batch": 256,
             "tokens": 256 * 1905 * 1024,  # 0.5 B
         },
-        "experts": {
+        "retrain": {
             "mode": Mode.sparse,
             "trained": sparse,
             "learning_rate": 1e-4,
@@ -517,7 +517,7 @@ def test_the_embedded_model_composes_a_toys_run() -> None:
     assert (config.calibration_domains.samples, config.retrain.length, config.eval.lengths) == (32, 256, [256])
     assert config.retrain.corpus.chosen is CorpusSource.domains
     assert (config.eval.tasks, config.eval.windows) == ([], 12)
-    stage = config.retrain.stages["experts"]
+    stage = config.retrain.stages["retrain"]
     assert (stage.tokens, stage.batch, stage.learning_rate) == (131072, 8, 1.5e-3)
     assert (config.trainer.accelerator, config.trainer.precision, config.model.dtype) == (
         "cpu",
@@ -530,10 +530,10 @@ def test_a_budget_makes_no_stage_and_an_override_goes_before_it() -> None:
     assert typed("model=llama2-7b", "budget=paper", "retrain=none").retrain.stages == {}
     own = typed("model=llama2-7b", "retrain=none", "+retrain.stages={mine:{tokens:4096,batch:2,train:{norms:full}}}")
     assert list(own.retrain.stages) == ["mine"]
-    more = typed("model=tinyllama", "budget=minutes", "retrain.stages.experts.tokens=1000000", "eval.windows=7")
-    assert (more.retrain.stages["experts"].tokens, more.retrain.stages["experts"].batch) == (1000000, 2)
+    more = typed("model=tinyllama", "budget=minutes", "retrain.stages.retrain.tokens=1000000", "eval.windows=7")
+    assert (more.retrain.stages["retrain"].tokens, more.retrain.stages["retrain"].batch) == (1000000, 2)
     assert (more.eval.windows, more.eval.task_limit) == (7, 20)
-    assert typed("budget.tokens=4096").retrain.stages["experts"].tokens == 4096
+    assert typed("budget.tokens=4096").retrain.stages["retrain"].tokens == 4096
     for budget in ("minutes", "hours", "paper"):
         config = typed("model=tinyllama", f"budget={budget}", "retrain=two_stages")
         assert sum(stage.tokens for stage in config.retrain.stages.values()) == config.budget.tokens
@@ -551,7 +551,7 @@ def test_the_corpus_is_the_one_that_is_named() -> None:
 def test_size_decides_how_experts_are_trained_unless_something_else_is_asked_for(build: Build, tmp_path: Path) -> None:
     def chosen(*overrides: str) -> tuple[str, Freezing, float]:
         config = typed(*overrides)
-        stage = config.retrain.stages["experts"]
+        stage = config.retrain.stages["retrain"]
         return config.trainer.accelerator, stage.train.experts, stage.learning_rate
 
     assert chosen() == ("cpu", Freezing.full, 1.5e-3)
@@ -597,10 +597,10 @@ def test_the_device_decides_what_is_left_to_it() -> None:
         (("model=llama2-7b", "trainer.devices=8", "trainer=ddp"), 4),
         (("model=llama2-7b", "trainer.pass_tokens=100"), 64),  # never less than a sequence
         (("model=llama2-7b", "trainer.accumulation=8"), 8),
-        (("model=llama2-7b", "trainer.accumulation=8", "retrain.stages.experts.accumulation=16"), 16),
-        (("model=llama2-7b", "retrain.stages.experts.batch=3"), 3),  # two do not divide it
+        (("model=llama2-7b", "trainer.accumulation=8", "retrain.stages.retrain.accumulation=16"), 16),
+        (("model=llama2-7b", "retrain.stages.retrain.batch=3"), 3),  # two do not divide it
     ],
 )
 def test_a_step_is_cut_into_passes_that_fit(overrides: tuple[str, ...], passes: int) -> None:
     config = typed(*overrides)
-    assert config.accumulation(config.retrain.stages["experts"]) == passes
+    assert config.accumulation(config.retrain.stages["retrain"]) == passes

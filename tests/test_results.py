@@ -31,7 +31,7 @@ LAYOUT: dict[str, set[str]] = {
     "stages.0": STAGE,
     "stages.4": STAGE,
     "routing": {"share", "share_by_layer", "layers", "load_max_over_mean", "load_entropy"},
-    "timings": {"dense", "pruned", "reconstructed", "router", "experts", "total"},
+    "timings": {"dense", "pruned", "reconstructed", "router", "retrain", "total"},
     "affinity": {
         "groups",
         "routing",
@@ -80,7 +80,7 @@ def test_what_is_written_is_read_back(finished: Path, tmp_path: Path) -> None:
     write_results(found, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads((finished / "results.json").read_text())
     assert found == read_results(tmp_path)
-    assert [s.name for s in found.stages] == ["dense", "pruned", "reconstructed", "router", "experts"]
+    assert [s.name for s in found.stages] == ["dense", "pruned", "reconstructed", "router", "retrain"]
     assert set(found.share) == set(WORDS)
 
 
@@ -88,7 +88,7 @@ def test_stages_are_asked_for_by_name() -> None:
     late = results(stages=[stage("pruned", 3.0), stage("dense", 2.0), stage("more", 2.5, tokens=7, trained=1)])
     assert late.dense is late.stages[1]
     assert late.pruned is late.stages[0]
-    assert late.stage("experts") is None
+    assert late.stage("retrain") is None
     assert late.tokens == 7
     assert [s.label for s in late.stages] == ["pruned, one expert", "dense model", "after stage more"]
     assert results().dense is None

@@ -133,8 +133,8 @@ def test_the_recording_is_of_its_transcript_and_fetches_nothing() -> None:
 
 def test_a_recording_leaves_out_progress_and_refuses_paths_of_the_machine() -> None:
     recording = script("recording")
-    table = "\x1b[3m   Stage experts: trained parameters  \x1b[0m\n┏━┓\n┃ part ┃\n│ all │\n└─┘\n"
-    log = f"10:00:00 dense: computing\n10:00:01 pruning: 3/5, 2 s/layer, 4 s left\n{table}report   {ROOT}/outputs/1\n"
+    table = "\x1b[3m   Stage retrain: trained parameters  \x1b[0m\n┏━┓\n┃ part ┃\n│ all │\n└─┘\n"
+    log = f"10:00:00 dense: computing perplexity\n10:00:01 pruning: 3/5, 2 s/layer, 4 s left\n{table}report   {ROOT}/outputs/1\n"
     said = recording.shortened(log, "make demo")
     assert re.sub(r"\x1b\[[\d;]*m", "", said) == "$ make demo\nreport   outputs/1\n"
     with pytest.raises(ValueError, match="a path of this machine: into /home/me"):

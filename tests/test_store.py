@@ -186,7 +186,7 @@ class Bench:
         self.store = store
 
 
-@step("sums", version=2)
+@step("sums", "a sum", version=2)
 def add(place: Place, run: Bench, calls: list[int], *, numbers: list[int], scale: float = 1.0) -> None:
     calls.append(len(numbers))
     write_json(place.directory / "sum.json", scale * sum(numbers))
@@ -209,7 +209,7 @@ def test_the_key_of_a_step_is_what_it_is_passed_by_keyword(store: Store) -> None
 
 
 def test_another_version_of_a_step_is_another_key(store: Store) -> None:
-    later = step("sums", version=3)(add.compute)
+    later = step("sums", "a sum", version=3)(add.compute)
     calls: list[int] = []
     assert add(Bench(store), calls, numbers=[1]).key != later(Bench(store), calls, numbers=[1]).key
     assert len(calls) == 2

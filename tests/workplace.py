@@ -111,7 +111,7 @@ class Workplace:
             "retrain.checkpoint_every=2",
             "retrain.log_every=2",
             "retrain.stages.router.tokens=512",
-            "retrain.stages.experts.tokens=3072",
+            "retrain.stages.retrain.tokens=3072",
             "logger=csv",
         ]
 

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MATRIX = "matrix.json"
 
 
-@shared_step("matrix")
+@shared_step("matrix", "how well each domain's channels serve every other domain")
 def mine(
     place: Place,
     run: HasStore,
@@ -67,7 +67,7 @@ def mine(
     write_json(place.directory / MATRIX, {"domains": list(masks), "perplexity": matrix.tolist()})
 
 
-@step("similarity")
+@step("similarity", "how alike the domains' channels are in importance")
 def compare_importance(
     place: Place,
     run: HasStore,
@@ -85,7 +85,7 @@ def compare_importance(
     write_json(place.directory / MATRIX, {"domains": list(found), "similarity": matrix.tolist()})
 
 
-@step("similarity")
+@step("similarity", "how many channels the domains' masks share")
 def compare_masks(
     place: Place,
     run: HasStore,
@@ -109,7 +109,7 @@ def _without(of_layers: Tensor, dense_layers: Sequence[int]) -> Tensor:
     return of_layers[:, [number for number in range(of_layers.shape[1]) if number not in dense_layers]]
 
 
-@step("groups")
+@step("groups", "groups of domains")
 def group(place: Place, run: HasStore, *, matrix: Artifact, experts: int, linkage: Linkage) -> None:
     """Groups of domains by hierarchical clustering of the matrix of :func:`mine` or of a comparison."""
     mined = matrix.read(MATRIX)

@@ -66,7 +66,7 @@ def sample(model: "PreTrainedModel", beginnings: Tensor, *, length: int, seed: i
     return result
 
 
-@step("generated")
+@step("generated", "calibration text that the dense model writes")
 def write_text(
     place: Place,
     run: HasStore,

@@ -196,7 +196,7 @@ def _distinct(owners: NDArray[np.int64]) -> int:
     return int(np.count_nonzero(owners[1:] != owners[:-1])) + int(owners.size > 0)
 
 
-@step("contamination")
+@step("contamination", "which test texts share words with the training text")
 def look_for_overlap(
     place: Place,
     run: HasStore,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@shared_step("evaluation")
+@shared_step("evaluation", "perplexity, and which experts the tokens go to")
 def measure(
     place: Place, run: HasStore, name: str, batch: int, *, model: Model, texts: EvaluationTexts, tasks: TaskSuite
 ) -> None:
@@ -39,7 +39,7 @@ def measure(
     write_json(place.directory / "evaluation.json", found)
 
 
-@step("continuations")
+@step("continuations", "how the model goes on with test texts")
 def continue_prompts(
     place: Place, run: HasStore, *, model: Model, prompts: Tensor, tokens: int, end: int | None
 ) -> None:

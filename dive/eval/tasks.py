@@ -115,7 +115,7 @@ def _(value: TaskSuite) -> list[Any]:
     return [identity(task) for task in value.tasks]
 
 
-@step("task")
+@step("task", "answers to the questions of a task")
 def put_task(
     place: Place, run: HasStore, tokenizer: "PreTrainedTokenizerBase | None", batch: int, *, model: Model, task: Task
 ) -> None:

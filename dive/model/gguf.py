@@ -232,7 +232,7 @@ def _read(path: Path, named: str, _changed: int, _size: int) -> Gguf:
     return Gguf(path, settings, f"{' and '.join(sorted(types))}, {bits:.2f} bits a weight", tensors)
 
 
-@step("dequantised")
+@step("dequantised", "the weights of a GGUF file")
 def dequantise(place: Place, run: HasStore, gguf: Gguf, config: "PretrainedConfig", *, file: str, dtype: str) -> None:
     """A directory that holds the file's model as ``save_pretrained`` would write it; a shard is in memory at a time.
 

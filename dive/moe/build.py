@@ -118,7 +118,7 @@ def _check_groups(count: int, moe: MoEConfig) -> None:
     )
 
 
-@shared_step("experts", version=3)
+@shared_step("experts", "experts and routers of every layer", version=3)
 def build_experts(
     place: Place,
     run: HasStore,

@@ -184,7 +184,7 @@ def _to_host(statistics: ChannelStatistics) -> ChannelStatistics:
     )
 
 
-@shared_step("statistics")
+@shared_step("statistics", "what each channel does on each kind of text")
 def calibrate(
     place: Place, run: HasStore, batch: int, *, model: Dense, tokens: Mapping[str, Tensor], taylor: bool
 ) -> None:

@@ -78,7 +78,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
     return found
 
 
-@shared_step("retrained")
+@shared_step("retrained", "weights after this stage of training")
 def fit_stage(
     place: Place,
     run: HasLoggers,

@@ -27,16 +27,16 @@ SIZES = [
 def test_table(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
-    faster = ["retrain.stages.experts.learning_rate=0.05", "retrain.stages.experts.warmup=0"]
+    faster = ["retrain.stages.retrain.learning_rate=0.05", "retrain.stages.retrain.warmup=0"]
     assert main(["--device", device, *SIZES, "--peak", "1", *faster]) == 0
     printed = capsys.readouterr().out
     assert "median of 3 steps" in printed
     rows = read_table(printed)
     assert [(row["DIVE"], row["stage"]) for row in rows] == [
         ("1/8", "router"),
-        ("1/8", "experts"),
+        ("1/8", "retrain"),
         ("2/8", "router"),
-        ("2/8", "experts"),
+        ("2/8", "retrain"),
     ]
     assert all(float(row["tokens/s"]) > 0 and float(row["peak memory"].split()[0]) >= 0 for row in rows)
     for row in rows:
@@ -60,7 +60,7 @@ def test_the_recipes_are_the_papers() -> None:
         assert (config.moe.experts, config.moe.top_k, config.pruning.ratio) == (8, top_k, ratio)
         assert [(n, s.mode) for n, s in config.retrain.stages.items()] == [
             ("router", Mode.dense),
-            ("experts", Mode.sparse),
+            ("retrain", Mode.sparse),
         ]
         assert config.trainer.precision == "bf16-mixed"
         assert {stage.tokens for stage in config.retrain.stages.values()} == {6 * 8 * 1024}

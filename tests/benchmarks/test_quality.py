@@ -65,7 +65,7 @@ def test_every_method_trains_on_the_same_tokens_with_the_same_optimiser(method: 
     assert {stage.batch for stage in read.values()} == {8}
     assert (last.learning_rate, last.schedule.value, last.warmup, last.floor) == (1.5e-3, "cosine", 0.1, 0.1)
     assert last.train.experts.value == "full"
-    assert list(read) == (["router", "experts"] if method == "paper" else ["experts"])
+    assert list(read) == (["router", "retrain"] if method == "paper" else ["retrain"])
     calibrated = {"dive_end_to_end": ["end_to_end"], "dive_generated": ["end_to_end"]}
     assert [name for name in config.retrain.stages if name not in read] == calibrated.get(method, [])
 
@@ -82,7 +82,7 @@ def test_a_stage_on_calibration_text_stays_where_nothing_is_retrained(method: st
 
 
 def test_only_ours_and_the_method_that_says_so_learn_from_the_dense_model() -> None:
-    taught = {m for m in METHODS if of(m, "ratio0.75-top1").retrain.stages["experts"].teacher.logits}
+    taught = {m for m in METHODS if of(m, "ratio0.75-top1").retrain.stages["retrain"].teacher.logits}
     ours = {m for m in METHODS if m.startswith("dive")} - {"dive_untaught"}
     assert taught == ours | {"dense_retrained", "flap_ls_taught"}
 
@@ -96,9 +96,9 @@ def test_the_paper_has_its_own_shares_and_temperature() -> None:
         found = stage_overrides(config, tokens=110 * 2048, learning_rate=0.01, train="lora")
         assert found == [
             f"retrain.stages.router.tokens={10 * 2048}",
-            f"retrain.stages.experts.tokens={100 * 2048}",
-            "retrain.stages.experts.learning_rate=0.01",
-            "retrain.stages.experts.train.experts=lora",
+            f"retrain.stages.retrain.tokens={100 * 2048}",
+            "retrain.stages.retrain.learning_rate=0.01",
+            "retrain.stages.retrain.train.experts=lora",
         ]
     assert stage_overrides(of("paper", "ratio0.75-top1"), tokens=0, learning_rate=0.01, train="full") == [
         "retrain=none"
@@ -221,7 +221,7 @@ def command(workplace: Workplace, tmp_path: Path) -> list[str]:
             "1,2",
         ),
         *("--held-out", "1", "--windows", "3", "--samples", "6", "--out", str(tmp_path / "bench")),
-        *(part for setting in [*settings, "retrain.stages.experts.batch=4"] for part in ("--override", setting)),
+        *(part for setting in [*settings, "retrain.stages.retrain.batch=4"] for part in ("--override", setting)),
     ]
 
 

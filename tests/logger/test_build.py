@@ -11,15 +11,15 @@ from tests.workplace import Workplace
 def test_tensorboard_has_the_same_scalars(workplace: Workplace) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     results = workplace.run("board", "logger=tensorboard", f"store={workplace.root / 'board-store'}")
-    events = event_accumulator.EventAccumulator(str(workplace.root / "board/tensorboard/experts"))
+    events = event_accumulator.EventAccumulator(str(workplace.root / "board/tensorboard/retrain"))
     events.Reload()
-    assert {"experts/loss", "experts/perplexity", "experts/router_entropy/layer_01"} <= set(events.Tags()["scalars"])
+    assert {"retrain/loss", "retrain/perplexity", "retrain/router_entropy/layer_01"} <= set(events.Tags()["scalars"])
     measured = event_accumulator.EventAccumulator(str(workplace.root / "board/tensorboard/eval"))
     measured.Reload()
     assert [(e.step, e.value) for e in measured.Scalars("eval/dense/mean")] == [
         (0, pytest.approx(results["stages"][0]["perplexity"]["mean"]))
     ]
-    (last,) = measured.Scalars("eval/experts/mean")
+    (last,) = measured.Scalars("eval/retrain/mean")
     assert last.step == sum(stage["tokens"] for stage in results["stages"])
 
 

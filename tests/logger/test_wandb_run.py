@@ -104,19 +104,19 @@ def offline(results: dict[str, Any], workplace: Workplace) -> Offline:
 
 def test_curves_and_configuration(offline: Offline) -> None:
     assert {
-        "experts/loss",
-        "experts/perplexity",
-        "experts/tokens_per_second",
-        "experts/learning_rate",
+        "retrain/loss",
+        "retrain/perplexity",
+        "retrain/tokens_per_second",
+        "retrain/learning_rate",
     } <= offline.logged
-    assert {"experts/router_entropy/layer_01", "experts/expert_load/layer_00/expert_1"} <= offline.logged
+    assert {"retrain/router_entropy/layer_01", "retrain/expert_load/layer_00/expert_1"} <= offline.logged
     assert {"moe", "pruning", "retrain"} <= offline.settings
-    assert {"eval/dense/mean", "eval/experts/cats@32"} <= set(offline.summary)
+    assert {"eval/dense/mean", "eval/retrain/cats@32"} <= set(offline.summary)
 
 
 def test_curves_are_drawn_over_tokens(offline: Offline) -> None:
-    assert offline.axes == {"router/*": "router/tokens", "experts/*": "experts/tokens"}
-    assert all("experts/tokens" in row for row in offline.history if "experts/loss" in row)
+    assert offline.axes == {"router/*": "router/tokens", "retrain/*": "retrain/tokens"}
+    assert all("retrain/tokens" in row for row in offline.history if "retrain/loss" in row)
 
 
 def test_tables_hold_what_results_hold(offline: Offline, results: dict[str, Any]) -> None:

@@ -181,7 +181,7 @@ def test_a_run(workplace: Workplace, load: str) -> None:
     assert results["parameters"]["trained"] == results["plan"]["planned"]["parameters"]["trained"]
     assert results["routing"]["layers"] == [1]
     assert [len(rows) for rows in results["routing"]["share_by_layer"].values()] == [1] * 4
-    logged = (workplace.root / "dense-layers-full" / "csv" / "experts" / "metrics.csv").read_text().splitlines()[0]
+    logged = (workplace.root / "dense-layers-full" / "csv" / "retrain" / "metrics.csv").read_text().splitlines()[0]
     assert "router_entropy/layer_01" in logged
     assert "router_entropy/layer_00" not in logged
     page = (workplace.root / "dense-layers-full" / "report.html").read_text()

@@ -23,7 +23,7 @@ def test_artifacts_find_their_stage(tmp_path: Path) -> None:
         "reconstructed",
         "evaluation",
         "router",
-        "experts",
+        "retrain",
         "nowhere planned",
     ]
     for number, stage in enumerate(stages):
@@ -37,7 +37,7 @@ def test_artifacts_find_their_stage(tmp_path: Path) -> None:
         "pruned": 4.0,
         "reconstructed": 5.0,
         "router": 7.0,
-        "experts": 8.0,
+        "retrain": 8.0,
         "export": 100.0,
     }
     assert [stage.name for stage in found.stages if stage.reused] == ["mining"]

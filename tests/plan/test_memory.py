@@ -115,7 +115,7 @@ def test_training_with_a_large_vocabulary_and_tied_embeddings(
     module = MoERetraining(
         student,
         Training(
-            name="experts",
+            name="retrain",
             stage=stage,
             lora=job.config.retrain.lora,
             length=64,
@@ -152,8 +152,8 @@ def test_a_teacher_shares_what_is_frozen() -> None:
     shared = 22 * 2 * 2048 * (2048 + 256) + 2 * 32000 * 2048  # attention, embeddings and head of TinyLlama
     found = {}
     for hidden in (0, 4):
-        job = job_of("model=tinyllama", "trainer=gpu", f"retrain.stages.experts.teacher={{logits:0,hidden:{hidden}}}")
-        stage = job.config.retrain.stages["experts"]
+        job = job_of("model=tinyllama", "trainer=gpu", f"retrain.stages.retrain.teacher={{logits:0,hidden:{hidden}}}")
+        stage = job.config.retrain.stages["retrain"]
         found[hidden] = memory.retraining(job, stage, []).device["Mixture-of-Experts"]
     assert found[0] - found[4] == 2 * shared
 
@@ -191,7 +191,7 @@ def test_second_moments_of_every_group() -> None:
 def test_processes_of_one_machine_add_up() -> None:
     one = job_of("model=tinyllama", "trainer=gpu")
     eight = job_of("model=tinyllama", "trainer=ddp", "trainer.devices=8")
-    stage = one.config.retrain.stages["experts"]
+    stage = one.config.retrain.stages["retrain"]
     single, many = (memory.retraining(job, stage, []) for job in (one, eight))
     assert many.host_peak == pytest.approx(8 * single.host_peak)
 
@@ -199,7 +199,7 @@ def test_processes_of_one_machine_add_up() -> None:
 def test_optimiser_by_hand() -> None:
     job = job_of("model=tinyllama", "trainer=gpu", "experiment=paper_1_8")
     stages = job.config.retrain.stages
-    found = memory.retraining(job, stages["experts"], [stages["router"]]).device
+    found = memory.retraining(job, stages["retrain"], [stages["router"]]).device
     assert found["Adam"] == 2 * 21_358_592 * 4  # float32 under mixed precision
     assert found["Mixture-of-Experts"] == 2 * (3_384_207_360 + 360_448)  # FLAP's biases
     lora, noise = 20_545_536, 360_448
@@ -271,7 +271,7 @@ def test_indexed_experts_need_little_beside_the_dense_model() -> None:
     for storage in ("materialised", "indexed"):
         for compensation in ("least_squares", "none"):
             job = job_of(*settings, f"retrain.storage={storage}", f"pruning.compensation={compensation}")
-            stage = job.config.retrain.stages["experts"]
+            stage = job.config.retrain.stages["retrain"]
             found[storage, compensation] = memory.retraining(job, stage, []).device["Mixture-of-Experts"]
     norms, router, down = 65 * 4096, 32 * 8 * 4096, 32 * 8 * 4096 * 5504  # everything else is the teacher's
     assert found["materialised", "none"] == found["materialised", "least_squares"] == 2 * (norms + router + 3 * down)

@@ -23,7 +23,7 @@ def by_name(it: Plan) -> dict[str, Stage]:
 
 def test_where_tokens_choose_their_experts_affinity_is_mapped_from_a_few_sequences() -> None:
     stages = by_name(planned())
-    assert list(stages) == ["mining", "pruned", "reconstructed", "router", "experts", "evaluation", "export"]
+    assert list(stages) == ["mining", "pruned", "reconstructed", "router", "retrain", "evaluation", "export"]
     assert stages["mining"].tokens == 16 * 16 * 64
     assert stages["mining"].operations < 0.01 * sum(stage.operations for stage in stages.values())
     assert "mining" not in by_name(planned("affinity.mapped=0"))
@@ -38,14 +38,14 @@ def test_tokens_of_a_run_that_mines() -> None:
         "pruned",
         "reconstructed",
         "router",
-        "experts",
+        "retrain",
         "evaluation",
         "export",
     ]
     assert stages["calibration"].tokens == 16 * 32 * 256
     assert stages["mining"].tokens == 16 * 16 * 8 * 256
     assert stages["reconstructed"].tokens == 16 * 32 * 256
-    assert (stages["router"].tokens, stages["experts"].tokens) == (16384, 114688)
+    assert (stages["router"].tokens, stages["retrain"].tokens) == (16384, 114688)
     # dense, pruned, reconstructed and two stages; and the routing of the last three
     assert stages["evaluation"].tokens == (5 + 3) * 16 * 12 * 256
 
@@ -116,8 +116,8 @@ def test_disk() -> None:
     assert stages["calibration"].written == 16 * 22 * 5632 * 16  # 16 embedded domains, mean and deviations in float64
     layer = 8 * 3 * 2048 * 2816 * 2 + 2 * 8 * 2048 * 2 + 8 * 5632  # experts, router and bias, masks
     assert stages["reconstructed"].written == 22 * layer
-    assert stages["experts"].written == 21_358_592 * 2  # 32-true keeps them in bfloat16
-    assert stages["experts"].temporary == 2 * 3 * 21_358_592 * 2  # with Adam's states; the old beside the new
+    assert stages["retrain"].written == 21_358_592 * 2  # 32-true keeps them in bfloat16
+    assert stages["retrain"].temporary == 2 * 3 * 21_358_592 * 2  # with Adam's states; the old beside the new
     assert it.export == 2 * (3_384_207_360 + 360_448)
     tied = planned("model=llama3.2-1b", "retrain=none", "model.dtype=bfloat16")  # whose head is written as well
     assert tied.export == 2 * (tied.parameters["total"] + 128_256 * 2048)
@@ -157,10 +157,10 @@ def test_clusters_of_tokens_are_one_devices_work() -> None:
 
 def test_training_divides_by_the_processes() -> None:
     one, eight = (
-        planned("model=tinyllama", "affinity=mined", "trainer=gpu", "retrain.stages.experts.batch=16"),
-        planned("model=tinyllama", "affinity=mined", "trainer=ddp", "retrain.stages.experts.batch=16"),
+        planned("model=tinyllama", "affinity=mined", "trainer=gpu", "retrain.stages.retrain.batch=16"),
+        planned("model=tinyllama", "affinity=mined", "trainer=ddp", "retrain.stages.retrain.batch=16"),
     )
-    first, second = by_name(one)["experts"], by_name(eight)["experts"]
+    first, second = by_name(one)["retrain"], by_name(eight)["retrain"]
     assert second.operations == first.operations
     assert second.seconds < first.seconds / 3
     assert by_name(eight)["mining"].seconds == pytest.approx(by_name(one)["mining"].seconds / 8)

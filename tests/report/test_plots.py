@@ -16,7 +16,7 @@ from tests.browser import browse
 from tests.report.made import results
 from tests.workplace import Workplace
 
-CURVES = {"router": [{"tokens": 8.0, "loss": 3.0}], "experts": [{"tokens": 8.0, "loss": 2.0}]}
+CURVES = {"router": [{"tokens": 8.0, "loss": 3.0}], "retrain": [{"tokens": 8.0, "loss": 2.0}]}
 
 
 def test_a_figure_is_drawn_where_there_is_something_to_show(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_curves_of_any_name_are_read_and_follow_one_another(tmp_path: Path) -> N
 
 def test_tasks_are_shown_where_they_are() -> None:
     measured = {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "piqa"}}
-    stages = [stage("dense", 1.0), stage("experts", 2.0, tasks=measured)]
+    stages = [stage("dense", 1.0), stage("retrain", 2.0, tasks=measured)]
     assert task_rows(made(stages=stages)) == [
         {"task": "piqa", "metric": "acc,none", "scores": [(None, None), (0.5, 0.1)]}
     ]
@@ -268,7 +268,7 @@ def test_bars_are_standard_errors_and_the_mean_has_its_own() -> None:
             {"acc,none": acc, "acc_stderr,none": error, "acc_norm,none": 0.9, "alias": "t"} for acc, error in scores
         ]
         tasks = dict(zip(("piqa", "sciq"), measured, strict=True)) | {"wiki": {"word_perplexity,none": 20.0}}
-        return [stage("dense", 1.0), stage("experts", 2.0, tasks=tasks)]
+        return [stage("dense", 1.0), stage("retrain", 2.0, tasks=tasks)]
 
     piqa, sciq, mean = task_figure(made(stages=stages((0.5, 0.3), (0.7, 0.4))))
     assert (piqa["task"], piqa["metric"]) == ("piqa", "acc")
@@ -390,6 +390,6 @@ def test_all_words_have_a_row(finished: Path) -> None:
 
 
 def test_wandb_keeps_a_copy(workplace: Workplace) -> None:
-    workplace.run("with wandb", "logger=[csv,wandb]", "retrain.stages.experts.tokens=512")
+    workplace.run("with wandb", "logger=[csv,wandb]", "retrain.stages.retrain.tokens=512")
     (copy,) = (workplace.root / "with wandb/wandb").glob("offline-run-*/files/report.html")
     assert copy.read_bytes() == (workplace.root / "with wandb/report.html").read_bytes()

@@ -37,7 +37,7 @@ def sweep(workplace: Workplace) -> Path:
     """Three finished runs, one that failed and one that was stopped."""
     root = workplace.root / "swept"
     for number, overrides in enumerate((["pruning.ratio=0.25"], ["pruning.ratio=0.5"], ["moe.experts=3"])):
-        workplace.run(f"swept/{number}", "retrain.stages.experts.tokens=512", *overrides)
+        workplace.run(f"swept/{number}", "retrain.stages.retrain.tokens=512", *overrides)
     for number, config in ((3, {"moe": {"experts": 9}}), (10, {"moe": {"experts": 3}})):
         (root / f"{number}/.hydra").mkdir(parents=True)
         (root / f"{number}/.hydra/overrides.yaml").write_text("[]\n")
@@ -133,7 +133,7 @@ def test_columns_are_the_stages_that_the_runs_had(tmp_path: Path) -> None:
     config = {"eval": {"lengths": [32]}, "moe": {"experts": 2}}
     sizes = {"dense": 9, "active": 5, "total": 20}
     for number, names in enumerate((["dense", "merged"], ["dense", "pruned", "merged", "healed"])):
-        stages = [stage(name, 2.0 + i) for i, name in enumerate(names)] + [stage("experts", 1.5, tokens=512)]
+        stages = [stage(name, 2.0 + i) for i, name in enumerate(names)] + [stage("retrain", 1.5, tokens=512)]
         (tmp_path / str(number)).mkdir()
         write_results(made(config, stages=stages, parameters=sizes, export="checkpoint"), tmp_path / str(number))
     text = write_sweep(find_jobs(tmp_path), tmp_path).read_text(encoding="utf-8")
@@ -142,7 +142,7 @@ def test_columns_are_the_stages_that_the_runs_had(tmp_path: Path) -> None:
     assert [(first[name], second[name]) for name in ("dense", "merged", "pruned", "healed")] == [
         *(("2.0", "2.0"), ("3.0", "4.0"), ("", "3.0"), ("", "5.0"))
     ]
-    assert "experts" not in first  # the last one's perplexity has a column of its own
+    assert "retrain" not in first  # the last one's perplexity has a column of its own
 
 
 def test_a_finished_run_that_measured_nothing_is_a_row(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_job_that_fails_leaves_its_reason(tmp_path: Path) -> None:
 def multirun(workplace: Workplace, directory: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
     """A sweep whose pages are in ``<directory>/sweep``; what it sweeps over is fixed nowhere else."""
     short = (
-        "retrain.stages.experts.tokens=512",
+        "retrain.stages.retrain.tokens=512",
         f"store={directory / 'store'}",
         f"hydra.sweep.dir={directory / 'sweep'}",
     )

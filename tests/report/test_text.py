@@ -99,15 +99,15 @@ def test_tasks_say_how_many_questions_were_asked() -> None:
     (table,) = task_tables(
         results(
             evaluation={"domains": [], "sets": [], "tasks": tasks},
-            stages=[stage("dense", 1.0), stage("experts", 2.0, tasks=scores, tasks_mean=0.5)],
+            stages=[stage("dense", 1.0), stage("retrain", 2.0, tasks=scores, tasks_mean=0.5)],
         )
     )
     found = columns(table)
-    assert list(found) == ["task", "shots", "questions", "metric", "experts"]
+    assert list(found) == ["task", "shots", "questions", "metric", "retrain"]
     assert found["task"] == ["piqa", "law", "own", "mean"]
     assert found["shots"] == ["0", "5", "–", ""]
     assert found["questions"] == ["40", "–", "7", ""]
-    assert found["experts"] == ["50.00% ± 10.00%"] * 3 + ["50.00%"]
+    assert found["retrain"] == ["50.00% ± 10.00%"] * 3 + ["50.00%"]
 
 
 def test_long_stages_are_timed_as_on_a_clock() -> None:

@@ -72,7 +72,7 @@ def fit(build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor], tm
         if checkpointing:
             moe.gradient_checkpointing_enable({"use_reentrant": False})
         training = Training(
-            name="experts",
+            name="retrain",
             stage=stage,
             lora=LoRAConfig(),
             length=LENGTH,

@@ -18,11 +18,11 @@ STOCHASTIC = ("retrain.lora.dropout=0.1", "retrain.noise=0.05", "moe.top_k=2", "
 FITTED = "moe.refined.steps=0"
 """Local steps make the rounding of several processes' sums large, as any rounding on six hundred tokens; tests/test_ranks.py
 has a few of them."""
-TEACHER = ("retrain.stages.experts.teacher.logits=0.5", "retrain.stages.experts.teacher.hidden=0.1")
+TEACHER = ("retrain.stages.retrain.teacher.logits=0.5", "retrain.stages.retrain.teacher.hidden=0.1")
 ROUTERS = (
-    "retrain.stages.experts.gate=straight_through",
-    "retrain.stages.experts.balance=0.01",
-    "retrain.stages.experts.z_loss=0.001",
+    "retrain.stages.retrain.gate=straight_through",
+    "retrain.stages.retrain.balance=0.01",
+    "retrain.stages.retrain.z_loss=0.001",
 )
 
 
@@ -53,13 +53,13 @@ def kill_after_checkpoint(process: "subprocess.Popen[str]", store: Path, step: i
 
 def logged(directory: Path) -> list[tuple[str, str]]:
     """(step, loss) of the second stage in the file of its curve."""
-    with (directory / "csv/experts/metrics.csv").open(newline="") as stream:
-        return [(row["experts/step"], row["experts/loss"]) for row in csv.DictReader(stream)]
+    with (directory / "csv/retrain/metrics.csv").open(newline="") as stream:
+        return [(row["retrain/step"], row["retrain/loss"]) for row in csv.DictReader(stream)]
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path: Path) -> None:
-    long = ("retrain.stages.experts.tokens=30720", *STOCHASTIC, *TEACHER, *ROUTERS)
+    long = ("retrain.stages.retrain.tokens=30720", *STOCHASTIC, *TEACHER, *ROUTERS)
     finish(workplace.start("undisturbed", f"store={tmp_path / 'a'}", *long))
     kill_after_checkpoint(
         workplace.start("killed", f"store={tmp_path / 'b'}", *long), tmp_path / "b", 6, signal.SIGKILL
@@ -77,7 +77,7 @@ def test_a_killed_run_ends_with_the_same_weights(workplace: Workplace, tmp_path:
 def test_ctrl_c_says_how_to_go_on(workplace: Workplace, tmp_path: Path) -> None:
     # Where tests run by `&` it is ignored, and a child would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = workplace.start("stopped", f"store={tmp_path}", "retrain.stages.experts.tokens=300000")
+    process = workplace.start("stopped", f"store={tmp_path}", "retrain.stages.retrain.tokens=300000")
     signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("partial/*/step=*.ckpt")) and time.monotonic() < deadline:
@@ -115,7 +115,7 @@ def test_two_processes_give_the_weights_of_one(workplace: Workplace, strategy: s
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_checkpoint_of_two_processes_is_resumed_by_one(workplace: Workplace, tmp_path: Path, strategy: str) -> None:
-    long = ("retrain.stages.experts.tokens=102400", "retrain.checkpoint_every=20", FITTED)
+    long = ("retrain.stages.retrain.tokens=102400", "retrain.checkpoint_every=20", FITTED)
     finish(workplace.start(f"{strategy}-undisturbed", f"store={tmp_path / 'a'}", *long))
     two = (f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     process = workplace.start(f"{strategy}-two", f"store={tmp_path / 'b'}", *long, *two)
@@ -138,7 +138,7 @@ def test_mixed_precision_trains_in_float32_and_exports_in_bfloat16(
     workplace: Workplace, tmp_path: Path, strategy: str
 ) -> None:
     hardware = () if strategy == "single" else ("trainer=fsdp2", "trainer.accelerator=cpu", "trainer.devices=2")
-    short = ("retrain.stages.router.tokens=512", "retrain.stages.experts.tokens=512")
+    short = ("retrain.stages.router.tokens=512", "retrain.stages.retrain.tokens=512")
     mixed = ("model.dtype=bfloat16", "trainer.precision=bf16-mixed", *hardware, *short)
     finish(workplace.start(f"mixed-{strategy}", f"store={tmp_path}", *mixed))
     for file in tmp_path.glob("retrained/*/trained.safetensors"):
@@ -191,7 +191,7 @@ def test_resuming_from_a_path(workplace: Workplace, tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="another configuration or other data"):
         workplace.run(
             *("other", f"store={tmp_path / 'c'}", "~retrain.stages.router", f"retrain.resume='{checkpoint}'"),
-            "retrain.stages.experts.learning_rate=1e-5",
+            "retrain.stages.retrain.learning_rate=1e-5",
         )
 
 

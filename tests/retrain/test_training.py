@@ -15,13 +15,13 @@ from dive.store import key_of
 from tests.model.test_architecture import typed
 from tests.workplace import Workplace
 
-EXPERTS = "retrain.stages.experts"
+EXPERTS = "retrain.stages.retrain"
 TEXT = (f"{EXPERTS}.teacher.logits=0", f"{EXPERTS}.teacher.hidden=0")
 
 
 def key(*overrides: str) -> str:
     """Of the default's only stage."""
-    return key_of("retrained", {"training": Training.of(typed("model=tiny", *overrides), "experts")})
+    return key_of("retrained", {"training": Training.of(typed("model=tiny", *overrides), "retrain")})
 
 
 WITHOUT: dict[str, tuple[tuple[str, ...], str]] = {
@@ -106,12 +106,12 @@ def test_two_processes_share_sequences_out_otherwise_than_two_passes() -> None:
 def test_adapters_of_an_earlier_stage_count() -> None:
     stages = ("retrain=two_stages", "retrain.stages.router.train.attention=lora", f"{EXPERTS}.train.experts=frozen")
     config, other = typed("model=tiny", *stages), typed("model=tiny", *stages, "retrain.lora.dropout=0.1")
-    assert config.retrain.stages["experts"].train.experts is Freezing.frozen
-    assert Training.of(config, "experts") != Training.of(other, "experts")
+    assert config.retrain.stages["retrain"].train.experts is Freezing.frozen
+    assert Training.of(config, "retrain") != Training.of(other, "retrain")
 
 
 def test_steps_are_rounded_up() -> None:
-    stage = typed("model=tiny", f"{EXPERTS}.batch=4", f"{EXPERTS}.tokens=4097").retrain.stages["experts"]
+    stage = typed("model=tiny", f"{EXPERTS}.batch=4", f"{EXPERTS}.tokens=4097").retrain.stages["retrain"]
     assert optimiser_steps(stage, 256) == 5
     assert optimiser_steps(stage, 4097) == 1
 
@@ -123,7 +123,7 @@ def of_stage(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def logged(directory: Path) -> list[dict[str, str]]:
-    with (directory / "csv/experts/metrics.csv").open(newline="") as stream:
+    with (directory / "csv/retrain/metrics.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -138,14 +138,14 @@ def test_a_stage_is_reused_and_logged_anew_at_another_interval(workplace: Workpl
     assert not of_stage(first)["reused"]
     assert of_stage(again)["reused"]
     two, three = logged(workplace.root / "logged-by-two"), logged(workplace.root / "logged-by-three")
-    assert [float(row["experts/step"]) for row in two] == [2, 4, 6]
-    assert [float(row["experts/step"]) for row in three] == [3, 6]
+    assert [float(row["retrain/step"]) for row in two] == [2, 4, 6]
+    assert [float(row["retrain/step"]) for row in three] == [3, 6]
     # Steps 1 to 6 weigh the same in both.
-    means = [sum(float(row["experts/loss"]) for row in rows) / len(rows) for rows in (two, three)]
+    means = [sum(float(row["retrain/loss"]) for row in rows) / len(rows) for rows in (two, three)]
     assert means[0] == pytest.approx(means[1], rel=1e-6)
     # Three steps of warming up; the second was taken with two thirds of the peak.
     peak = 3e-3
-    assert float(two[0]["experts/learning_rate"]) == pytest.approx(peak * 2 / 3)
+    assert float(two[0]["retrain/learning_rate"]) == pytest.approx(peak * 2 / 3)
 
 
 def test_idle_routers_are_not_counted_as_trained(
@@ -169,4 +169,4 @@ def planned(workplace: Workplace, *overrides: str) -> tuple[int, int]:
     """Trained parameters of the whole run and of the expert stage, as the plan has them."""
     model = json.loads((workplace.root / "dense/config.json").read_text())
     found = plan(workplace.compose(*overrides), read_architecture(model))
-    return found.parameters["trained"], next(stage.trained for stage in found.stages if stage.name == "experts")
+    return found.parameters["trained"], next(stage.trained for stage in found.stages if stage.name == "retrain")

@@ -86,7 +86,7 @@ def fit(directory: Path, *, console: Console | None, steps: int = STEPS, resume:
         checkpoints=directory,
         checkpoint_every=4,
         loggers=[],
-        callbacks=[StageProgress("experts", steps=STEPS, tokens=TOKENS, loss=module.loss, console=console)],
+        callbacks=[StageProgress("retrain", steps=STEPS, tokens=TOKENS, loss=module.loss, console=console)],
     )
     trainer.fit(module, ckpt_path=resume, weights_only=True)
     return module
@@ -157,7 +157,7 @@ def test_the_bar_goes_where_the_run_is_stopped(terminal: Terminal, tmp_path: Pat
         checkpoints=tmp_path,
         checkpoint_every=99,
         loggers=[],
-        callbacks=[Stopped("experts", steps=STEPS, tokens=1, loss=module.loss, console=console(terminal))],
+        callbacks=[Stopped("retrain", steps=STEPS, tokens=1, loss=module.loss, console=console(terminal))],
     )
     with pytest.raises(RuntimeError, match="enough"):
         trainer.fit(module)
@@ -172,7 +172,7 @@ def test_without_a_terminal_it_says_a_line_now_and_then(
     monkeypatch.setattr(progress, "PLAIN_INTERVAL", 0.1)
     caplog.set_level(logging.INFO)
     fit(tmp_path, console=None)
-    said = [message for message in caplog.messages if message.startswith("experts")]
+    said = [message for message in caplog.messages if message.startswith("retrain")]
     line = r"experts: [1-7]/8, [\d.]+ k tokens/s, loss \d\.\d{3}, [\d.]+ s left"
     assert 2 <= len(said) - 1 <= 7
     assert all(re.fullmatch(line, message) for message in said[:-1]), said
@@ -189,7 +189,7 @@ def test_long_log_lines_are_whole_and_a_narrow_bar_is_one_line(terminal: Termina
 
 
 def test_a_bar_leaves_room_for_what_the_terminal_writes_at_ctrl_c(terminal: Terminal) -> None:
-    with Progress("experts", 4, console=console(terminal, width=60)) as shown:
+    with Progress("retrain", 4, console=console(terminal, width=60)) as shown:
         time.sleep(0.05)
         shown.reached(2, "loss 2.345")
         time.sleep(0.3)
@@ -226,7 +226,7 @@ def test_a_bar_within_a_bar_leaves_the_log_whole(terminal: Terminal) -> None:
 def test_slow_work_counts_the_seconds_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    work = Progress("experts", 100, "tokens", size=1)
+    work = Progress("retrain", 100, "tokens", size=1)
     for done in range(5):
         work.reached(done)
         now += 90.0
