@@ -65,6 +65,11 @@ class Setting:
         return f"ratio{self.ratio:g}-top{self.top_k}"
 
     @property
+    def title(self) -> str:
+        """``75% of every FFN pruned, 1 expert active``."""
+        return f"{100 * self.ratio:g}% of every FFN pruned, {self.top_k} expert{'s' if self.top_k > 1 else ''} active"
+
+    @property
     def single_ratio(self) -> float:
         """Ratio at which one expert is as wide as the ``top_k`` active ones together."""
         return 1.0 - self.top_k * (1.0 - self.ratio)
@@ -609,7 +614,7 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
         panel.yaxis.set_major_formatter(ScalarFormatter())
         panel.yaxis.set_minor_locator(NullLocator())
-        panel.set_title(setting)
+        panel.set_title(Setting.parse(setting).title)
         panel.set_xlabel("retraining tokens")
         panel.set_ylabel("perplexity, geometric mean over domains")
         panel.grid(alpha=0.3)

@@ -20,7 +20,12 @@ DENSE, PRUNED, RECONSTRUCTED, CHECKPOINT = "dense", "pruned", "reconstructed", "
 DEQUANTISED = "dequantised"
 GENERATED = "generated"
 """What a run does first with a GGUF file; it is measured as the dense model."""
-LABELS = {DENSE: "dense model", PRUNED: "pruned, one expert", RECONSTRUCTED: "experts, not retrained"}
+LABELS = {
+    DENSE: "dense model",
+    PRUNED: "pruned, one expert",
+    RECONSTRUCTED: "experts, not retrained",
+    "retrain": "retrained",
+}
 """What readers who have not seen the code are told of a stage; one that is not here trained, and is called by its name."""
 
 
@@ -200,6 +205,31 @@ class AffinityResult:
 
 
 @dataclass(slots=True, kw_only=True)
+class ExpertToken:
+    """A token of the vocabulary that an expert gets more often than others do."""
+
+    id: int
+    share: float
+    """Of the token's assignments, over all layers, that the expert gets."""
+    lift: float
+    """This share over the expert's share of all tokens."""
+    text: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RoutedText:
+    """The beginning of a domain's test text, token by token."""
+
+    domain: str
+    ids: list[int]
+    """(T,)"""
+    experts: list[str]
+    """(L,), a line a layer: the number of each token's likeliest expert, separated by spaces."""
+    tokens: list[str] | None = None
+    """(T,), what each of them reads."""
+
+
+@dataclass(slots=True, kw_only=True)
 class RoutingResult:
     """Which experts a domain's tokens go to, in the last stage; all none where no routers were measured."""
 
@@ -212,6 +242,10 @@ class RoutingResult:
     load_max_over_mean: list[float] | None = None
     load_entropy: list[float] | None = None
     """Nats, a layer each."""
+    tokens: list[list[ExpertToken]] | None = None
+    """Of each expert the tokens that set it apart, the most telling first; see :func:`dive.eval.routing.top_tokens`."""
+    texts: list[RoutedText] | None = None
+    """One a domain."""
 
 
 @dataclass(slots=True, kw_only=True)

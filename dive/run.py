@@ -210,7 +210,7 @@ class Run:
             stage.tasks, stage.tasks_mean = values["tasks"], self._tasks_mean(values["tasks"])
         self.results.stages.append(stage)
         if "routing" in values:
-            self.results.routing = RoutingResult(**values["routing"])
+            self.results.routing = read_as(RoutingResult, values["routing"], "routing")
         self._log(stage)
         self._write()
 
@@ -263,6 +263,7 @@ class Run:
         chain = model.chain()
         results.overlap = expert_overlap(model.mixture.experts)
         compare_routing(results)
+        read_tokens(results, tokenizer)
         results.parameters = parameters(config, model, chain)
         results.timings = {stage.name: stage.seconds for stage in results.stages}
         if not self.evaluates:
@@ -327,6 +328,17 @@ def _measured(data: Inputs) -> Measured:
         sets=list(data.texts.sets),
         tasks={name: AskedTask(**how) for name, how in data.tasks.describe().items()},
     )
+
+
+def read_tokens(results: Results, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Say what the tokens read that experts are known by, and those of the texts that were followed through the routers."""
+    routing = results.routing
+    if routing is None:
+        return
+    for token in (token for expert in routing.tokens or [] for token in expert):
+        token.text = str(tokenizer.decode([token.id]))
+    for text in routing.texts or []:
+        text.tokens = [str(tokenizer.decode([number])) for number in text.ids]
 
 
 def compare_routing(results: Results) -> None:

@@ -49,6 +49,11 @@ def test_results_have_the_documented_shape(finished: Path) -> None:
     for shares in results["routing"]["share_by_layer"].values():
         assert [sum(layer) for layer in shares] == pytest.approx([1.0, 1.0])
     assert results["overlap"][0][0] == 1.0
+    for text in results["routing"]["texts"]:
+        assert len(text["tokens"]) == len(text["ids"]) == 32
+        assert [len(line.split()) for line in text["experts"]] == [32] * len(results["routing"]["layers"])
+    known = [token for expert in results["routing"]["tokens"] for token in expert]
+    assert all(token["lift"] > 1 and token["text"] for token in known)
 
 
 def test_retraining_lowers_perplexity_on_learnable_text(finished: Path) -> None:

@@ -30,7 +30,8 @@ LAYOUT: dict[str, set[str]] = {
     "parameters": {"dense", "pruned", "total", "active", "trained"},
     "stages.0": STAGE,
     "stages.4": STAGE,
-    "routing": {"share", "share_by_layer", "layers", "load_max_over_mean", "load_entropy"},
+    "routing": {"share", "share_by_layer", "layers", "load_max_over_mean", "load_entropy", "tokens", "texts"},
+    "routing.texts.0": {"domain", "ids", "experts", "tokens"},
     "timings": {"dense", "pruned", "reconstructed", "router", "retrain", "total"},
     "affinity": {
         "groups",

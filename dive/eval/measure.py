@@ -7,17 +7,20 @@ from torch import Tensor
 
 from dive.eval.evaluate import EvaluationTexts, evaluate
 from dive.eval.generation import Beginnings, continue_greedily
-from dive.eval.routing import routing_share
+from dive.eval.routing import experts_of_tokens, routing_share
 from dive.eval.tasks import TaskSuite
 from dive.model.recipe import Model
 from dive.store import HasStore, Place, step, write_json
 from dive.together import ranks, shared_step
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FOLLOWED = 64
+"""Tokens of each domain's first test window whose experts are kept, to be looked at."""
 
 
-@shared_step("evaluation", "perplexity, and which experts the tokens go to")
+@shared_step("evaluation", "perplexity, and which experts the tokens go to", version=2)
 def measure(
     place: Place, run: HasStore, name: str, batch: int, *, model: Model, texts: EvaluationTexts, tasks: TaskSuite
 ) -> None:
@@ -31,12 +34,28 @@ def measure(
     found: dict[str, object] = {"perplexity": evaluate(ready, texts, batch=batch, description=name, ranks=ranks())}
     if model.routed and texts.domains:
         first = next(iter(texts.domains.values()))
-        found["routing"] = routing_share(ready, first, batch=batch, ranks=ranks()).summary()
+        routing = routing_share(ready, first, batch=batch, ranks=ranks()).summary()
+        found["routing"] = routing | {"texts": follow(ready, first) if place.writes else None}
     if not place.writes:
         return
     if tasks.tasks:
         found["tasks"] = tasks.measure(run, model)
     write_json(place.directory / "evaluation.json", found)
+
+
+def follow(model: "PreTrainedModel", windows: Mapping[str, Tensor]) -> list[dict[str, object]] | None:
+    """{domain, ids, experts} of the beginning of each domain's first window (N, T) int64; none of a single expert.
+
+    ``experts`` has a line for each layer that has experts: the number of each token's likeliest one, separated by spaces.
+    """
+    if int(model.config.num_experts) == 1:
+        return None
+    texts: list[dict[str, object]] = []
+    for domain, matrix in windows.items():
+        ids = matrix[0, :FOLLOWED]
+        lines = [" ".join(map(str, layer)) for layer in experts_of_tokens(model, ids).T.tolist()]
+        texts.append({"domain": domain, "ids": ids.tolist(), "experts": lines})
+    return texts
 
 
 @step("continuations", "how the model goes on with test texts")

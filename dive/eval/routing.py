@@ -1,6 +1,6 @@
 """Who is routed where, and how much experts have in common.
 
-Shapes: L layers, E experts, F channels, T tokens.
+Shapes: L layers, E experts, F channels, T tokens, V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+TOP_TOKENS = 12
+"""Tokens that a summary names of each expert, at most."""
+RARE = 4
+"""A token that was met no more often names no expert."""
+
+
 @dataclass(slots=True)
 class Routing:
     """Share of each domain's token-to-expert assignments."""
@@ -26,6 +32,8 @@ class Routing:
     """{domain: (L, E)}, rows sum to one."""
     layers: list[int]
     """Numbers of the L layers that have experts."""
+    counts: Tensor | None = None
+    """(V, E) int64, how often a token of the vocabulary was sent to an expert, over all layers and domains."""
 
     @property
     def load(self) -> Tensor:
@@ -33,7 +41,8 @@ class Routing:
         return torch.stack(list(self.share.values())).mean(dim=0)
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: shares, and per layer the largest load over the mean and the entropy of the load in nats."""
+        """JSON values: shares, and per layer the largest load over the mean and the entropy of the load in nats; the tokens of
+        each expert where they were counted."""
         load = self.load
         return {
             "share": {domain: share.mean(dim=0).tolist() for domain, share in self.share.items()},
@@ -41,14 +50,44 @@ class Routing:
             "share_by_layer": {domain: share.tolist() for domain, share in self.share.items()},
             "load_max_over_mean": (load.max(dim=1).values * load.shape[1]).tolist(),
             "load_entropy": torch.special.entr(load).sum(dim=1).tolist(),
+            "tokens": None if self.counts is None else top_tokens(self.counts),
         }
+
+
+def top_tokens(counts: Tensor, *, limit: int = TOP_TOKENS) -> list[list[dict[str, float]]]:
+    """For each expert the tokens that set it apart, the most telling first: {id, share, lift}.
+
+    They are ranked by n · log(p(e | t) / p(e)), n being how often the expert gets the token: the token's part of the
+    log-likelihood ratio by which corpus linguistics finds keywords (Dunning 1993, "Accurate methods for the statistics of
+    surprise and coincidence"). Tokens that the expert gets no more often than others are left out.
+
+    Args:
+        counts: (V, E) int64, see :attr:`Routing.counts`.
+
+    Returns:
+        E lists. ``share`` is p(e | t), the part of the token's assignments that the expert gets; ``lift`` is p(e | t) / p(e).
+    """
+    seen = counts.double()
+    expected = seen.sum(dim=0) / seen.sum().clamp_min(1.0)
+    share = seen / seen.sum(dim=1, keepdim=True).clamp_min(1.0)
+    lift = share / expected.clamp_min(torch.finfo(torch.float64).tiny)
+    telling = torch.where(lift > 1.0, seen * lift.clamp_min(1.0).log(), 0.0)
+    ranked = telling.topk(min(limit, len(telling)), dim=0)
+    return [
+        [
+            {"id": int(token), "share": float(share[token, expert]), "lift": float(lift[token, expert])}
+            for token, value in zip(ranked.indices[:, expert], ranked.values[:, expert], strict=True)
+            if value > 0.0
+        ]
+        for expert in range(counts.shape[1])
+    ]
 
 
 @torch.no_grad()
 def routing_share(
     model: "PreTrainedModel", windows: Mapping[str, Tensor], *, batch: int = 16, ranks: Ranks = ALONE
 ) -> Routing:
-    """Count which experts the routers select on each domain's windows (N, T) int64.
+    """Count which experts the routers select on each domain's windows (N, T) int64, and for which tokens.
 
     Args:
         batch: windows per forward pass.
@@ -58,17 +97,23 @@ def routing_share(
     if experts == 1:
         return Routing({domain: torch.ones(len(layers), 1) for domain in windows}, layers)
     counts = torch.zeros(len(windows), len(layers), experts)
-    current = 0
+    of_tokens = torch.zeros(int(model.config.vocab_size), experts, dtype=torch.int64)
+    current, ids = 0, torch.empty(0, dtype=torch.int64)
 
     def count(number: int, chosen: Tensor) -> None:
         counts[current, number] += torch.bincount(chosen.reshape(-1), minlength=experts)
+        cells = ids[:, None] * experts + chosen
+        of_tokens.view(-1).scatter_add_(0, cells.reshape(-1), torch.ones(cells.numel(), dtype=torch.int64))
 
     with _chosen(model, count):
         for current, matrix in enumerate(windows.values()):  # noqa: B007  # count reads it
             for rows in batches(ranks.part(matrix), batch):
+                ids = rows.reshape(-1)
                 model.base_model(input_ids=rows.to(model.device), use_cache=False)
-    counts = ranks.sum(counts)
-    return Routing(dict(zip(windows, counts / counts.sum(dim=-1, keepdim=True), strict=True)), layers)
+    counts, of_tokens = ranks.sum(counts), ranks.sum(of_tokens)
+    of_tokens[of_tokens.sum(dim=1) <= RARE * len(layers) * int(model.config.num_experts_per_tok)] = 0
+    share = dict(zip(windows, counts / counts.sum(dim=-1, keepdim=True), strict=True))
+    return Routing(share, layers, of_tokens)
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ def write_report(directory: Path) -> Path:
         domains=domain_rows(results),
         tasks=task_rows(results),
         task_figure=bool(data["tasks"]),
+        followed=bool(data["texts"]),
         plan=plan_rows(results),
         verified=(verified := read_verified(directory)),
         engines=[] if verified is None else engine_rows(verified),
@@ -127,10 +128,11 @@ def recovered(results: Results) -> float | None:
 
 
 def expert_rows(results: Results) -> list[dict[str, Any]]:
-    """For each expert its name, the domains it was built from, and those whose tokens it gets."""
+    """For each expert its name, the domains it was built from, those whose tokens it gets, and the tokens that set it apart."""
     share, groups = results.share, results.groups or []
     if not share:
         return []
+    tokens = (results.routing.tokens if results.routing is not None else None) or []
     experts = len(next(iter(share.values())))
     rows = []
     for number in range(experts):
@@ -145,9 +147,15 @@ def expert_rows(results: Results) -> list[dict[str, Any]]:
                 "first_choice_of": first,
                 "served": [(domain, share[domain][number]) for domain in served[:3]],
                 "load": load,
+                "tokens": [visible(token.text) for token in tokens[number] if token.text] if tokens else [],
             }
         )
     return rows
+
+
+def visible(token: str) -> str:
+    """What a token reads, with marks for spaces, tabs and line ends."""
+    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 
 
 def has_own_groups(results: Results) -> bool:
@@ -296,8 +304,23 @@ def figures(results: Results, curves: Sequence[dict[str, Any]]) -> dict[str, Any
         "overlap": results.overlap,
         "layers": None if results.routing is None else results.routing.layers,
         "routing": None if results.routing is None else results.routing.share_by_layer,
+        "texts": text_figure(results),
         "curves": curves,
     }
+
+
+def text_figure(results: Results) -> list[dict[str, Any]]:
+    """Each domain's beginning of a test text: its tokens (T,), and the expert of each in every layer (L, T)."""
+    texts = (results.routing.texts if results.routing is not None else None) or []
+    return [
+        {
+            "domain": text.domain,
+            "tokens": text.tokens,
+            "experts": [list(map(int, line.split())) for line in text.experts],
+        }
+        for text in texts
+        if text.tokens
+    ]
 
 
 def mined_groups(results: Results) -> list[list[str]]:

@@ -197,6 +197,7 @@ def write_sweep(directories: Sequence[Path], output: Path) -> Path:
         settings=settings,
         stages=[(f"stage:{name}", LABELS.get(name, name)) for name in reversed(stages)],
         few=len(settings) <= FEW,
+        many=len({rows[i]["experts"] for i in same}) > 1,
         best=best,
         best_name=None if best is None else describe(rows[best], settings),
         front=set(front),

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dive.api import reconstruct
-from dive.eval.routing import Routing, experts_of_tokens, mask_overlap, routing_share
+from dive.eval import routing as routing_module
+from dive.eval.measure import FOLLOWED, follow
+from dive.eval.routing import Routing, experts_of_tokens, mask_overlap, routing_share, top_tokens
 from dive.model.families import decoder_layers, moe_block
 from dive.moe.plug import plug_routers
 from dive.pruning.calibrate import collect_statistics
@@ -74,6 +76,54 @@ def test_experts_of_tokens_are_those_of_the_highest_logits(
     assert not any(module._forward_hooks for module in moe.modules())
 
 
+def test_a_token_that_is_met_often_enough_is_counted_for_each_expert_it_goes_to(
+    moe: PreTrainedModel, tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Windows of one token each: all its places see the same but for their number, which the first one has not.
+    windows = {"a": torch.tensor([[7], [7], [7], [9]]), "b": torch.tensor([[7], [8], [8]])}
+    monkeypatch.setattr(routing_module, "RARE", 1)
+    counts = routing_share(moe, windows, batch=2).counts
+    assert counts is not None
+    layers = len(decoder_layers(moe))
+    assert counts.shape == (moe.config.vocab_size, 3)
+    assert counts.sum(dim=1).nonzero().flatten().tolist() == [7, 8]  # 9 was met once
+    assert counts[[7, 8]].sum(dim=1).tolist() == [4 * layers * 2, 2 * layers * 2]  # two experts a token
+    expected = torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        inputs: list[Tensor] = []
+        blocks = [moe_block(moe, layer) for layer in range(layers)]
+        hooks = [b.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))) for b in blocks]
+        moe(input_ids=torch.tensor([[8]]))
+        for hook in hooks:
+            hook.remove()
+        for row, block in zip(inputs, blocks, strict=True):
+            expected[(row @ block.gate.weight.T).topk(2).indices.flatten()] += 2  # it was met twice
+    assert counts[8].tolist() == expected.tolist()
+
+
+def test_top_tokens_by_hand() -> None:
+    # Expert 0 has 24 of 40 assignments. Token 0 is all its own: lift 1 / 0.6, 12 · log(1/0.6) = 6.1. Token 1: 6 of 8, lift
+    # 1.25, 6 · log 1.25 = 1.3. Token 2 goes to both as every token does; token 3 was never met; token 4 is expert 1's.
+    counts = torch.tensor([[12, 0], [6, 2], [6, 4], [0, 0], [0, 10]])
+    first, second = top_tokens(counts)
+    assert [token["id"] for token in first] == [0, 1]
+    assert [token["share"] for token in first] == [1.0, 0.75]
+    assert [token["lift"] for token in first] == pytest.approx([1 / 0.6, 1.25])
+    assert [token["id"] for token in second] == [4]
+    assert [len(found) for found in top_tokens(counts, limit=1)] == [1, 1]
+
+
+def test_texts_are_followed_layer_by_layer(moe: PreTrainedModel, tokens: Callable[..., Tensor]) -> None:
+    windows = {"a": tokens(2, FOLLOWED + 3, seed=4), "b": tokens(1, 5, seed=6)}
+    found = follow(moe, windows)
+    assert found is not None
+    assert [text["domain"] for text in found] == ["a", "b"]
+    assert found[0]["ids"] == windows["a"][0, :FOLLOWED].tolist()
+    assert [len(text["ids"]) for text in found] == [FOLLOWED, 5]  # type: ignore[arg-type]
+    lines = experts_of_tokens(moe, windows["b"][0]).T.tolist()
+    assert found[1]["experts"] == [" ".join(map(str, line)) for line in lines]
+
+
 def test_summary_by_hand() -> None:
     # One layer and two domains: loads (1, 0), (1/2, 1/2) → (3/4, 1/4). Two layers: the second even.
     routing = Routing(
@@ -90,6 +140,7 @@ def test_summary_by_hand() -> None:
     assert summary["load_entropy"] == pytest.approx([entropy, math.log(2)])
     assert summary["share"] == {"a": [0.75, 0.25], "b": [0.5, 0.5]}
     assert summary["share_by_layer"]["a"] == [[1.0, 0.0], [0.5, 0.5]]
+    assert summary["tokens"] is None
 
 
 def test_mask_overlap_by_hand() -> None:

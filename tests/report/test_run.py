@@ -25,6 +25,8 @@ from dive.report.run import (
     recovered,
     task_figure,
     task_rows,
+    text_figure,
+    visible,
     write_report,
 )
 from dive.units import duration
@@ -33,7 +35,7 @@ from tests.report.made import results as made
 from tests.report.made import stage
 from tests.workplace import WORDS, Workplace
 
-FIGURES = {"routing", "domains", "affinity", "matrix", "overlap", "curves", "load", "entropy"}
+FIGURES = {"routing", "texts", "domains", "affinity", "matrix", "overlap", "curves", "load", "entropy"}
 DOMAIN = "<script>alert(1)</script>"
 ENDING = "</script><script>alert(2)</script>"
 
@@ -56,6 +58,8 @@ def hostile(finished: Path, tmp_path: Path) -> Path:
     results["run"]["config"]["model"] |= {"name": ENDING, "path": "embedded"}
     for sample in results["generations"]:
         sample |= {"moe": ENDING, "dense": ENDING, "prompt": ENDING}
+    results["routing"]["tokens"][0] = [{"id": 1, "share": 0.5, "lift": 2.0, "text": ENDING}]
+    results["routing"]["texts"][0]["tokens"][0] = ENDING
     results["stages"][-1]["tasks"] = {DOMAIN: {ENDING: 0.5}}
     results["plan"]["planned"] |= {"device": ENDING}
     (directory / "results.json").write_text(json.dumps(results))
@@ -116,7 +120,9 @@ def test_text_from_data_is_escaped(hostile: Path) -> None:
     plain = Elements(write_report(hostile).read_text(encoding="utf-8"))
     assert plain.scripts == 1 + 4  # the data; D3, Plot and two of ours
     assert DOMAIN in plain.text
-    assert plain.text.count(ENDING) >= 3 * 2 + 5  # texts of two groups; name, command, metric, cost, configuration
+    assert (
+        plain.text.count(ENDING) >= 3 * 2 + 6
+    )  # texts of two groups; name, command, metric, cost, configuration, token
 
 
 def test_chromium_draws_every_figure_without_a_complaint(finished: Path, tmp_path: Path) -> None:
@@ -124,6 +130,8 @@ def test_chromium_draws_every_figure_without_a_complaint(finished: Path, tmp_pat
     assert page.console == []
     assert set(page.figures) == FIGURES
     least = {"routing": 4 * 2, "domains": 4 * 5, "affinity": 4 * 4 + 3, "matrix": 4 * 4, "overlap": 2 * 2}
+    least["texts"] = 0
+    assert page.figures["texts"].count("<span title=") == 32
     for name, html in page.figures.items():
         assert shapes(html) >= least.get(name, 2), name
 
@@ -135,6 +143,7 @@ def test_chromium_runs_nothing_from_data(hostile: Path, tmp_path: Path) -> None:
     assert DOMAIN.replace("<", "&lt;").replace(">", "&gt;") in page.figures["tasks"]
     assert Elements(page.dom).scripts == 1 + 4
     assert DOMAIN.replace("<", "&lt;").replace(">", "&gt;") in page.figures["routing"]
+    assert ENDING.replace("<", "&lt;").replace(">", "&gt;") in page.figures["texts"]
 
 
 def test_chromium_refuses_a_script_that_is_not_ours(finished: Path, tmp_path: Path) -> None:
@@ -212,6 +221,18 @@ def test_experts_and_the_domains_they_serve() -> None:
     assert own_share(results) == pytest.approx((0.7 + 0.4 + 0.9) / 3)
     assert own_share(made(routing={"share": share}, groups=[["a", "b", "c"]])) is None
     assert expert_rows(made(routing={}, groups=[])) == expert_rows(made()) == []
+
+
+def test_the_tokens_of_experts_and_texts_are_shown_where_they_are() -> None:
+    known = [[{"id": 3, "share": 0.8, "lift": 1.6, "text": " a\n"}], []]
+    texts = [{"domain": "d", "ids": [3, 4], "experts": ["0 1", "1 1"], "tokens": [" a\n", "b"]}]
+    results = made(routing={"share": {"d": [0.5, 0.5]}, "tokens": known, "texts": texts})
+    assert [row["tokens"] for row in expert_rows(results)] == [["␣a↵"], []]
+    assert text_figure(results) == [{"domain": "d", "tokens": [" a\n", "b"], "experts": [[0, 1], [1, 1]]}]
+    older = made(routing={"share": {"d": [0.5, 0.5]}})
+    assert [row["tokens"] for row in expert_rows(older)] == [[], []]
+    assert text_figure(older) == text_figure(made()) == []
+    assert visible("\t x") == "⇥␣x"
 
 
 def test_the_tree_has_the_colours_of_the_groups() -> None:

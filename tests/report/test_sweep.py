@@ -73,7 +73,7 @@ def test_the_table_has_every_job(sweep: Path) -> None:
 def test_chromium_draws_the_sweep(sweep: Path, tmp_path: Path) -> None:
     seen = browse(write_sweep(find_jobs(sweep), sweep), tmp_path)
     assert seen.console == []
-    assert set(seen.figures) == {"scatter", "grid"}
+    assert set(seen.figures) == {"scatter", "experts", "grid"}
     assert all(shapes(html) >= 4 for html in seen.figures.values())
     assert "<script>alert" not in seen.dom
 

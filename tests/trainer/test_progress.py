@@ -115,7 +115,7 @@ def console(stream: io.StringIO, width: int = 100) -> Console:
 def test_the_bar_shows_step_rate_loss_and_time_left(terminal: Terminal, tmp_path: Path) -> None:
     module = fit(tmp_path, console=console(terminal))
     drawn = terminal.getvalue()
-    assert re.search(r"experts .*━.* [1-7]/8 +[\d.]+ k tokens/s, loss \d\.\d{3}, \d:\d\d left", drawn)
+    assert re.search(r"retrain .*━.* [1-7]/8 +[\d.]+ k tokens/s, loss \d\.\d{3}, \d:\d\d left", drawn)
     rates = [float(rate) for rate in re.findall(r"([\d.]+) k tokens/s", drawn)]
     assert all(0 < rate < TOKENS / 0.06 / 1000 for rate in rates)  # two passes of at least 0.03 s
     assert f"loss {module.recorded[-1]:.3f}" in drawn
@@ -127,7 +127,7 @@ def test_log_lines_stand_above_the_bar_and_the_bar_goes(terminal: Terminal, tmp_
     lines = terminal.screen()
     assert [line for line in lines if "noted" in line] == [f"noted {step}" for step in range(STEPS) for _ in "12"]
     assert re.fullmatch(
-        r"experts: step 8/8 after [\d.]+ s, [\d.]+ k tokens/s, loss [\d.]+, perplexity [\d.]+", lines[-1]
+        r"retrain: step 8/8 after [\d.]+ s, [\d.]+ k tokens/s, loss [\d.]+, perplexity [\d.]+", lines[-1]
     )
     assert not any("━" in line for line in lines)
 
@@ -173,10 +173,10 @@ def test_without_a_terminal_it_says_a_line_now_and_then(
     caplog.set_level(logging.INFO)
     fit(tmp_path, console=None)
     said = [message for message in caplog.messages if message.startswith("retrain")]
-    line = r"experts: [1-7]/8, [\d.]+ k tokens/s, loss \d\.\d{3}, [\d.]+ s left"
+    line = r"retrain: [1-7]/8, [\d.]+ k tokens/s, loss \d\.\d{3}, [\d.]+ s left"
     assert 2 <= len(said) - 1 <= 7
     assert all(re.fullmatch(line, message) for message in said[:-1]), said
-    assert said[-1].startswith("experts: step 8/8 after ")
+    assert said[-1].startswith("retrain: step 8/8 after ")
 
 
 def test_long_log_lines_are_whole_and_a_narrow_bar_is_one_line(terminal: Terminal) -> None:

@@ -41,6 +41,31 @@ if (data.routing) {
   }
 }
 
+/* ---- a text, token by token */
+
+if (data.texts.length) {
+  const layers = data.texts[0].experts.length;
+  const numbers = data.layers ?? d3.range(layers);
+  const count = data.names.length;
+  const fill = (expert) => colour(expert, Math.max(10, count));
+  let [text, layer] = [0, -1];
+  const expertOf = ({ experts }, token) => (layer < 0 ? d3.greatest(d3.rollups(experts, (lines) => lines.length, (line) => line[token]), ([, times]) => times)[0] : experts[layer][token]);
+  const drawn = figure("texts", () => {
+    const shown = data.texts[text];
+    const spans = shown.tokens.map((token, i) => {
+      const expert = expertOf(shown, i);
+      const span = element("span", { textContent: token.replaceAll("\n", "↵\n"), title: named(expert) });
+      span.style.background = `color-mix(in srgb, ${fill(expert)} 34%, transparent)`;
+      return span;
+    });
+    return [legend(d3.range(count).map((expert) => [String(expert), fill(expert)])), element("div", { className: "coloured" }, ...spans)];
+  });
+  if (drawn) {
+    drawn.controls.append(choice("text", data.texts.map(({ domain }, i) => [i, domain]), (value) => { text = Number(value); drawn.redraw(); }));
+    if (layers > 1) drawn.controls.append(slider("layer", ["most of all", ...numbers.map((l) => `${l} of ${numbers[0]}–${numbers.at(-1)}`)], (value) => { layer = value - 1; drawn.redraw(); }));
+  }
+}
+
 /* ---- perplexity by domain and stage */
 
 const stageInks = data.stages.map((stage, i) => ["currentColor", colour(2), colour(1), colour(3), colour(0), colour(6), colour(5)][i] ?? colour(i));

@@ -30,6 +30,29 @@ if (runs.length) {
   ]);
 }
 
+if (new Set(same.map((row) => row.experts)).size > 1) {
+  const series = d3.sort(d3.groups(same, (row) => `${d3.format("~%")(row.ratio).replace("%", "\u00a0%")} pruned, top ${row.top_k}`), ([name]) => name);
+  const best = series.map(([name, rows], s) => ({ name, ink: colour(s, Math.max(10, series.length)), points: d3.sort(d3.rollups(rows, (alike) => d3.least(alike, (row) => row.perplexity), (row) => row.experts).map(([, row]) => row), (row) => row.experts) }));
+  const counts = d3.sort(new Set(same.map((row) => row.experts)));
+  const dense = [...new Set(same.map((row) => row.dense_perplexity).filter((v) => v))];
+  figure("experts", (width) => [
+    legend([...best.map(({ name, ink }) => [name, ink]), ...(dense.length ? [["╌ dense model", "transparent"]] : [])]),
+    Plot.plot({
+      width: Math.min(width, 760), height: 320, marginLeft: 58, marginTop: 28, marginRight: 24, marginBottom: 44,
+      style: { fontSize: "11px", background: "transparent" },
+      ariaLabel: "perplexity against the number of experts",
+      x: { type: "point", domain: counts, label: "experts", padding: 0.3 },
+      y: { label: "perplexity", grid: true, tickFormat: short, ticks: 6, nice: true, inset: 8 },
+      marks: [
+        Plot.ruleY(dense, { strokeDasharray: "5,4", strokeOpacity: 0.7 }),
+        ...best.map(({ points, ink }) => Plot.line(points, { x: "experts", y: "perplexity", stroke: ink, strokeWidth: 1.8 })),
+        ...best.map(({ points, ink }) => Plot.dot(points, { x: "experts", y: "perplexity", r: 4.5, fill: ink, stroke: "var(--back)" })),
+        Plot.tip(best.flatMap(({ points }) => points), Plot.pointer({ x: "experts", y: "perplexity", fontSize: 12, title: (row) => `${row.name}\nperplexity ${show(row.perplexity)}\n${show(row.active)} active, ${show(row.total)} total parameters\nrun ${row.run}` })),
+      ],
+    }),
+  ]);
+}
+
 if (same.length) {
   const ratios = d3.sort(new Set(same.map((row) => row.ratio)));
   const experts = d3.sort(new Set(same.map((row) => row.experts)));
