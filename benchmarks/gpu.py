@@ -16,7 +16,8 @@ import resource
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,11 +82,9 @@ def random_moe(config: Config, s: Shapes, options: argparse.Namespace) -> "PreTr
     return model
 
 
-def random_blocks(vocabulary: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Endless blocks of random tokens, (length,) int64."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randint(vocabulary, (length,), generator=generator)
+def random_block(vocabulary: int, length: int, seed: int, number: int) -> Tensor:
+    """A block of random tokens, (length,) int64."""
+    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed + number))
 
 
 def peak_memory(device: str) -> float:
@@ -113,7 +112,7 @@ def run_stage(
     module = MoERetraining(
         model,
         Training.of(config, name),
-        lambda: random_blocks(s.vocabulary, config.retrain.length, config.seed),
+        partial(random_block, s.vocabulary, config.retrain.length, config.seed),
         key="",
         first_block=0,
         accumulation=accumulation,

@@ -22,7 +22,7 @@ from dive.eval.generation import Beginnings
 from dive.eval.tasks import TaskSuite, load_tasks
 from dive.model.chat import conversation
 from dive.model.families import check_chosen, form_of
-from dive.model.load import DenseSource, document_tokens, load_tokenizer
+from dive.model.load import DenseSource, document_tokens, load_tokenizer, tokens_of_documents
 from dive.model.recipe import Dense
 from dive.results import GENERATED
 from dive.retrain.corpus import Corpus, Generated, local_documents, open_corpora
@@ -91,7 +91,7 @@ def prepare(run: HasStages, config: Config, dense: Dense) -> TrainingInputs:
         generated=generated,
         measured=measured,
         corpora=open_corpora(
-            *(config.retrain, train, local, tokenize),
+            *(config.retrain, train, local, partial(tokens_of_documents, tokenizer)),
             seed=config.seed,
             chat=chat,
             generated=None if generated is None else Generated(generated, share=generated_share(config)),

@@ -178,6 +178,8 @@ class Store:
             UserError: the directory cannot be written.
         """
         self.root = root
+        self._inner = 0.0
+        """Seconds of what was computed so far, to be taken from those of an artifact that it was computed within."""
         self.versions = dict(installed() if versions is None else versions)
         self._decisive = {name: minor(self.versions[name]) for name in DECISIVE if name in self.versions}
         try:
@@ -236,6 +238,10 @@ class Store:
             os.utime(path / MANIFEST)  # when it was last of use, for `python -m dive.store`
         return Artifact(key, path, seconds, reused=True, versions=versions)
 
+    def exists(self, kind: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether the artifact of these inputs is there; :meth:`find` also looks whether it is whole, which reads all of it."""
+        return (self.root / kind / self.key(kind, inputs) / MANIFEST).is_file()
+
     def _put(
         self, kind: str, key: str, inputs: Mapping[str, Any], compute: Callable[[Place], float | None]
     ) -> Artifact:
@@ -245,11 +251,13 @@ class Store:
         place = Place(working, self.partial(kind, inputs))
         for left in path.parent.glob(f".{key}-*"):  # by runs that were killed; who computes holds the lock
             shutil.rmtree(left, ignore_errors=True)
-        start = time.monotonic()
+        start, inner = time.monotonic(), self._inner
         try:
             working.mkdir(parents=True)
             before = compute(place) or 0.0
-            seconds = before + time.monotonic() - start
+            took = time.monotonic() - start
+            seconds = before + took - (self._inner - inner)
+            self._inner = inner + took
             files = {str(f.relative_to(working)): _hash(f) for f in sorted(working.rglob("*")) if f.is_file()}
             manifest = {
                 "key": key,
@@ -365,6 +373,10 @@ class Step(Generic[R, P]):
     def find(self, run: R, **inputs: Any) -> Artifact | None:
         """The artifact of these inputs, if it is in the run's store."""
         return run.store.find(self.kind, self.depends(**inputs))
+
+    def exists(self, run: R, **inputs: Any) -> bool:
+        """Whether the artifact of these inputs is in the run's store, be it damaged; see :meth:`Store.exists`."""
+        return run.store.exists(self.kind, self.depends(**inputs))
 
     def partial(self, run: R, **inputs: Any) -> Path:
         """:attr:`Place.partial` of these inputs."""

@@ -1,10 +1,10 @@
-"""From documents to token matrices: random crops for calibration, windows for evaluation, blocks for retraining.
+"""From documents to token matrices: random crops for calibration, windows for evaluation.
 
 Every document begins with the tokenizer's boundary token, see :func:`dive.model.load.document_tokens`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -25,6 +25,7 @@ def _(value: Tensor) -> str:
 
 
 Tokenize = Callable[[str], list[int]]
+TokenizeAll = Callable[[Sequence[str]], list[list[int]]]
 
 PIECE = 8000
 """Characters; a longer document counts as several, so that a book is not tokenised for one crop of it. A conversation is one:
@@ -186,26 +187,3 @@ def _beginning(document: str, tokenize: Tokenize, wanted: int) -> list[int]:
         if characters >= len(document) or len(tokens) >= 2 * wanted:
             return tokens
         characters *= 4
-
-
-def token_blocks(documents: Sequence[str], tokenize: Tokenize, *, length: int, seed: int) -> Iterator[Tensor]:
-    """Endless blocks (length,) int64 of the documents joined in random order, reshuffled every round."""
-    parts = pieces(documents)
-    return _blocks(len(parts), lambda index: tokenize(parts[index]), length=length, seed=seed)
-
-
-def row_blocks(rows: Tensor, *, length: int, seed: int) -> Iterator[Tensor]:
-    """The same of sequences (N, T) int64."""
-    return _blocks(len(rows), lambda index: rows[index].tolist(), length=length, seed=seed)
-
-
-def _blocks(count: int, tokens: Callable[[int], list[int]], *, length: int, seed: int) -> Iterator[Tensor]:
-    """Blocks of so many texts, whose tokens are asked for when their turn comes."""
-    rng = np.random.default_rng(seed)
-    pending: list[int] = []
-    while True:
-        for index in rng.permutation(count):
-            pending += tokens(index)
-            while len(pending) >= length:
-                yield torch.tensor(pending[:length])
-                del pending[:length]

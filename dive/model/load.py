@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -419,6 +419,14 @@ def document_tokens(tokenizer: Any, document: str) -> list[int]:
 
     A conversation has no boundary but what its chat template writes.
     """
+    return tokens_of_documents(tokenizer, [document])[0]
+
+
+def tokens_of_documents(tokenizer: Any, documents: Sequence[str]) -> list[list[int]]:
+    """:func:`document_tokens` of several, which a tokenizer shares out over the cores."""
     boundary = boundary_token(tokenizer)
-    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids if boundary is None or isinstance(document, Conversation) else [boundary, *ids]
+    found: list[list[int]] = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    return [
+        ids if boundary is None or isinstance(document, Conversation) else [boundary, *ids]
+        for document, ids in zip(documents, found, strict=True)
+    ]

@@ -48,12 +48,13 @@ def here(store: Path, outputs: Path, *, device: float | None) -> Capacity:
 
 
 def _stored(store: Path) -> dict[str, float]:
-    """Bytes by kind; the first layers of unfinished experts count as experts, checkpoints as ``partial``."""
+    """Bytes by kind; the first layers of unfinished experts count as experts, checkpoints as ``partial``, and the tokens of the
+    retraining text as what is trained on them."""
     found: dict[str, float] = {}
     for folder in (f for f in store.iterdir() if f.is_dir()) if store.is_dir() else ():
         for file, state in files_below(folder):
             unfinished = folder.name == "partial" and file.relative_to(folder).parts[0].startswith("experts-")
-            kind = "experts" if unfinished else folder.name
+            kind = "experts" if unfinished else "retrained" if folder.name == "tokens" else folder.name
             found[kind] = found.get(kind, 0.0) + state.st_size
     return found
 

@@ -5,13 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dive.config import ArchitectureConfig, Config, DeviceConfig, StageConfig, StageText
+from dive.config import ArchitectureConfig, Config, CorpusSource, DeviceConfig, StageConfig, StageText
 from dive.model.architecture import GGUF
 from dive.plan import construction, flops, memory
 from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
 from dive.plan.parameters import reached, shapes, trained
 from dive.results import DEQUANTISED, GENERATED, PRUNED, RECONSTRUCTED
+from dive.retrain.blocks import BYTES, parts_of
+
+TOKENISED = 3e5
+"""Tokens a second of one core, as measured with vocabularies of 2 k and 49 k; tokenizers share texts out over the cores."""
+HOST_CORES = 8
+"""Of a machine with a GPU, as tokenizers count."""
 
 
 @dataclass(slots=True)
@@ -32,6 +38,8 @@ class Stage:
     """Bytes between host and device."""
     clustered: float = 0.0
     """Bytes that k-means reads in the memory of the first process's device, while the others wait."""
+    tokenised: float = 0.0
+    """Tokens that the first process makes of text on the host, while the others wait."""
     written: float = 0.0
     """Bytes that stay on the disk."""
     temporary: float = 0.0
@@ -160,7 +168,7 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
         before.append(retrained)
     stages += [_export(job)] if job.streamed else [_evaluation(job), _export(job)]
     for stage in stages:
-        stage.seconds = seconds(stage, job.device, config.plan.disk)
+        stage.seconds = seconds(stage, job.device, config.plan.disk, cores=job.cores or HOST_CORES)
     return Plan(
         job,
         {
@@ -175,7 +183,7 @@ def plan(config: Config, architecture: ArchitectureConfig, *, device: str | None
     )
 
 
-def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
+def seconds(stage: Stage, device: DeviceConfig, disk: float, *, cores: int) -> float:
     """Time of a stage: arithmetic at the stated utilisation, weights read, transfers and files, one after another.
 
     What processes tell each other is not counted.
@@ -195,7 +203,8 @@ def seconds(stage: Stage, device: DeviceConfig, disk: float) -> float:
     arithmetic = alone * whole + (1.0 - alone) * shared
     moving = stage.moved / device.bandwidth + (stage.linked / device.link if device.memory is not None else 0.0)
     moving /= stage.processes
-    return arithmetic + moving + stage.clustered / device.bandwidth + stage.written / disk
+    alone_moving = stage.clustered / device.bandwidth + stage.tokenised / (TOKENISED * cores)
+    return arithmetic + moving + alone_moving + stage.written / disk
 
 
 def _sum(*parts: tuple[str, float]) -> dict[str, float]:
@@ -320,6 +329,10 @@ def _retraining(job: Job, name: str, stage: StageConfig, before: list[StageConfi
     kept = sum(trained(s, [*(b.train for b in before), stage.train]).values())
     passes = math.ceil(tokens / (job.micro_batch(stage) * length))
     checkpoint = 3 * learned * job.trained_weight  # with Adam's states
+    one_text = config.retrain.corpus.chosen is CorpusSource.domains
+    start = sum(job.steps(earlier) * earlier.batch for earlier in before if one_text or earlier.text is stage.text)
+    ends = [_tokenised(blocks, length) for blocks in (start, start + steps * stage.batch)]
+    made = float(ends[1] - ends[0])
     return Stage(
         name,
         "retrained",
@@ -327,13 +340,20 @@ def _retraining(job: Job, name: str, stage: StageConfig, before: list[StageConfi
         {job.training_dtype: float(tokens * each)},
         memory.retraining(job, stage, before),
         moved=float(passes * 2 * s.total * job.weight + steps * job.world * 28 * learned),
-        written=float(kept * job.trained_weight),
+        tokenised=made,
+        written=float(kept * job.trained_weight) + BYTES * made,
         temporary=float((2 if steps > 2 * config.retrain.checkpoint_every else 1) * checkpoint)
         if steps >= config.retrain.checkpoint_every
         else 0.0,
         trained=reached(s, [stage]),
         processes=job.world,
     )
+
+
+def _tokenised(blocks: int, length: int) -> int:
+    """Tokens of the parts of a corpus that its first blocks lie in."""
+    parts = parts_of(range(blocks), length)
+    return parts[-1][1].stop * length if parts else 0
 
 
 def _evaluation(job: Job) -> Stage:

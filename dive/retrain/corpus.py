@@ -1,33 +1,23 @@
-"""The retraining text as one endless sequence of token blocks, a pure function of seed and position.
-
-Block number i is the same whoever asks, so that any number of processes share a corpus without gaps or repeats, and a
-resumed run goes on exactly where it stopped.
-"""
+"""The retraining text: which one a run reads, as an endless stream of token blocks in an order that the seed decides."""
 
 import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from dive.calibration_domains.local import SUFFIXES, read_documents, text_files
-from dive.calibration_domains.sampling import Tokenize, row_blocks, token_blocks
+from dive.calibration_domains.sampling import TokenizeAll
 from dive.calibration_domains.texts import fingerprint
-from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, StageText
+from dive.config import CorpusConfig, CorpusSource, RetrainConfig, StageText
 from dive.errors import require
 from dive.model.chat import Chat
+from dive.retrain.streams import Dealt, Stream, rounds, shuffled_documents, shuffled_rows
 from dive.store import identity
 
 log = logging.getLogger(__name__)
-
-Blocks = Callable[[], Iterator[Tensor]]
-"""Starts the sequence of blocks (length,) int64 anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +25,11 @@ class Corpus:
     """A retraining corpus."""
 
     identity: str
-    """Of its text, order and tokens."""
-    blocks: Blocks
+    """Of its text and order, and of the length of its blocks; its tokens are a tokenizer's matter."""
+    length: int
+    """Tokens of a block."""
+    stream: Callable[[], Stream]
+    """Begins it anew."""
 
 
 @identity.register
@@ -54,83 +47,31 @@ class Generated:
     """Of the blocks, where a domain has 1."""
 
 
-def domain_blocks(
+def dealt_domains(
     texts: Mapping[str, Sequence[str]],
-    tokenize: Tokenize,
+    tokenize: TokenizeAll,
     *,
     length: int,
     seed: int,
     generated: Generated | None = None,
-) -> Iterator[Tensor]:
+) -> Stream:
     """Blocks of every domain in turn, in a new random order each turn: each domain has the same share of the tokens."""
-    streams = [
-        token_blocks(documents, tokenize, length=length, seed=seed + number)
+    streams: list[Stream] = [
+        shuffled_documents(documents, tokenize, length=length, seed=seed + number)
         for number, documents in enumerate(texts.values())
     ]
-    turn = list(range(len(streams)))
+    shares = [1] * len(streams)
     if generated is not None:
-        turn += [len(streams)] * generated.share
-        streams.append(row_blocks(generated.rows, length=length, seed=seed + len(streams)))
-    rng = np.random.default_rng(seed)
-    while True:
-        for place in rng.permutation(len(turn)):
-            yield next(streams[turn[place]])
-
-
-def hub_blocks(
-    source: HubTextConfig,
-    tokenize: Tokenize,
-    *,
-    length: int,
-    seed: int,
-    buffer: int,
-    where: str,
-    chat: Chat | None = None,
-) -> Iterator[Tensor]:
-    """Blocks of a streamed hub corpus, its documents shuffled within a buffer; starts over at the end.
-
-    Args:
-        chat: what makes documents of lists of messages.
-
-    Raises:
-        UserError: the corpus cannot be reached.
-    """
-    from dive.calibration_domains.hub import hub_texts
-
-    pending: list[int] = []
-    for round_ in itertools.count():
-        for document in hub_texts(source, "train", where=where, seed=seed + round_, shuffle_buffer=buffer, chat=chat):
-            pending += tokenize(document)
-            while len(pending) >= length:
-                yield torch.tensor(pending[:length])
-                del pending[:length]
-
-
-@dataclass(slots=True)
-class BlockRange(IterableDataset[dict[str, Tensor]]):
-    """The blocks ``start`` to ``stop`` that fall to one of ``world`` processes.
-
-    Block i goes to process i mod world, so that every optimiser step sees the same blocks whatever the number of
-    processes. Each item has ``input_ids`` (length,) and ``index``, its number, which also seeds dropout and noise.
-    """
-
-    blocks: Blocks
-    start: int
-    stop: int
-    rank: int = 0
-    world: int = 1
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for index, block in enumerate(itertools.islice(self.blocks(), self.stop)):
-            if index >= self.start and index % self.world == self.rank:
-                yield {"input_ids": block, "index": torch.tensor(index)}
+        streams.append(shuffled_rows(generated.rows, length=length, seed=seed + len(streams)))
+        shares.append(generated.share)
+    return Dealt(streams, shares, seed=seed)
 
 
 def open_corpora(
     config: RetrainConfig,
     domains: Mapping[str, Sequence[str]],
     local: Sequence[str],
-    tokenize: Tokenize,
+    tokenize: TokenizeAll,
     *,
     seed: int,
     chat: Chat | None = None,
@@ -148,34 +89,37 @@ def open_corpora(
     prints = ",".join(f"{name}={fingerprint(documents)}" for name, documents in domains.items())
     if generated is not None:
         prints += f",{generated.share}*{identity(generated.rows)}"
-    evenly = partial(domain_blocks, domains, tokenize, length=length, seed=seed, generated=generated)
-    calibration = Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", evenly)
+    evenly = partial(dealt_domains, domains, tokenize, length=length, seed=seed, generated=generated)
+    calibration = Corpus(f"domains:{hashlib.sha256(prints.encode()).hexdigest()}:{length}:{seed}", length, evenly)
     other = _other_corpus(config, local, tokenize, seed=seed, chat=chat)
     return {StageText.calibration: calibration, StageText.corpus: other or calibration}
 
 
 def _other_corpus(
-    config: RetrainConfig, local: Sequence[str], tokenize: Tokenize, *, seed: int, chat: Chat | None
+    config: RetrainConfig, local: Sequence[str], tokenize: TokenizeAll, *, seed: int, chat: Chat | None
 ) -> Corpus | None:
     """The configured corpus; none if that is the text of the calibration domains."""
     corpus, length = config.corpus, config.length
     if corpus.hub.path and corpus.chosen is not CorpusSource.hub:  # a preset's, with the source set to another
         log.warning("retrain.corpus.hub.path=%s has no say: another retrain.corpus.source is set", corpus.hub.path)
     if corpus.chosen is CorpusSource.hub:
-        hub = partial(
-            hub_blocks,
-            corpus.hub,
-            tokenize,
-            length=length,
-            seed=seed,
-            buffer=corpus.shuffle_buffer,
-            where="retrain.corpus.hub",
-            chat=chat,
-        )
-        return Corpus(f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}", hub)
+        from dive.calibration_domains.hub import hub_texts
+
+        def documents(number: int) -> Iterator[str]:
+            return hub_texts(
+                corpus.hub,
+                "train",
+                where="retrain.corpus.hub",
+                seed=seed + number,
+                shuffle_buffer=corpus.shuffle_buffer,
+                chat=chat,
+            )
+
+        hub = partial(rounds, documents, tokenize, length=length)
+        return Corpus(f"hub:{corpus.hub}:{corpus.shuffle_buffer}:{length}:{seed}", length, hub)
     if corpus.chosen is CorpusSource.local:
-        own = partial(token_blocks, local, tokenize, length=length, seed=seed)
-        return Corpus(f"local:{fingerprint(local)}:{length}:{seed}", own)
+        own = partial(shuffled_documents, local, tokenize, length=length, seed=seed)
+        return Corpus(f"local:{fingerprint(local)}:{length}:{seed}", length, own)
     return None
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from dive.errors import UserError
 from dive.model.families import decoder_layers, sparse_layers
 from dive.moe.plug import routers
-from dive.retrain.corpus import BlockRange, Blocks
+from dive.retrain.blocks import BlockRange, Blocks
 from dive.retrain.curve import Curve
 from dive.retrain.loss import next_token_loss
 from dive.retrain.schedule import learning_rate_share
@@ -48,7 +48,7 @@ class MoERetraining(lightning.LightningModule):
         Args:
             model: reconstructed, its routers plugged, its freezing policy applied.
             training: what decides the stage's numbers.
-            blocks: the corpus.
+            blocks: of the corpus, by their numbers.
             key: identifies the stage's inputs; a checkpoint of another key is refused.
             first_block: where in the corpus the stage begins.
             accumulation: forward passes per optimiser step on each device.

@@ -19,6 +19,7 @@ from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers
 from dive.progress import show
 from dive.ranks import others_alive
+from dive.retrain.blocks import Blocks, prepare_blocks
 from dive.retrain.corpus import Corpus
 from dive.retrain.freezing import apply_policy, trained_parameters_table, trained_table
 from dive.retrain.module import MoERetraining, log_values
@@ -92,7 +93,10 @@ def fit_stage(
 
     All processes train; the first one writes.
     """
-    module, state = fit(execution, place.partial, model, corpus, training, speak=place.writes)
+    start = sum(stage.tokens for stage in model.chain() if stage.corpus == corpus.identity) // corpus.length
+    wanted = range(start, start + training.steps * training.stage.batch)
+    blocks = prepare_blocks(run, corpus, model=model.dense, wanted=wanted)
+    module, state = fit(execution, place.partial, model, blocks, training, first_block=start, speak=place.writes)
     if not place.writes:
         return
     earlier = load_file(model.artifact.path / WEIGHTS) if isinstance(model, Retrained) else {}
@@ -109,15 +113,17 @@ def fit(
     execution: Execution,
     partial: Path,
     model: Mixture | Retrained,
-    corpus: Corpus,
+    blocks: Blocks,
     training: Training,
     *,
+    first_block: int,
     speak: bool,
 ) -> tuple[MoERetraining, dict[str, Tensor]]:
     """Train a stage in this process, with the others of the run if there are any.
 
     Args:
         partial: directory of the running stage's checkpoints.
+        first_block: where in the corpus the stage begins.
         speak: print what is trained.
 
     Returns:
@@ -145,9 +151,9 @@ def fit(
     module = MoERetraining(
         student,
         training,
-        corpus.blocks,
+        blocks,
         key=partial.name,
-        first_block=sum(stage.tokens for stage in model.chain() if stage.corpus == corpus.identity) // training.length,
+        first_block=first_block,
         accumulation=execution.accumulation,
         log_every=execution.log_every,
         shard=strategy is Strategy.fsdp2,

@@ -1,6 +1,6 @@
 """Crops, windows and blocks. A token here is one character: documents say where their tokens come from."""
 
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,8 +10,6 @@ from dive.calibration_domains.sampling import (
     calibration_tokens,
     evaluation_windows,
     pieces,
-    row_blocks,
-    token_blocks,
 )
 from dive.errors import UserError
 from dive.model.chat import Conversation
@@ -187,22 +185,6 @@ def test_a_text_that_fills_no_window_is_refused() -> None:
         evaluation_windows(["abc", "de"], tokenize, length=6, windows=2, name="law")
 
 
-# ---------------------------------------------------------------------------------------------------------- blocks
-
-
-def test_blocks_are_the_documents_in_random_order_again_and_again() -> None:
-    documents = ["aa", "bbb", "cccc"]  # 9 tokens a round
-    blocks = list(islice(token_blocks(documents, tokenize, length=3, seed=0), 60))
-    text = "".join(chr(c) for block in blocks for c in block.tolist())
-    rounds = [text[start : start + 9] for start in range(0, 180, 9)]
-    assert all(sorted(r) == sorted("".join(documents)) for r in rounds)
-    assert len(set(rounds)) > 2
-    again = list(islice(token_blocks(documents, tokenize, length=3, seed=0), 60))
-    assert all(torch.equal(a, b) for a, b in zip(blocks, again, strict=True))
-    other = list(islice(token_blocks(documents, tokenize, length=3, seed=1), 60))
-    assert any(not torch.equal(a, b) for a, b in zip(blocks, other, strict=True))
-
-
 def test_a_conversation_is_never_cut_before_its_tokens_are() -> None:
     said = Conversation("ab" * PIECE)
     assert pieces([said, "c" * (PIECE + 1), Conversation(" ")]) == [said, "c" * PIECE, "c"]
@@ -217,14 +199,3 @@ def test_a_conversation_is_never_cut_before_its_tokens_are() -> None:
     assert found.tolist() == [[97, 98, 97, 98]] * 2
     assert asked == [said]
     assert isinstance(asked[0], Conversation)
-
-
-def test_blocks_of_sequences_have_all_of_them_in_each_round() -> None:
-    """5 sequences of 6 tokens are 3 blocks of 10 a round, and nothing is lost between two."""
-    rows = torch.arange(30).view(5, 6)
-    found = torch.cat([*islice(row_blocks(rows, length=10, seed=3), 6)]).view(2, 5, 6)
-    for turn in found:
-        assert sorted(turn[:, 0].tolist()) == [0, 6, 12, 18, 24]
-        assert (turn - turn[:, :1] == torch.arange(6)).all()
-    assert not torch.equal(*found)
-    assert torch.equal(torch.cat([*islice(row_blocks(rows, length=10, seed=3), 6)]), found.flatten())

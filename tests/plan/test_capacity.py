@@ -103,11 +103,16 @@ def test_text_that_does_not_fit_the_host_is_to_be_less(overrides: list[str], rem
 
 def test_this_machine(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    for folder, size in (("experts/abc", 1000), ("partial/experts-def", 500), ("partial/retrained-def", 20)):
+    for folder, size in (
+        ("experts/abc", 1000),
+        ("partial/experts-def", 500),
+        ("partial/retrained-def", 20),
+        ("tokens/ghi", 8),
+    ):
         (store / folder).mkdir(parents=True)
         (store / folder / "file").write_bytes(bytes(size))
     found = here(store, tmp_path / "not" / "there" / "yet", device=None)
-    assert found.stored == {"experts": 1500.0, "partial": 20.0}  # finished layers, and checkpoints
+    assert found.stored == {"experts": 1500.0, "partial": 20.0, "retrained": 8.0}  # finished layers, and checkpoints
     assert found.outputs is None  # the same disk
     assert found.host is not None
     assert found.store is not None

@@ -116,7 +116,8 @@ def test_disk() -> None:
     assert stages["calibration"].written == 16 * 22 * 5632 * 16  # 16 embedded domains, mean and deviations in float64
     layer = 8 * 3 * 2048 * 2816 * 2 + 2 * 8 * 2048 * 2 + 8 * 5632  # experts, router and bias, masks
     assert stages["reconstructed"].written == 22 * layer
-    assert stages["retrain"].written == 21_358_592 * 2  # 32-true keeps them in bfloat16
+    retrained = stages["retrain"]
+    assert retrained.written - 4 * retrained.tokenised == 21_358_592 * 2  # 32-true keeps them in bfloat16
     assert stages["retrain"].temporary == 2 * 3 * 21_358_592 * 2  # with Adam's states; the old beside the new
     assert it.export == 2 * (3_384_207_360 + 360_448)
     tied = planned("model=llama3.2-1b", "retrain=none", "model.dtype=bfloat16")  # whose head is written as well
@@ -136,10 +137,23 @@ def test_seconds() -> None:
         moved=2000.0,
         linked=30.0,
         clustered=4000.0,
+        tokenised=1.2e6,
         written=40.0,
         processes=2,
     )
-    assert seconds(stage, device, 20.0) == (10 + 10 + 10 + 2 + 3) / 2 + 4 + 2
+    assert seconds(stage, device, 20.0, cores=4) == (10 + 10 + 10 + 2 + 3) / 2 + 4 + 1 + 2
+
+
+def test_text_is_tokenised_once_and_in_whole_parts() -> None:
+    """Parts of 2^17, 2^18, ... tokens: stages of 16384 and 114688 tokens fill the first one; one token more begins the second."""
+    settings = ("budget=toy", "retrain=two_stages")
+    made = {name: stage.tokenised for name, stage in by_name(planned(*settings)).items() if stage.tokenised}
+    assert made == {"router": 2**17}
+    longer = by_name(planned(*settings, "retrain.stages.retrain.tokens=114689"))
+    assert (longer["router"].tokenised, longer["retrain"].tokenised) == (2**17, 2**18)
+    assert longer["retrain"].written == by_name(planned(*settings))["retrain"].written + 4 * 2**18
+    other = by_name(planned(*settings, "retrain.stages.router.text=calibration", "retrain.corpus.path=x"))
+    assert (other["router"].tokenised, other["retrain"].tokenised) == (2**17, 2**17)  # of two texts
 
 
 def test_clusters_of_tokens_are_one_devices_work() -> None:

@@ -1,77 +1,36 @@
-"""Blocks: the same whoever asks, shared without gaps or repeats."""
+"""Which text is retrained on, and in what order."""
 
 import json
-from collections.abc import Iterator
-from functools import partial
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from dive.calibration_domains.sampling import token_blocks
 from dive.cli import composed
 from dive.config import CorpusConfig, CorpusSource, HubTextConfig, RetrainConfig, StageText
 from dive.errors import UserError
-from dive.retrain.corpus import BlockRange, Generated, domain_blocks, local_documents, open_corpora
+from dive.retrain.corpus import Generated, dealt_domains, local_documents, open_corpora
+from dive.retrain.streams import Stream, shuffled_documents
 
 
-def tokenize(text: str) -> list[int]:
-    return [ord(character) for character in text]
-
-
-def numbered() -> Iterator[Tensor]:
-    number = 0
-    while True:
-        yield torch.full((4,), number)
-        number += 1
+def tokenize(texts: Sequence[str]) -> list[list[int]]:
+    return [[ord(character) for character in text] for text in texts]
 
 
 DOMAINS = {"a": ["a" * 50] * 4, "b": ["b" * 30] * 7, "c": ["c" * 90]}
-blocks = partial(domain_blocks, DOMAINS, tokenize, length=10, seed=3)
 
 
-def indices(**settings: int) -> list[int]:
-    return [int(item["index"]) for item in BlockRange(numbered, **settings)]
+def taken(stream: Stream, count: int) -> list[list[int]]:
+    return [next(stream).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize(("start", "stop"), [(0, 12), (5, 17), (7, 8), (4, 4)])
-def test_ranks_share_the_blocks_without_gaps_or_repeats(start: int, stop: int, world: int) -> None:
-    shares = [indices(start=start, stop=stop, rank=rank, world=world) for rank in range(world)]
-    assert sorted(index for share in shares for index in share) == list(range(start, stop))
-    assert all(share == sorted(share) for share in shares)
-
-
-def test_each_item_is_its_own_block() -> None:
-    for item in BlockRange(numbered, start=3, stop=9, rank=1, world=2):
-        assert item["input_ids"].tolist() == [int(item["index"])] * 4
-    assert indices(start=3, stop=9, rank=1, world=2) == [3, 5, 7]
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_step_sees_the_same_blocks_however_many_processes(world: int) -> None:
-    def step(rank: int, number: int) -> set[int]:
-        loader = DataLoader(BlockRange(numbered, start=0, stop=32, rank=rank, world=world), batch_size=8 // world)
-        return set(next(islice(loader, number, None))["index"].tolist())
-
-    for number in range(4):
-        seen = set.union(*(step(rank, number) for rank in range(world)))
-        assert seen == set(range(8 * number, 8 * number + 8))
-
-
-def test_going_on_in_the_middle_is_the_same_as_never_having_stopped() -> None:
-    whole = list(BlockRange(blocks, start=0, stop=20))
-    parts = [*BlockRange(blocks, start=0, stop=7), *BlockRange(blocks, start=7, stop=20)]
-    assert [int(item["index"]) for item in parts] == list(range(20))
-    for one, other in zip(whole, parts, strict=True):
-        assert torch.equal(one["input_ids"], other["input_ids"])
+def dealt(generated: Generated | None = None, seed: int = 3) -> Stream:
+    return dealt_domains(DOMAINS, tokenize, length=10, seed=seed, generated=generated)
 
 
 def test_every_domain_has_the_same_share() -> None:
-    found = ["".join(map(chr, block.tolist())) for block in islice(blocks(), 30)]
+    found = ["".join(map(chr, block)) for block in taken(dealt(), 30)]
     for start in range(0, 30, 3):
         assert sorted(block[0] for block in found[start : start + 3]) == ["a", "b", "c"]
     assert len({tuple(b[0] for b in found[start : start + 3]) for start in range(0, 30, 3)}) > 1
@@ -79,11 +38,7 @@ def test_every_domain_has_the_same_share() -> None:
 
 
 def test_blocks_follow_the_seed() -> None:
-    def text(seed: int) -> list[list[int]]:
-        return [b.tolist() for b in islice(domain_blocks(DOMAINS, tokenize, length=10, seed=seed), 12)]
-
-    assert text(1) == text(1)
-    assert text(1) != text(2)
+    assert taken(dealt(seed=1), 12) == taken(dealt(seed=1), 12) != taken(dealt(seed=2), 12)
 
 
 # ---------------------------------------------------------------------------------------------- configured corpora
@@ -97,12 +52,12 @@ def configured(corpus: CorpusConfig, domains: dict[str, list[str]], **settings: 
         tokenize,
         seed=settings.get("seed", 3),
     )[StageText.corpus]
-    return [block.tolist() for block in islice(opened.blocks(), 12)], opened.identity
+    return taken(opened.stream(), 12), opened.identity
 
 
 def test_the_domains_as_a_corpus() -> None:
     found, name = configured(CorpusConfig(), DOMAINS)
-    assert found == [block.tolist() for block in islice(blocks(), 12)]
+    assert found == taken(dealt(), 12)
     names = {
         name,
         configured(CorpusConfig(), DOMAINS, seed=4)[1],
@@ -119,9 +74,8 @@ def test_calibration_text_is_the_domains_whatever_the_corpus(tmp_path: Path) -> 
     files = CorpusConfig(source=CorpusSource.local, path=str(tmp_path / "a.txt"))
     settings = RetrainConfig(length=10, corpus=files)
     opened = open_corpora(settings, DOMAINS, local_documents(files), tokenize, seed=3)
-    evenly = [block.tolist() for block in islice(blocks(), 12)]
-    assert [block.tolist() for block in islice(opened[StageText.calibration].blocks(), 12)] == evenly
-    assert [block.tolist() for block in islice(opened[StageText.corpus].blocks(), 12)] != evenly
+    assert taken(opened[StageText.calibration].stream(), 12) == taken(dealt(), 12)
+    assert taken(opened[StageText.corpus].stream(), 12) != taken(dealt(), 12)
     same = open_corpora(RetrainConfig(length=10), DOMAINS, [], tokenize, seed=3)
     assert len({opened[StageText.calibration].identity, *(corpus.identity for corpus in same.values())}) == 1
 
@@ -137,7 +91,7 @@ def test_files_as_a_corpus(tmp_path: Path) -> None:
     one = CorpusConfig(source=CorpusSource.local, path=str(tmp_path / "b.txt"))
     assert local_documents(one) == ["second" * 5]
     found, name = configured(config, {})
-    assert found == [b.tolist() for b in islice(token_blocks(documents, tokenize, length=10, seed=3), 12)]
+    assert found == taken(shuffled_documents(documents, tokenize, length=10, seed=3), 12)
     (tmp_path / "b.txt").write_text("other" * 5)
     assert configured(config, {})[1] != name
 
@@ -198,7 +152,7 @@ def test_a_presets_data_set_that_has_no_say_is_named(caplog: pytest.LogCaptureFi
 def test_generated_text_has_its_share_of_each_turn() -> None:
     """Of 10 blocks of two turns 4 are generated, and 2 are each domain's."""
     written = Generated(torch.zeros(3, 8, dtype=torch.int64), share=2)
-    found = [int(block[0]) for block in islice(blocks(generated=written), 10)]
+    found = [block[0] for block in taken(dealt(generated=written), 10)]
     for turn in (found[:5], found[5:]):
         assert sorted(turn) == [0, 0, ord("a"), ord("b"), ord("c")]
 

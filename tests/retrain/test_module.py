@@ -1,9 +1,8 @@
 """A stage trained for real on a tiny model: what a step's cut, checkpointing and the gate do to it."""
 
 import gc
-import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,8 @@ def stage_of(*, steps: int = 3, **settings: Any) -> StageConfig:
 def fit(build: Callable[..., PreTrainedModel], tokens: Callable[..., Tensor], tmp_path: Path) -> Callable[..., Any]:
     """``fit(stage, top_k=1, accumulation=1)``: a tiny Mixture-of-Experts after that stage, and the module of its training."""
 
-    def blocks() -> Iterator[Tensor]:  # sequences as different as hidden states come
-        for number in itertools.count():
-            yield torch.full((LENGTH,), number % 320) if number % 2 else tokens(1, LENGTH, seed=number)[0]
+    def blocks(number: int) -> Tensor:  # sequences as different as hidden states come
+        return torch.full((LENGTH,), number % 320) if number % 2 else tokens(1, LENGTH, seed=number)[0]
 
     def train(
         stage: StageConfig,
