@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from dive.cli import PACKAGE
 from dive.logger.keys import WHOLE_RUN
 from dive.logger.tables import tables
 from dive.logger.unfinished import note_of
-from dive.logger.wandb_run import NAME, run_id
+from dive.logger.wandb_run import NAME, log_results, run_id
 from dive.results import from_json
 from dive.store import plain
 from tests.report import made
@@ -155,14 +156,6 @@ def test_tables_hold_what_results_hold(offline: Offline, results: dict[str, Any]
     assert [row[2] for row in by_stage] == [took.get(row[0]) for row in by_stage]
 
 
-def test_tables_are_in_the_summary(offline: Offline) -> None:
-    summary = json.loads((offline.directory / "files/wandb-summary.json").read_text())
-    named = {key for key, value in summary.items() if isinstance(value, dict) and value.get("_type") == "table-file"}
-    assert named >= {"results/stages", "results/perplexity", "results/tasks", "results/parameters", "results/cost"}
-    assert named >= {"routing/load", "routing/share", "affinity/groups"}
-    assert summary["final/stage"] == "experts"
-
-
 def test_every_key_is_a_stage_and_a_metric(offline: Offline, results: dict[str, Any], workplace: Workplace) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     stages = [stage["name"] for stage in results["stages"]]
@@ -179,12 +172,24 @@ def test_every_key_is_a_stage_and_a_metric(offline: Offline, results: dict[str, 
         for stage in stages[3:]
         for key in (workplace.root / f"logged/csv/{stage}/metrics.csv").read_text().splitlines()[0].split(",")
     }
-    assert curves <= logged
+    assert curves - {"step"} <= logged  # the first column of the files
     assert "experts/eval_score/felines/acc" in logged
     assert {key for key in (*logged, *boards, *curves) if pattern.fullmatch(key) is None} <= {
         "step"
     }  # csv's first column
     assert boards == logged
+
+
+def test_the_page_has_every_key(offline: Offline) -> None:
+    page = (PACKAGE.parent / "docs/tracking.md").read_text(encoding="utf-8")
+    first = re.findall(r"^\| (`[^|]*`) \|", page.partition("## Keys")[2].partition("\n## ")[0], re.MULTILINE)
+    names = [name for cell in first for name in re.findall(r"`([^`]*)`", cell)]
+    assert len(names) > 25
+    patterns = [re.compile(re.sub(r"<\w+>", ".+", re.escape(name))) for name in names]
+    logged = {key for key in offline.logged if not key.startswith("_")}
+    assert not {key for key in logged if not any(pattern.fullmatch(key) for pattern in patterns)}
+    absent = {name for name, pattern in zip(names, patterns, strict=True) if not any(map(pattern.fullmatch, logged))}
+    assert absent == {"affinity/mapped", "affinity/similarity"}  # of runs that map the affinity of their domains
 
 
 def test_the_dashboard_shows_what_the_run_logged(
@@ -219,17 +224,27 @@ def test_images_are_the_figures(offline: Offline) -> None:
         assert (offline.directory / "files" / image["path"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_summary_compares_runs(offline: Offline, results: dict[str, Any]) -> None:
+def test_summary_has_what_compares_runs_and_the_tables(
+    results: dict[str, Any], workplace: Workplace, tmp_path: Path
+) -> None:
+    import wandb
+
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(quiet=True)) as run:
+        log_results(run, from_json(results), workplace.root / "logged")
+        summary = dict(run.summary)
     perplexities = [stage["perplexity"]["mean"] for stage in results["stages"]]
-    summary = json.loads((offline.directory / "files/wandb-summary.json").read_text())
+    assert summary["final/stage"] == "experts"
     assert summary["final/perplexity"] == pytest.approx(perplexities[-1])
     assert summary["final/perplexity_over_dense"] == pytest.approx(perplexities[-1] / perplexities[0])
     assert summary["parameters/active"] == results["parameters"]["active"]
     assert summary["final/tokens"] == sum(stage["tokens"] for stage in results["stages"])
-    assert summary["final/seconds"] == results["timings"]["total"]
-    assert summary["experts/seconds"] == results["timings"]["experts"]
-    assert summary["cost/planned_seconds"] == results["plan"]["planned"]["seconds"]
-    assert summary["cost/actual_seconds"] == results["plan"]["actual"]["seconds"]
+    assert summary["final/seconds"] == pytest.approx(results["timings"]["total"])
+    assert summary["experts/seconds"] == pytest.approx(results["timings"]["experts"])
+    assert summary["cost/planned_seconds"] == pytest.approx(results["plan"]["planned"]["seconds"])
+    assert summary["cost/actual_seconds"] == pytest.approx(results["plan"]["actual"]["seconds"])
+    shown = {key for key, value in summary.items() if hasattr(value, "get") and value.get("_type") == "table-file"}
+    assert shown == set(tables(from_json(results)))
+    assert shown >= {"results/tasks", "results/parameters", "results/cost", "routing/load"}
 
 
 def test_artifacts_name_what_they_came_from(offline: Offline, results: dict[str, Any]) -> None:
