@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dive import preemption
-from dive.config import Config, EvalConfig
+from dive.config import Config, EvalConfig, LoggerConfig
 from dive.errors import UserError, disk_trouble
 from dive.help import help_text
 from dive.model.architecture import locate_architecture
@@ -268,6 +268,20 @@ def require_tasks(config: EvalConfig) -> None:
     """
     if config.tasks:
         require_extra("lm_eval", "tasks", "eval.tasks needs lm-evaluation-harness", ", or set eval.tasks=[]")
+
+
+def require_loggers(config: LoggerConfig) -> None:
+    """The packages of the loggers that are chosen.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    otherwise = ", or leave it out of logger=[...]"
+    if config.tensorboard is not None:
+        require_extra("tensorboard", "tensorboard", "logger=tensorboard needs TensorBoard", otherwise)
+    if config.mlflow is not None:
+        for module in ("mlflow", "sqlalchemy", "alembic"):  # the latter two for a database
+            require_extra(module, "mlflow", f"logger=mlflow needs {module}", otherwise)
 
 
 def refusal(error: PermissionError) -> str:

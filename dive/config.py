@@ -943,7 +943,7 @@ RESERVED_STAGES = (
     *("dense", "pruned", "reconstructed", "checkpoint", "total", "dequantised", "calibration", "mining", "evaluation"),
     "export",
     # What loggers keep other values under.
-    *("eval", "seconds", "parameters", "affinity", "figures", "results", "final"),
+    *("parameters", "cost", "final", "affinity", "routing", "figures", "results"),
 )
 """Names that a stage of retraining cannot have."""
 PARTS = ("router", "experts", "norms", "attention", "embeddings", "head")
@@ -1114,12 +1114,28 @@ class WandbConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class MLflowConfig:
+    """MLflow, on a server or in a file; needs the ``mlflow`` extra."""
+
+    uri: str | None = None
+    """Tracking server (``http://HOST:5000``) or database (``sqlite:///FILE``); ``MLFLOW_TRACKING_URI`` if null, or else
+    ``mlflow.db`` beside the store."""
+    experiment: str | None = None
+    """Experiment that lists the run; ``dive`` if null, and a sweep has one of its own."""
+    name: str | None = None
+    """Name of the run."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the run: ``+logger.mlflow.tags.NAME=VALUE``."""
+
+
+@dataclass(slots=True, kw_only=True)
 class LoggerConfig:
     """Where losses and results are logged. Choose one or several: ``logger=[csv,wandb]``."""
 
     csv: CSVConfig | None = None
     tensorboard: TensorBoardConfig | None = None
     wandb: WandbConfig | None = None
+    mlflow: MLflowConfig | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan

@@ -21,7 +21,7 @@ class DashboardConfig:
     stages: list[str] = field(default_factory=lambda: ["retrain"])
     """Names of the retraining stages, in order; the paper's recipes have router, experts and further."""
     results: str | None = None
-    """Directory of a run, whose stages are shown in place of ``stages``."""
+    """Directory of a run, whose stages are shown in place of ``stages``, and whose tables in place of those of most runs."""
     dry_run: bool = False
     """List the sections and their panels, and save nothing."""
 
@@ -38,16 +38,20 @@ def dashboard(config: DashboardConfig) -> None:
     from pathlib import Path
 
     require_extra("wandb_workspaces", "dashboard", "dive.dashboard needs wandb-workspaces")
-    from dive.logger.build import wandb_logged_in
-    from dive.logger.dashboard import workspace
+    from dive.logger.dashboard import TABLES, workspace
+    from dive.logger.tables import tables
+    from dive.logger.wandb_run import wandb_logged_in
     from dive.progress import show
     from dive.results import LABELS, read_results
 
-    measured, retrained = [*LABELS, *config.stages], list(config.stages)
+    measured, retrained, shown = [*LABELS, *config.stages], list(config.stages), list(TABLES)
     if config.results is not None:
-        stages = read_results(Path(config.results)).stages
-        measured, retrained = [s.name for s in stages], [s.name for s in stages if s.tokens]
-    made = workspace(config.entity, config.project, name=config.name, measured=measured, retrained=retrained)
+        results = read_results(Path(config.results))
+        measured = [stage.name for stage in results.stages]
+        retrained, shown = [stage.name for stage in results.stages if stage.tokens], list(tables(results))
+    made = workspace(
+        config.entity, config.project, name=config.name, measured=measured, retrained=retrained, tables=shown
+    )
     for section in made.sections:
         show(f"{section.name}: {len(section.panels)} panels")
     if config.dry_run:

@@ -42,9 +42,8 @@ def entries(store: Path) -> Iterator[Entry]:
     """
     if not store.is_dir():
         raise UserError(f"--store={store}: no such directory")
-    for kind in sorted(
-        folder for folder in store.iterdir() if folder.is_dir() and folder.name not in ("locks", "wandb")
-    ):
+    others = ("locks", "wandb", "mlflow")
+    for kind in sorted(folder for folder in store.iterdir() if folder.is_dir() and folder.name not in others):
         for path in sorted(folder for folder in kind.iterdir() if folder.is_dir() and not folder.name.startswith(".")):
             states = dict(files_below(path))
             try:

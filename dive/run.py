@@ -20,8 +20,8 @@ from dive.eval.measure import measure, write_on
 from dive.eval.tasks import Metrics, headline
 from dive.export import export
 from dive.inputs import Inputs, TrainingInputs
-from dive.logger.build import build_evaluation_loggers, build_wandb, log_evaluation
-from dive.logger.wandb_run import close, log_results
+from dive.logger.build import build_boards, build_trackers
+from dive.logger.log import finish, log_evaluation
 from dive.model.architecture import check_architecture, read_architecture
 from dive.model.families import KNOWN, chosen_twin, count_parameters, moe_config
 from dive.model.recipe import Dense, Model, give_back
@@ -60,7 +60,7 @@ from dive.store import Artifact, Store, plain
 from dive.trainer.build import process_rank
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger, WandbLogger
+    from lightning.pytorch.loggers import Logger
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,9 @@ class Run:
         self.evaluates = not isinstance(config, Config) or config.model.load is not Load.streamed
         """Whether models are measured: they are not where none is whole in memory."""
         self.meter: Meter | None = None
-        self.wandb: WandbLogger | None = None
-        self._loggers: list[Logger] = []
+        self.trackers: list[Logger] = []
+        """Loggers that hold the whole run: its curves, what its stages were measured at, and its results."""
+        self._boards: list[Logger] = []  # which have a file for each curve, and one for all the rest
         self._results: Results | None = None
         self._artifacts: dict[str, None] = {}  # in order, each once
 
@@ -124,10 +125,9 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         if isinstance(self.config, Config):
             write_config(self.config, self.directory)
-            if self.config.logger.wandb is not None:
-                settings = plain(self.config)
-                self.wandb = build_wandb(self.config.logger.wandb, self.directory, settings, self.store.root)
-            self._loggers = build_evaluation_loggers(self.config.logger, self.directory, self.wandb)
+            logger, settings = self.config.logger, plain(self.config)
+            self.trackers = build_trackers(logger, self.directory, settings, self.store.root)
+            self._boards = build_boards(logger, self.directory, "results")
         if not self.evaluates:
             self._results.evaluation.skipped = "model.load=streamed: no model is whole in memory"
             log.info("model.load=streamed: nothing is evaluated; measure the export by `python -m dive.evaluate`")
@@ -211,7 +211,8 @@ class Run:
         self.results.stages.append(stage)
         if "routing" in values:
             self.results.routing = read_as(RoutingResult, values["routing"], "routing")
-        self._log(stage)
+        for logger in (*self.trackers, *self._boards):
+            log_evaluation(logger, stage, tokens=self.results.tokens)
         self._write()
 
     def _reads_calibration(self, name: str) -> bool:
@@ -231,13 +232,6 @@ class Run:
         for task, (metric, value) in values.items():
             log.info("%s: %s %.4f", task, metric, value)
         return sum(value for _, value in values.values()) / max(len(values), 1)
-
-    def _log(self, stage: StageResult) -> None:
-        values = {f"eval/{stage.name}/{key}": value for key, value in stage.perplexity.items()}
-        for task, metrics in (stage.tasks or {}).items():
-            values |= {f"eval/{stage.name}/{task}/{key}": value for key, value in metrics.items()}
-        for logger in self._loggers:
-            log_evaluation(logger, values, tokens=self.results.tokens)
 
     def _write(self) -> None:
         if self.main:
@@ -298,7 +292,7 @@ class Run:
         self._write()
 
     def _report(self, config: Config, meter: Meter) -> None:
-        """Page, W&B and the last lines in the terminal."""
+        """Page, trackers and the last lines in the terminal."""
         results, directory = self.results, self.directory
         report = write_report(directory) if self.evaluates else None  # else nothing was measured that it could show
         lines = [] if report is None else [f"report   {report}"]
@@ -307,13 +301,10 @@ class Run:
             f"model    {results.export}",
             f"plots    {directory / 'plots'}",
         ]
-        if self.wandb is not None:
-            wandb = self.wandb.experiment
-            if report is not None:
-                wandb.save(str(report), base_path=str(directory), policy="now")
-            log_results(wandb, results, directory)
-            lines.append(f"wandb    {wandb.url or f'wandb sync {Path(wandb.dir).parent}'}")  # no address offline
-            close(wandb, plain(config), self.store.root)
+        for logger in (*self.trackers, *self._boards):
+            told = finish(logger, results, directory, plain(config), self.store.root)
+            if told is not None:
+                lines.append(f"{told[0]:<8} {told[1]}")
         show(*([results_table(results)] if self.evaluates else []), *task_tables(results))
         show(*lines, f"planned  {meter.line()}")
 

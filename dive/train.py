@@ -26,8 +26,8 @@ What it will cost: ``python -m dive.plan`` with the same overrides. All there is
 import logging
 from pathlib import Path
 
-from dive.cli import require_extra, require_tasks, run
-from dive.config import Config, TextSource
+from dive.cli import require_loggers, require_tasks, run
+from dive.config import Config, LoggerConfig, TextSource
 from dive.model.architecture import local_model
 from dive.progress import show
 from dive.trainer.rank import process_rank
@@ -47,19 +47,23 @@ def main(config: Config) -> float:
     if process_rank() == 0:
         log.info("%s, into %s", beginning(config), hydra.runtime.output_dir)
     require_tasks(config.eval)
-    if config.logger.tensorboard is not None:
-        require_extra(
-            "tensorboard", "tensorboard", "logger=tensorboard needs TensorBoard", ", or leave it out of logger=[...]"
-        )
+    require_loggers(config.logger)
     from dive.pipeline import train  # takes seconds, in which the line above is there to read
 
     if process_rank() == 0:
         show(budget_line(plan_here(config)))
-    if hydra.mode is RunMode.MULTIRUN and config.logger.wandb is not None:  # a sweep is one group, its jobs are named
-        config.logger.wandb.group = config.logger.wandb.group or f"sweep {Path(hydra.sweep.dir).as_posix()}"
-        config.logger.wandb.name = config.logger.wandb.name or hydra.job.override_dirname
+    if hydra.mode is RunMode.MULTIRUN:
+        name_job(config.logger, f"sweep {Path(hydra.sweep.dir).as_posix()}", hydra.job.override_dirname)
     results = train(config, Path(hydra.runtime.output_dir), list(hydra.overrides.task))
     return results.stages[-1].mean if results.stages else float("nan")
+
+
+def name_job(logger: LoggerConfig, sweep: str, job: str) -> None:
+    """A sweep is one group or one experiment of a tracker, and its jobs have names, where none are given."""
+    if logger.wandb is not None:
+        logger.wandb.group, logger.wandb.name = logger.wandb.group or sweep, logger.wandb.name or job
+    if logger.mlflow is not None:
+        logger.mlflow.experiment, logger.mlflow.name = logger.mlflow.experiment or sweep, logger.mlflow.name or job
 
 
 def beginning(config: Config) -> str:

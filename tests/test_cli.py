@@ -169,6 +169,7 @@ def without(package: str, module: str, *arguments: str, directory: Path) -> "sub
         ),
         ("lm_eval", "dive.evaluate", ["checkpoint=embedded", "eval.tasks=[piqa]"], "pip install 'dive-moe[tasks]'"),
         ("tensorboard", "dive.train", ["logger=[csv,tensorboard]"], "pip install 'dive-moe[tensorboard]'"),
+        ("mlflow", "dive.train", ["logger=[csv,mlflow]"], "logger=mlflow needs mlflow: pip install 'dive-moe[mlflow]'"),
         ("wandb_workspaces", "dive.dashboard", ["entity=me"], "pip install 'dive-moe[dashboard]'"),
     ],
 )

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,12 +33,31 @@ def test_every_panel_shows_what_runs_log(tmp_path: Path) -> None:
     patterns = [line.metric_regex for line in lines if line.metric_regex]
     assert any(re.fullmatch(p, "retrain/router_entropy/layer_01") for p in patterns)
     assert any(re.fullmatch(p, "retrain/expert_load/layer_00/expert_1") for p in patterns)
-    document: dict[str, Any] = made._to_model().model_dump()  # what would be sent
-    assert "final/perplexity" in str(document)
     bars = {p.title: p.metrics for section in made.sections for p in section.panels if type(p).__name__ == "BarPlot"}
     names = ["dense", "extra", "router", "retrain"]
-    assert bars["Perplexity after each stage"] == [f"eval/{name}/mean" for name in names]
-    assert bars["Seconds"] == [f"seconds/{name}" for name in (*names, "total")]
+    assert bars["Perplexity after each stage"] == [f"{name}/eval_perplexity/mean" for name in names]
+    assert bars["Seconds"] == [f"{name}/seconds" for name in (*names, "final")]
+
+
+def test_what_is_sent_is_what_the_library_reads_back() -> None:
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.workspaces.internal import View, WorkspaceViewspec
+
+    from dive.logger.dashboard import workspace
+
+    stages = ["dense", "pruned", "reconstructed", "retrain"]
+    made = workspace("someone", "dive", name="DIVE", measured=stages, retrained=["retrain"])
+    view: View = made._to_model()
+    sent = view.spec.model_dump_json(by_alias=True, exclude_none=True)  # as save() sends it
+    received = WorkspaceViewspec.model_validate_json(sent)
+    assert received == view.spec
+    back = ws.Workspace._from_model(view.model_copy(update={"spec": received}))
+    assert (back.entity, back.project, back.name) == ("someone", "dive", "DIVE")
+    assert [section.name for section in back.sections] == [section.name for section in made.sections]
+    panels, again = ([p for section in w.sections for p in section.panels] for w in (made, back))
+    assert [type(panel) for panel in again] == [type(panel) for panel in panels]
+    assert "UnknownPanel" not in {type(panel).__name__ for panel in again}
+    assert [p._to_model().config for p in again] == [p._to_model().config for p in panels]
 
 
 def test_a_dry_run_lists_sections_and_saves_nothing(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Experiment loggers: CSV, TensorBoard, Weights & Biases."""
+"""Experiment loggers: CSV, TensorBoard, Weights & Biases, MLflow."""

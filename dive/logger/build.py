@@ -1,72 +1,36 @@
 """Lightning loggers from the configuration."""
 
-import netrc
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from dive.config import LoggerConfig, WandbConfig
+from dive.config import LoggerConfig
 from dive.errors import UserError
-from dive.logger.wandb_run import define_axes, run_id
+from dive.logger.mlflow_run import build_mlflow
+from dive.logger.wandb_run import build_wandb
 
 
-def wandb_logged_in() -> bool:
-    """Whether Weights & Biases has a key for this user: in the environment or in netrc; asks no server."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def build_wandb(config: WandbConfig, directory: Path, settings: dict[str, Any], store: Path) -> WandbLogger:
-    """One run for all stages, offline where nobody is logged in or WANDB_MODE says so.
-
-    The same command after an interruption goes on in the same run.
+def build_trackers(config: LoggerConfig, directory: Path, settings: dict[str, Any], store: Path) -> list[Logger]:
+    """Loggers that hold a whole run, all stages in one: W&B and MLflow.
 
     Args:
-        settings: the composed configuration, recorded with the run.
-        store: of the artifacts, where the ids of unfinished runs stand.
+        directory: of the run's outputs.
+        settings: the composed configuration.
+        store: of the artifacts.
+
+    Raises:
+        UserError: MLflow is asked for, and not installed or not to be reached.
     """
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    run = wandb.init(
-        project=config.project,
-        entity=config.entity,
-        group=config.group,
-        name=config.name,
-        tags=config.tags,
-        dir=directory,
-        id=run_id(settings, store),
-        resume="allow",
-        reinit="finish_previous",  # the job of a sweep that failed in this process leaves its run open
-        mode="offline" if mode is None and not wandb_logged_in() else None,
-        config=settings,
-        settings=wandb.Settings(quiet=True),  # no curves in block letters between our own tables
-    )
-    define_axes(run, settings["retrain"]["stages"])
-    return WandbLogger(project=config.project, save_dir=directory, experiment=run)
-
-
-def build_evaluation_loggers(config: LoggerConfig, directory: Path, wandb: WandbLogger | None) -> list[Logger]:
-    """Loggers of the evaluations between the stages: W&B's summary, and TensorBoard's scalars in ``tensorboard/eval``."""
-    boards = build_stage_loggers(LoggerConfig(tensorboard=config.tensorboard), directory, "eval")
-    return boards if wandb is None else [*boards, wandb]
-
-
-def log_evaluation(logger: Logger, values: Mapping[str, float], *, tokens: int) -> None:
-    """Log what one model was measured at after ``tokens`` retraining tokens."""
-    if isinstance(logger, WandbLogger):
-        logger.experiment.summary.update(dict(values))
-    else:
-        logger.log_metrics(dict(values), step=tokens)
-        logger.save()
+    trackers: list[Logger] = []
+    if config.wandb is not None:
+        trackers.append(build_wandb(config.wandb, directory, settings, store))
+    if config.mlflow is not None:
+        try:
+            trackers.append(build_mlflow(config.mlflow, settings, store))
+        except ModuleNotFoundError as error:
+            raise missing("mlflow", "MLflow") from error
+    return trackers
 
 
 def build_stage_loggers(config: LoggerConfig, directory: Path, stage: str) -> list[Logger]:
@@ -75,14 +39,26 @@ def build_stage_loggers(config: LoggerConfig, directory: Path, stage: str) -> li
     Raises:
         UserError: TensorBoard is asked for and not installed.
     """
-    loggers: list[Logger] = []
-    if config.csv is not None:
-        loggers.append(CSVLogger(directory, name="csv", version=stage))
-    if config.tensorboard is not None:
-        try:
-            loggers.append(TensorBoardLogger(directory, name="tensorboard", version=stage))
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "logger=tensorboard needs TensorBoard: pip install 'dive-moe[tensorboard]', or leave it out of logger=[...]"
-            ) from error
-    return loggers
+    files: list[Logger] = [] if config.csv is None else [CSVLogger(directory, name="csv", version=stage)]
+    return [*files, *build_boards(config, directory, stage)]
+
+
+def build_boards(config: LoggerConfig, directory: Path, name: str) -> list[Logger]:
+    """TensorBoard's logger in ``<directory>/tensorboard/<name>``, where it is asked for.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if config.tensorboard is None:
+        return []
+    try:
+        return [TensorBoardLogger(directory, name="tensorboard", version=name)]
+    except ModuleNotFoundError as error:
+        raise missing("tensorboard", "TensorBoard") from error
+
+
+def missing(logger: str, package: str) -> UserError:
+    """What to install for a logger."""
+    return UserError(
+        f"logger={logger} needs {package}: pip install 'dive-moe[{logger}]', or leave it out of logger=[...]"
+    )

@@ -1,115 +1,106 @@
-"""What a Weights & Biases run holds beside the curves: axes, tables, images, the final summary, artifacts and lineage."""
+"""A Weights & Biases run: its axes, and what it holds beside the curves: tables, images, the summary, artifacts and lineage."""
 
 import json
+import netrc
+import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.loggers import WandbLogger
+
+from dive.config import WandbConfig
+from dive.logger import keys
+from dive.logger.tables import tables
+from dive.logger.unfinished import note_of, read_id, write_id
 from dive.results import Results, to_json
-from dive.store import key_of, write_json
 
 if TYPE_CHECKING:
     from wandb import Run
 
+NAME = "wandb"
 
-def run_id_file(settings: Mapping[str, Any], store: Path) -> Path:
-    """Where the id of an unfinished run of this configuration stands; loggers and places make it no other run."""
-    defining = {name: value for name, value in settings.items() if name not in ("logger", "store", "plan")}
-    return store / "wandb" / f"{key_of('wandb', defining)}.json"
+
+def wandb_logged_in() -> bool:
+    """Whether Weights & Biases has a key for this user: in the environment or in netrc; asks no server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def build_wandb(config: WandbConfig, directory: Path, settings: dict[str, Any], store: Path) -> WandbLogger:
+    """One run for all stages, offline where nobody is logged in or WANDB_MODE says so.
+
+    The same command after an interruption goes on in the same run.
+
+    Args:
+        settings: the composed configuration, recorded with the run.
+        store: of the artifacts, where the ids of unfinished runs stand.
+    """
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    run = wandb.init(
+        project=config.project,
+        entity=config.entity,
+        group=config.group,
+        name=config.name,
+        tags=config.tags,
+        dir=directory,
+        id=run_id(settings, store),
+        resume="allow",
+        reinit="finish_previous",  # the job of a sweep that failed in this process leaves its run open
+        mode="offline" if mode is None and not wandb_logged_in() else None,
+        config=settings,
+        settings=wandb.Settings(quiet=True),  # no curves in block letters between our own tables
+    )
+    define_axes(run, settings["retrain"]["stages"])
+    return WandbLogger(project=config.project, save_dir=directory, experiment=run)
 
 
 def run_id(settings: Mapping[str, Any], store: Path) -> str:
     """The id to go on under: that of the interrupted run of this configuration, or a new one, which is noted down."""
-    file = run_id_file(settings, store)
-    try:
-        found = json.loads(file.read_text())["id"]
-        if isinstance(found, str) and found.isalnum():
-            return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    file.parent.mkdir(parents=True, exist_ok=True)
+    note = note_of(NAME, settings, store)
+    found = read_id(note)
+    if found is not None:
+        return found
     new = secrets.token_hex(4)
-    write_json(file, {"id": new})
+    write_id(note, new)
     return new
 
 
 def define_axes(run: "Run", stages: Iterable[str]) -> None:
     """Draw every value of a stage over the tokens that it had trained on."""
     for stage in stages:
-        run.define_metric(f"{stage}/tokens", hidden=True)
-        run.define_metric(f"{stage}/*", step_metric=f"{stage}/tokens")
+        tokens = keys.of(stage, keys.TOKENS)
+        run.define_metric(tokens, hidden=True)
+        run.define_metric(keys.of(stage, "*"), step_metric=tokens)
 
 
 def log_results(run: "Run", results: Results, directory: Path) -> None:
-    """Tables, images, summary and artifacts of a finished run.
+    """Tables, images, summary, page and artifacts of a finished run.
 
     Args:
         directory: of the run's outputs, with ``plots/``.
     """
     import wandb
 
-    media: dict[str, Any] = {}
+    found: dict[str, Any] = dict(keys.summary(results))
     for name, (columns, rows) in tables(results).items():
-        media[name] = wandb.Table(columns=columns, data=rows)
+        found[name] = wandb.Table(columns=[*columns], data=rows)
     for file in sorted((directory / "plots").glob("*.png")):
-        media[f"figures/{file.stem}"] = wandb.Image(str(file))
-    run.log(media)
-    run.summary.update(final_summary(results))
+        found[f"figures/{file.stem}"] = wandb.Image(str(file))
+    run.log(found)
+    if results.stages:
+        run.summary["final/stage"] = results.stages[-1].name
+    if results.stages and (directory / "report.html").is_file():
+        run.save(str(directory / "report.html"), base_path=str(directory), policy="now")
     log_artifacts(run, results)
-
-
-def tables(results: Results) -> dict[str, tuple[list[str | int], list[list[Any]]]]:
-    """{section/name: (columns, rows)} of what a run found."""
-    made: dict[str, tuple[list[str | int], list[list[Any]]]] = {}
-    columns: list[str | int] = ["stage", "perplexity", "trained parameters", "tokens", "calibration", "seconds"]
-    rows = [[s.name, s.mean, s.trained, s.tokens, s.calibration, s.seconds] for s in results.stages]
-    made["results/stages"] = (columns, rows)
-    if results.stages:
-        keys = [key for key in results.stages[0].perplexity if not key.startswith("mean")]
-        values = [[key, *(stage.perplexity[key] for stage in results.stages)] for key in keys]
-        made["results/perplexity"] = (["text", *(stage.name for stage in results.stages)], values)
-    if results.groups:
-        members = [[number, ", ".join(group)] for number, group in enumerate(results.groups)]
-        made["affinity/groups"] = (["expert", "domains"], members)
-    mined = results.affinity
-    if mined is not None:
-        if mined.groups is not None and mined.groups != results.groups:
-            made["affinity/mapped"] = (
-                ["group", "domains"],
-                [[n, ", ".join(group)] for n, group in enumerate(mined.groups)],
-            )
-        for measure, matrix in (("perplexity", mined.perplexity), ("similarity", mined.similarity)):
-            if matrix is not None:
-                rows = [[domain, *row] for domain, row in zip(mined.domains, matrix, strict=True)]
-                made[f"affinity/{measure}"] = (["pruned on", *mined.domains], rows)
-    routing = results.routing
-    by_layer = (routing.share_by_layer if routing is not None else None) or {}
-    numbers = routing.layers if routing is not None else None
-    shares = [
-        [domain, layer, expert, share]
-        for domain, layers in by_layer.items()
-        for layer, experts in zip(numbers or range(len(layers)), layers, strict=True)
-        for expert, share in enumerate(experts)
-    ]
-    if shares:
-        made["routing/share"] = (["domain", "layer", "expert", "share of tokens"], shares)
-    return made
-
-
-def final_summary(results: Results) -> dict[str, Any]:
-    """The columns by which runs are compared in W&B's table of runs."""
-    summary: dict[str, Any] = {f"parameters/{name}": value for name, value in to_json(results.parameters).items()}
-    summary |= {f"seconds/{name}": value for name, value in results.timings.items()}
-    if results.stages:
-        last = results.stages[-1]
-        summary |= {"final/stage": last.name, "final/perplexity": last.mean, "final/tokens": results.tokens}
-        summary["final/calibration_tokens"] = results.calibration_tokens
-        if results.dense is not None:
-            summary["final/perplexity_over_dense"] = last.mean / results.dense.mean
-        if last.tasks_mean is not None:
-            summary["final/tasks_mean"] = last.tasks_mean
-    return summary
 
 
 def log_artifacts(run: "Run", results: Results) -> None:
@@ -145,7 +136,14 @@ def log_artifacts(run: "Run", results: Results) -> None:
     run.log_artifact(export)
 
 
-def close(run: "Run", settings: Mapping[str, Any], store: Path) -> None:
-    """Finish the run; the next one of this configuration is another."""
+def finish(run: "Run", results: Results, directory: Path, settings: Mapping[str, Any], store: Path) -> str:
+    """Log the results and end the run; the next one of this configuration is another.
+
+    Returns:
+        Where it is to be seen.
+    """
+    log_results(run, results, directory)
+    where = run.url or f"wandb sync {Path(run.dir).parent}"  # no address offline
     run.finish()
-    run_id_file(settings, store).unlink(missing_ok=True)
+    note_of(NAME, settings, store).unlink(missing_ok=True)
+    return where

@@ -9,8 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.loggers.logger import Logger
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,6 +16,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from dive.errors import UserError
+from dive.logger.log import log_point
 from dive.model.families import decoder_layers, sparse_layers
 from dive.moe.plug import routers
 from dive.retrain.blocks import BlockRange, Blocks
@@ -136,7 +135,7 @@ class MoERetraining(lightning.LightningModule):
         self._since = time.monotonic()
         for values in self.points():  # of before an interruption: the loggers of this process have not seen them
             for logger in self.loggers:
-                log_values(logger, self.name, values)
+                log_point(logger, self.name, values)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         ids = batch["input_ids"]
@@ -213,7 +212,7 @@ class MoERetraining(lightning.LightningModule):
         tokens = self.recipe.step_tokens
         values = self.curve.point(self.log_every, tokens=tokens)
         for logger in self.loggers:
-            log_values(logger, self.name, values)
+            log_point(logger, self.name, values)
 
     def recent_loss(self) -> float | None:
         """Mean over the latest ``retrain.log_every`` steps, nats a token; none before the first."""
@@ -252,10 +251,3 @@ class MoERetraining(lightning.LightningModule):
     def seconds(self) -> float:
         """Training time of the stage so far, interrupted runs included up to their last checkpoint."""
         return self._before + time.monotonic() - self._started
-
-
-def log_values(logger: Logger, stage: str, values: dict[str, float]) -> None:
-    """Log one point of a stage's curve under ``<stage>/<name>``; W&B has the points before it where it goes on in a run."""
-    if isinstance(logger, WandbLogger) and values["step"] <= logger.experiment.summary.get(f"{stage}/step", -1):
-        return
-    logger.log_metrics({f"{stage}/{name}": value for name, value in values.items()}, step=int(values["step"]))

@@ -14,6 +14,7 @@ from dive import preemption
 from dive.config import Config, Freezing, Storage, Strategy
 from dive.errors import UserError
 from dive.logger.build import build_stage_loggers
+from dive.logger.log import log_point
 from dive.model.families import decoder_layers, part_of, renormalises
 from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers
@@ -22,7 +23,7 @@ from dive.ranks import others_alive
 from dive.retrain.blocks import Blocks, prepare_blocks
 from dive.retrain.corpus import Corpus
 from dive.retrain.freezing import apply_policy, trained_parameters_table, trained_table
-from dive.retrain.module import MoERetraining, log_values
+from dive.retrain.module import MoERetraining
 from dive.retrain.retrained import CURVE, STAGE, WEIGHTS, Retrained
 from dive.retrain.teacher import share_frozen
 from dive.retrain.training import Execution, Training, idle_routers
@@ -32,7 +33,7 @@ from dive.trainer.build import build_trainer
 from dive.trainer.progress import StageProgress
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger, WandbLogger
+    from lightning.pytorch.loggers import Logger
     from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class HasLoggers(HasStages, Protocol):
     main: bool
     """Whether this process writes; the others train with it."""
     directory: Path
-    wandb: "WandbLogger | None"
+    trackers: "list[Logger]"
+    """Loggers of the whole run."""
 
 
 def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retrained, corpus: Corpus) -> Retrained:
@@ -69,7 +71,7 @@ def retrain(run: HasLoggers, config: Config, *, name: str, model: Mixture | Retr
         log_every=config.retrain.log_every,
         logger=config.logger,
         directory=run.directory,
-        wandb=run.wandb,
+        trackers=run.trackers,
     )
     artifact = fit_stage(run, execution, model=model, corpus=corpus, training=training)
     preemption.heed()
@@ -174,7 +176,6 @@ def _run(module: MoERetraining, execution: Execution, partial: Path) -> None:
     checkpoint = find_checkpoint(execution.resume, partial, name)
     if checkpoint is not None:
         log.info("%s: going on from %s", name, checkpoint)
-    files, wandb = build_stage_loggers(execution.logger, execution.directory, name), execution.wandb
     trainer = build_trainer(
         execution.trainer,
         layer_class=type(decoder_layers(module.model)[0]),
@@ -182,7 +183,7 @@ def _run(module: MoERetraining, execution: Execution, partial: Path) -> None:
         accumulation=execution.accumulation,
         checkpoints=partial,
         checkpoint_every=execution.checkpoint_every,
-        loggers=files if wandb is None else [*files, wandb],
+        loggers=[*build_stage_loggers(execution.logger, execution.directory, name), *execution.trackers],
         callbacks=[StageProgress(name, steps=module.steps, tokens=module.recipe.step_tokens, loss=module.recent_loss)],
     )
     try:
@@ -194,11 +195,10 @@ def _run(module: MoERetraining, execution: Execution, partial: Path) -> None:
 
 def _replay(execution: Execution, stage: Retrained) -> None:
     """Give a run that found the stage in the store the values it would have logged."""
-    files: list[Logger] = build_stage_loggers(execution.logger, execution.directory, stage.training.name)
-    wandb = execution.wandb
+    files = build_stage_loggers(execution.logger, execution.directory, stage.training.name)
     for values in stage.curve(execution.log_every):
-        for logger in files if wandb is None else [*files, wandb]:
-            log_values(logger, stage.training.name, values)
+        for logger in (*files, *execution.trackers):
+            log_point(logger, stage.training.name, values)
     for logger in files:
         logger.finalize("success")
 

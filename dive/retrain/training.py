@@ -1,5 +1,6 @@
 """What decides the numbers of a stage of retraining, and what only says how they are computed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from dive.config import (
 )
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+    from lightning.pytorch.loggers import Logger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,8 @@ class Execution:
     logger: LoggerConfig
     directory: Path
     """Of the run's outputs."""
-    wandb: "WandbLogger | None"
+    trackers: "Sequence[Logger]"
+    """Loggers of the whole run."""
 
 
 def effective(stage: StageConfig, *, length: int) -> StageConfig:

@@ -1,6 +1,7 @@
 """What W&B is given, read back from the file of an offline run."""
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,10 +10,15 @@ from typing import Any
 
 import pytest
 
-from dive.logger.wandb_run import run_id, run_id_file, tables
+from dive.cli import PACKAGE
+from dive.logger.keys import WHOLE_RUN
+from dive.logger.tables import tables
+from dive.logger.unfinished import note_of
+from dive.logger.wandb_run import NAME, log_results, run_id
+from dive.results import from_json
 from dive.store import plain
 from tests.report import made
-from tests.workplace import Workplace
+from tests.workplace import Workplace, write_task
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
@@ -93,7 +99,10 @@ def read(directory: Path) -> Offline:
 
 @pytest.fixture(scope="module")
 def results(workplace: Workplace) -> dict[str, Any]:
-    return workplace.run("logged", "logger=[csv,wandb]")
+    pytest.importorskip("lm_eval")
+    root = write_task(workplace.root / "tasks", "felines")
+    logged = ("logger=[csv,tensorboard,wandb]", f"eval.task_path={root}", "eval.tasks=[felines]")
+    return workplace.run("logged", *logged)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +120,7 @@ def test_curves_and_configuration(offline: Offline) -> None:
     } <= offline.logged
     assert {"retrain/router_entropy/layer_01", "retrain/expert_load/layer_00/expert_1"} <= offline.logged
     assert {"moe", "pruning", "retrain"} <= offline.settings
-    assert {"eval/dense/mean", "eval/retrain/cats@32"} <= set(offline.summary)
+    assert {"dense/eval_perplexity/mean", "retrain/eval_perplexity/cats/32"} <= offline.logged
 
 
 def test_curves_are_drawn_over_tokens(offline: Offline) -> None:
@@ -130,7 +139,81 @@ def test_tables_hold_what_results_hold(offline: Offline, results: dict[str, Any]
     share = offline.table("routing/share")
     assert len(share["data"]) == 4 * 2 * 2  # domains, layers, experts
     by_text = offline.table("results/perplexity")
-    assert by_text["columns"] == ["text", *(stage["name"] for stage in results["stages"])]
+    names = [stage["name"] for stage in results["stages"]]
+    assert by_text["columns"] == ["text", *names]
+    tasks = offline.table("results/tasks")
+    assert tasks["columns"] == ["task", "metric", *names]
+    scores = {(row[0], row[1]): row[2:] for row in tasks["data"]}
+    assert scores["felines", "acc"] == [stage["tasks"]["felines"]["acc"] for stage in results["stages"]]
+    assert dict(offline.table("results/parameters")["data"]) == results["parameters"]
+    load = offline.table("routing/load")
+    assert [row[1] for row in load["data"]] == results["routing"]["load_max_over_mean"]
+    *by_stage, whole = offline.table("results/cost")["data"]
+    plan = results["plan"]
+    assert whole[:3] == ["whole run", plan["planned"]["seconds"], plan["actual"]["seconds"]]
+    assert {row[0]: row[1] for row in by_stage} == {s["name"]: s["seconds"] for s in plan["planned"]["stages"]}
+    took = {stage["name"]: stage["seconds"] for stage in plan["actual"]["stages"]}
+    assert [row[2] for row in by_stage] == [took.get(row[0]) for row in by_stage]
+
+
+def test_every_key_is_a_stage_and_a_metric(offline: Offline, results: dict[str, Any], workplace: Workplace) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stages = [stage["name"] for stage in results["stages"]]
+    pattern = re.compile(rf"({'|'.join([*stages, *WHOLE_RUN])})/[a-z_]+(/.+)?")
+    rich = {key for row in offline.history for key, value in row.items() if isinstance(value, dict)}
+    assert {key.partition("/")[0] for key in rich} == {"results", "affinity", "routing", "figures"}
+    logged = {key for key in offline.logged - rich if not key.startswith("_")}  # W&B's own: _step, _runtime, _timestamp
+    boards: set[str] = set()
+    for folder in (*stages[3:], "results"):
+        board = event_accumulator.EventAccumulator(str(workplace.root / "logged/tensorboard" / folder))
+        boards |= set(board.Reload().Tags()["scalars"])
+    curves = {
+        key
+        for stage in stages[3:]
+        for key in (workplace.root / f"logged/csv/{stage}/metrics.csv").read_text().splitlines()[0].split(",")
+    }
+    assert curves - {"step"} <= logged  # the first column of the files
+    assert "retrain/eval_score/felines/acc" in logged
+    assert not {key for key in logged if pattern.fullmatch(key) is None}
+    assert boards == logged
+
+
+def test_the_page_has_every_key(offline: Offline) -> None:
+    page = (PACKAGE.parent / "docs/tracking.md").read_text(encoding="utf-8")
+    first = re.findall(r"^\| (`[^|]*`) \|", page.partition("## Keys")[2].partition("\n## ")[0], re.MULTILINE)
+    names = [name for cell in first for name in re.findall(r"`([^`]*)`", cell)]
+    assert len(names) > 25
+    patterns = [re.compile(re.sub(r"<\w+>", ".+", re.escape(name))) for name in names]
+    logged = {key for key in offline.logged if not key.startswith("_")}
+    assert not {key for key in logged if not any(pattern.fullmatch(key) for pattern in patterns)}
+    absent = {name for name, pattern in zip(names, patterns, strict=True) if not any(map(pattern.fullmatch, logged))}
+    assert absent == {"affinity/mapped", "affinity/similarity"}  # of runs that map the affinity of their domains
+
+
+def test_the_dashboard_shows_what_the_run_logged(
+    offline: Offline, results: dict[str, Any], workplace: Workplace
+) -> None:
+    pytest.importorskip("wandb_workspaces")
+    from dive.logger.dashboard import TABLES, workspace
+
+    stages = [stage["name"] for stage in results["stages"]]
+    made = workspace(
+        "me", "dive", name="DIVE", measured=stages, retrained=stages[3:], tables=tables(from_json(results))
+    )
+    document = json.loads(made._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    panels = [p for s in document["section"]["panelBankConfig"]["sections"] for p in s["panels"]]
+    named: set[str] = set()
+    for config in (panel["config"] for panel in panels):
+        named |= {*config.get("metrics", []), *config.get("mediaKeys", [])}
+        named |= {config[axis].removeprefix("summary:") for axis in ("xAxis", "yAxis") if axis in config}
+        if "metricRegex" in config:
+            assert any(re.fullmatch(config["metricRegex"], key) for key in offline.logged)
+    shown = {p.table_name for s in made.sections for p in s.panels if type(p).__name__ == "WeavePanelSummaryTable"}
+    assert shown == {name for name in offline.logged if name.partition("/")[0] in ("results", "affinity", "routing")}
+    assert len(named) > 20
+    assert named <= offline.logged
+    # A run of the defaults maps the affinity of its domains, where this one mines groups by it.
+    assert set(TABLES) - shown == {"affinity/mapped", "affinity/similarity"}
 
 
 def test_images_are_the_figures(offline: Offline) -> None:
@@ -139,12 +222,27 @@ def test_images_are_the_figures(offline: Offline) -> None:
         assert (offline.directory / "files" / image["path"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_summary_compares_runs(offline: Offline, results: dict[str, Any]) -> None:
+def test_summary_has_what_compares_runs_and_the_tables(
+    results: dict[str, Any], workplace: Workplace, tmp_path: Path
+) -> None:
+    import wandb
+
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(quiet=True)) as run:
+        log_results(run, from_json(results), workplace.root / "logged")
+        summary = dict(run.summary)
     perplexities = [stage["perplexity"]["mean"] for stage in results["stages"]]
-    assert offline.summary["final/perplexity"] == pytest.approx(perplexities[-1])
-    assert offline.summary["final/perplexity_over_dense"] == pytest.approx(perplexities[-1] / perplexities[0])
-    assert offline.summary["parameters/active"] == results["parameters"]["active"]
-    assert offline.summary["final/tokens"] == sum(stage["tokens"] for stage in results["stages"])
+    assert summary["final/stage"] == "retrain"
+    assert summary["final/perplexity"] == pytest.approx(perplexities[-1])
+    assert summary["final/perplexity_over_dense"] == pytest.approx(perplexities[-1] / perplexities[0])
+    assert summary["parameters/active"] == results["parameters"]["active"]
+    assert summary["final/tokens"] == sum(stage["tokens"] for stage in results["stages"])
+    assert summary["final/seconds"] == pytest.approx(results["timings"]["total"])
+    assert summary["retrain/seconds"] == pytest.approx(results["timings"]["retrain"])
+    assert summary["cost/planned_seconds"] == pytest.approx(results["plan"]["planned"]["seconds"])
+    assert summary["cost/actual_seconds"] == pytest.approx(results["plan"]["actual"]["seconds"])
+    shown = {key for key, value in summary.items() if hasattr(value, "get") and value.get("_type") == "table-file"}
+    assert shown == set(tables(from_json(results)))
+    assert shown >= {"results/tasks", "results/parameters", "results/cost", "routing/load"}
 
 
 def test_artifacts_name_what_they_came_from(offline: Offline, results: dict[str, Any]) -> None:
@@ -162,10 +260,10 @@ def test_an_interrupted_run_goes_on_under_its_id(workplace: Workplace, results: 
     first = run_id(settings, tmp_path)
     assert run_id(settings, tmp_path) == first
     assert run_id(settings | {"seed": 99}, tmp_path) != first
-    run_id_file(settings, tmp_path).write_text("{broken")
+    note_of(NAME, settings, tmp_path).write_text("{broken")
     assert run_id(settings, tmp_path) != first
     # The run above ended, so that another of the same configuration would be another run.
-    assert not run_id_file(plain(workplace.compose("logger=[csv,wandb]")), workplace.root / "store").exists()
+    assert not list((workplace.root / "store/wandb").iterdir())
 
 
 def test_layers_have_their_own_numbers() -> None:
