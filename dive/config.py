@@ -1075,9 +1075,9 @@ class TrainerConfig:
     gradient_clip: float | None = bounded(1.0, above=0, at_most=10**6)
     """Largest gradient norm; null for no clipping."""
     experts: ExpertsBy = ExpertsBy.auto
-    """What computes the experts of a stage. ``auto``: transformers' ``grouped_mm``, and ours where that cannot be right: with LoRA on
-    experts, biases, ``retrain.storage=indexed``, mixed precision, or odd widths. ``eager``, ``batched_mm``, ``grouped_mm`` and
-    ``sonicmoe`` are transformers' own; the last is a kernel from the hub for GPUs from Hopper on (docs/throughput.md)."""
+    """What computes the experts of a stage: ``auto``, ``ours``, or transformers' own ``eager``, ``batched_mm``, ``grouped_mm`` or
+    ``sonicmoe`` (a kernel from the hub, for GPUs from Hopper on). ``auto`` is ``grouped_mm``, and ours with LoRA on experts,
+    biases, ``retrain.storage=indexed``, float32 weights in mixed precision, or odd widths."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "trainer")
@@ -1382,7 +1382,7 @@ class Config:
         adapted = [name for name, stage in self.retrain.stages.items() if stage.train.experts is Freezing.lora]
         require(
             not adapted,
-            f"{stated} knows no adapters, and retrain.stages.{'' if not adapted else adapted[0]}.train.experts=lora has some; set "
+            f"{stated} knows no adapters, and retrain.stages.{''.join(adapted[:1])}.train.experts=lora has some; set "
             "trainer.experts=auto, or train them in full",
         )
         require(

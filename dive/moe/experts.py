@@ -90,7 +90,7 @@ class GroupedLoRA(nn.Module):
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """(S, in) sorted by expert to (S, out)."""
         low = grouped_linear(self.dropout(rows), self.a, offsets)
-        return grouped_linear(low, self.b, offsets) * self.scale
+        return grouped_linear(low * self.scale, self.b, offsets)
 
     def delta(self) -> Tensor:
         """What merging adds to the weights, (E, out, in) float32."""

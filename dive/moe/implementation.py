@@ -102,8 +102,8 @@ def check_aligned(wanted: ExpertsBy, *, hidden: int, width: int, dtype: torch.dt
     """
     require(
         wanted is not ExpertsBy.grouped_mm or (is_aligned(hidden, dtype) and is_aligned(width, dtype)),
-        f"trainer.experts=grouped_mm takes rows of multiples of 16 bytes; experts of {width} channels and hidden size {hidden} in "
-        f"{_named(dtype)} have others; set {AUTO}, or pruning.width_multiple=8",
+        f"trainer.experts=grouped_mm takes rows of multiples of 16 bytes; experts of {width} channels and hidden size "
+        f"{hidden} in {_named(dtype)} have others; set {AUTO}, or pruning.width_multiple=8",
     )
 
 

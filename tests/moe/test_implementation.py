@@ -74,7 +74,7 @@ def test_odd_widths_are_ours(make: Callable[..., Any]) -> None:
     assert use_experts(model).name == IMPLEMENTATION
     check_aligned(ExpertsBy.eager, hidden=32, width=22, dtype=torch.float32)
     check_aligned(ExpertsBy.grouped_mm, hidden=32, width=24, dtype=torch.float32)
-    with pytest.raises(UserError, match="experts of 22 channels .* float32 .* set trainer.experts=auto"):
+    with pytest.raises(UserError, match=r"experts of 22 channels .* float32 .* set trainer\.experts=auto"):
         check_aligned(ExpertsBy.grouped_mm, hidden=32, width=22, dtype=torch.float32)
 
 
