@@ -6,11 +6,12 @@
 A step is forward and backward pass of one block on random tokens, gradients of its input included (as in a layer that has
 layers below it), without optimiser. Compared, at the same active width, tokens and trained parameters:
 
-* ours: the stock Mixtral block with our router and our experts forward, as retraining runs it;
+* ours: the stock Mixtral block with our router and our grouped products, as retraining runs it with LoRA;
 * dense: one FFN as wide as the active experts together;
 * loop: one module of three linear layers an expert, each given its selected rows by index in a Python loop, as in the
   authors' block; LoRA as one adapter for each of these linear layers;
-* eager, grouped_mm: transformers' own implementations of the stock block, which know no LoRA.
+* eager, grouped_mm: transformers' own implementations of the stock block, which know no LoRA. ``grouped_mm`` is what retraining
+  runs without. ``batched_mm`` is one too, where it is asked for: it copies an expert's weights for every token.
 
 Variants take turns over several rounds; printed are the median and the median over the rounds of the ratio to the dense FFN
 in the same round. Prints one table.
@@ -35,7 +36,9 @@ from dive.moe.experts import GroupedLoRA
 from dive.moe.plug import plug_linear_lora
 from dive.moe.router import Router
 
+STOCK = ("eager", "grouped_mm", "batched_mm")
 VARIANTS = ("dense", "ours", "loop", "eager", "grouped_mm")
+"""What is compared unless other names are given."""
 
 
 class LoopBlock(nn.Module):
@@ -106,7 +109,7 @@ def plug_lora(experts: Any, lora: LoRAConfig) -> None:
 def build(settings: argparse.Namespace, name: str, *, width: int, top_k: int, lora: bool) -> Any:
     """One variant, its trained parameters chosen; None if it knows no LoRA."""
     adapters = LoRAConfig(rank=settings.rank, alpha=2.0 * settings.rank, dropout=settings.dropout)
-    if name in ("eager", "grouped_mm") and lora:
+    if name in STOCK and lora:
         return None
     block: Any
     if name == "dense":
@@ -175,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--dropout", type=float, default=0.0, help="of LoRA")
     parser.add_argument("--trained", nargs="+", choices=("full", "lora"), default=["full", "lora"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, "batched_mm"), default=VARIANTS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

@@ -32,6 +32,7 @@ from dive.config import Config
 from dive.errors import UserError
 from dive.model.architecture import read_architecture
 from dive.model.families import decoder_layers, empty_moe, moe_config
+from dive.moe.implementation import use_experts
 from dive.moe.plug import plug_routers
 from dive.plan import flops
 from dive.plan.parameters import Shapes, shapes
@@ -104,14 +105,16 @@ def run_stage(
     stage, trainer = config.retrain.stages[name], config.trainer
     lightning.seed_everything(config.seed, verbose=False)
     model = random_moe(config, s, options)
-    apply_policy(model, stage.train, config.retrain.lora, master_weights=trainer.precision.endswith("-mixed"))
+    training = Training.of(config, name)
+    apply_policy(model, stage.train, config.retrain.lora, master_weights=training.master_weights)
+    use_experts(model, trainer.experts, autocast=training.autocast)
     if trainer.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     accumulation = stage.accumulation or trainer.accumulation
     module = MoERetraining(
         model,
-        Training.of(config, name),
+        training,
         partial(random_block, s.vocabulary, config.retrain.length, config.seed),
         key="",
         first_block=0,

@@ -1037,6 +1037,17 @@ class Strategy(Enum):
     fsdp2 = "fsdp2"
 
 
+class ExpertsBy(Enum):
+    """What computes the experts in training: ``ours``, or one of transformers' experts implementations."""
+
+    auto = "auto"
+    ours = "ours"
+    eager = "eager"
+    batched_mm = "batched_mm"
+    grouped_mm = "grouped_mm"
+    sonicmoe = "sonicmoe"
+
+
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true")
 
@@ -1063,6 +1074,10 @@ class TrainerConfig:
     """Most tokens of a forward pass on a device, but for a sequence that is longer."""
     gradient_clip: float | None = bounded(1.0, above=0, at_most=10**6)
     """Largest gradient norm; null for no clipping."""
+    experts: ExpertsBy = ExpertsBy.auto
+    """What computes the experts of a stage: ``auto``, ``ours``, or transformers' own ``eager``, ``batched_mm``, ``grouped_mm`` or
+    ``sonicmoe`` (a kernel from the hub, for GPUs from Hopper on). ``auto`` is ``grouped_mm``, and ours with LoRA on experts,
+    biases, ``retrain.storage=indexed``, float32 weights in mixed precision, or odd widths."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "trainer")
@@ -1306,6 +1321,8 @@ class Config:
             self._check_streamed()
         if self.retrain.storage is Storage.indexed:
             self._check_indexed()
+        if self.retrain.stages and self.trainer.experts not in (ExpertsBy.auto, ExpertsBy.ours):
+            self._check_stock_experts(self.trainer.experts)
         world = self.trainer.devices * self.trainer.num_nodes
         for name, stage in self.retrain.stages.items():
             require(
@@ -1373,6 +1390,37 @@ class Config:
             self.trainer.strategy in (Strategy.single, Strategy.ddp),
             f"retrain.storage=indexed: trainer={self.trainer.strategy.value} shards the weights; set trainer=ddp, or "
             "retrain.storage=materialised",
+        )
+
+    def _check_stock_experts(self, chosen: ExpertsBy) -> None:
+        """What transformers' own implementations have no place for."""
+        stated = f"trainer.experts={chosen.value}"
+        adapted = [name for name, stage in self.retrain.stages.items() if stage.train.experts is Freezing.lora]
+        require(
+            not adapted,
+            f"{stated} knows no adapters, and retrain.stages.{''.join(adapted[:1])}.train.experts=lora has some; set "
+            "trainer.experts=auto, or train them in full",
+        )
+        require(
+            self.pruning.compensation is not Compensation.bias,
+            f"{stated} knows no biases of experts, and pruning.compensation=bias has some; set trainer.experts=auto",
+        )
+        require(
+            self.retrain.storage is not Storage.indexed,
+            f"{stated} needs experts of their own, and retrain.storage=indexed has none; set trainer.experts=auto, or "
+            "retrain.storage=materialised",
+        )
+        if chosen is not ExpertsBy.sonicmoe:
+            return
+        require(
+            self.trainer.accelerator != "cpu",
+            f"{stated} is a kernel for GPUs; set trainer.experts=auto, or trainer=gpu",
+        )
+        precision = self.trainer.precision
+        require(
+            precision == "auto" or precision.endswith("16-true"),
+            f"{stated} computes in 16 bits, and trainer.precision={precision} keeps what is trained in float32; set "
+            "trainer.precision=bf16-true, or trainer.experts=auto",
         )
 
     def _check_streamed(self) -> None:

@@ -38,9 +38,10 @@ from dive.model.load import DenseSource, check_files, fingerprint_directory, loa
 from dive.model.recipe import Dense
 from dive.model.shards import ShardWriter
 from dive.moe.build import read_experts
+from dive.moe.implementation import use_stock_experts
 from dive.moe.layer import ExpertLayer
 from dive.moe.mixture import Mixture
-from dive.moe.plug import plug_routers, unplug, use_stock_experts
+from dive.moe.plug import plug_routers, unplug
 from dive.retrain.retrained import Retrained
 from dive.store import write_json
 

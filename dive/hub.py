@@ -1,11 +1,15 @@
-"""Uploading an export to the Hugging Face hub, after a look at whether it is whole."""
+"""Uploading an export to the Hugging Face hub, after a look at whether it is whole; and the cards of models there."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from dive.errors import UserError
+from dive.errors import UserError, one_line
+from dive.model.architecture import local_model
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
 
 SUFFIXES = (".safetensors", ".json", ".md", ".model", ".txt", ".jinja")
 """Of the files of an export; whatever else lies in the directory stays here."""
@@ -79,19 +83,67 @@ def message_for(directory: Path) -> str:
     return f"Upload {_read_json(directory / 'config.json', str(directory))['architectures'][0]}"
 
 
-def upload(
-    directory: Path, files: Sequence[Path], repo: str, *, private: bool, revision: str | None, message: str
-) -> str:
+def read_card(directory: Path) -> "ModelCard":
+    """README.md of an export.
+
+    Raises:
+        UserError: its header is no metadata.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard((directory / "README.md").read_text(encoding="utf-8"))
+    except (YAMLError, ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"checkpoint={directory}: the header of README.md is no metadata ({one_line(error)}); mend it, or export again"
+        ) from error
+
+
+def card_data(path: str, revision: str | None = None) -> "ModelCardData | None":
+    """The metadata of a model's own card, as far as it lies on this machine; none where there is no card, or no sense in it.
+
+    Args:
+        path: directory, hub id, GGUF file, or ``embedded``.
+        revision: commit, branch or tag on the hub.
+    """
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    directory = local_model(path)
+    try:
+        file = try_to_load_from_cache(path, "README.md", revision=revision) if directory is None else None
+        card = Path(file) if isinstance(file, str) else None if directory is None else directory / "README.md"
+        if card is None or not card.is_file():
+            return None
+        return cast("ModelCardData", ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data)
+    except Exception:  # anybody's card: YAML and the hub's checks raise types of many kinds
+        return None
+
+
+def hub_card_data(repo: str) -> "ModelCardData | None":
+    """The same of a model on the hub, asked for there; none where it cannot be had."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(repo).card_data
+    except Exception:  # a licence that cannot be looked up keeps nothing from being published
+        return None
+
+
+def upload(files: Sequence[Path], card: str, repo: str, *, private: bool, revision: str | None, message: str) -> str:
     """Make the repository if it is not there, and upload the files in one commit.
+
+    Args:
+        card: what README.md becomes.
 
     Returns:
         Address of the commit.
 
     Raises:
-        UserError: the hub cannot be reached or refuses, nobody is logged in, or the repository is public although
-            ``private`` is asked for.
+        UserError: the hub cannot be reached or refuses, nobody is logged in, the repository is public although
+            ``private`` is asked for, or the hub finds fault with the card.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     from dive.connection import hub_answers
@@ -107,10 +159,10 @@ def upload(
             raise UserError(
                 f"repo={repo} is there and public; set private=false to upload to it, or choose another name"
             )
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=directory,
-            allow_patterns=[file.name for file in files],
+        contents: dict[str, Path | bytes] = {file.name: file for file in files} | {"README.md": card.encode()}
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()],
             revision=revision,
             commit_message=message,
         )
@@ -123,4 +175,6 @@ def upload(
         raise UserError(f"repo={repo}: the hub refuses ({status}: {reason}).{hint}") from error
     except no_connection as error:
         raise UserError(f"repo={repo}: the upload failed ({type(error).__name__}: {error})") from error
+    except ValueError as error:  # of the hub's check of the card, which comes before the files
+        raise UserError(f"repo={repo}: {one_line(error)}; mend README.md of the checkpoint") from error
     return str(commit.commit_url)

@@ -14,7 +14,7 @@ from dive.calibration_domains.amounts import check_amounts
 from dive.calibration_domains.generated import read_text, write_text
 from dive.calibration_domains.sampling import Tokenize, calibration_tokens
 from dive.calibration_domains.texts import DomainTexts, domain_names, fingerprint, load_domains
-from dive.config import Config, EvalConfig, EvaluateConfig, Grouping, Load, StageText
+from dive.config import Config, Dtype, EvalConfig, EvaluateConfig, Grouping, Load, StageText
 from dive.errors import require
 from dive.eval.contamination import contamination
 from dive.eval.evaluate import EvaluationTexts, evaluation_texts
@@ -24,6 +24,7 @@ from dive.model.chat import conversation
 from dive.model.families import check_chosen, form_of
 from dive.model.load import DenseSource, document_tokens, load_tokenizer, tokens_of_documents
 from dive.model.recipe import Dense
+from dive.moe.implementation import check_aligned, check_kernel
 from dive.results import GENERATED
 from dive.retrain.corpus import Corpus, Generated, local_documents, open_corpora
 from dive.retrain.freezing import check_policy
@@ -209,6 +210,7 @@ def check(config: Config, source: DenseSource) -> None:
     )
     check_chosen(form_of(config, source.config.model_type), source.config, config.model.path)
     config.moe.widths(config.pruning, source.channels)
+    check_experts(config, source)
     for name, stage in config.retrain.stages.items():
         check_policy(stage.train, source.config, where=f"retrain.stages.{name}")
     lengths = {
@@ -233,6 +235,20 @@ def check_evaluation(config: EvaluateConfig, source: DenseSource) -> None:
     wanted = config.calibration_domains
     check_lengths({"eval.lengths": config.eval.lengths if wanted is not None else []}, config.eval, source)
     check_names(config.eval, domain_names(wanted) if wanted is not None else [])
+
+
+def check_experts(config: Config, source: DenseSource) -> None:
+    """Refuse an experts implementation that cannot compute this model's experts, or that is not there."""
+    if not config.retrain.stages:
+        return
+    wanted, precision = config.trainer.experts, config.trainer.precision
+    width, _ = config.moe.widths(config.pruning, source.channels)
+    stated = config.model.dtype or Dtype.float32
+    dtype: torch.dtype = source.config.dtype if stated is Dtype.auto else getattr(torch, stated.value)
+    if precision.endswith("16-true"):
+        dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
+    check_aligned(wanted, hidden=source.config.hidden_size, width=width, dtype=dtype)
+    check_kernel(wanted, activation=source.config.hidden_act)
 
 
 def check_groups(config: Config, names: Sequence[str]) -> None:

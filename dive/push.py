@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
 from dive.cli import run
 from dive.errors import UserError, require
 from dive.model.architecture import local_model
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,6 +45,9 @@ class PushConfig:
 def push(config: PushConfig) -> None:
     """Check that the directory is whole, list its files, upload them in one commit.
 
+    README.md goes up with what only a published model has: how to serve it under its name, what engines made of it where
+    :mod:`dive.verify` asked them, and its base model's licence. The one in the directory stays as it is.
+
     Raises:
         UserError: the directory is not whole, or the hub refuses.
     """
@@ -58,11 +65,50 @@ def push(config: PushConfig) -> None:
     if left_out:
         show(f"left out: {', '.join(left_out)}")
     to = f"{config.repo} ({'private' if config.private else 'public'}, {config.revision or 'main'})"
+    card = published_card(directory, config.repo)
+    show(f"README.md: {', '.join(str(name) for name in card.data.to_dict())}")
     show(f'{len(files)} files, {size(sum(file.stat().st_size for file in files))} to {to}: "{message}"')
     if config.dry_run:
         show("dry_run=true: nothing uploaded")
         return
-    show(upload(directory, files, config.repo, private=config.private, revision=config.revision, message=message))
+    made = upload(files, str(card), config.repo, private=config.private, revision=config.revision, message=message)
+    show(made)
+
+
+def published_card(directory: Path, repo: str) -> "ModelCard":
+    """README.md of an export as it is published.
+
+    Raises:
+        UserError: the header of README.md is no metadata, or config.json is of no class that an export has.
+    """
+    from transformers import AutoConfig
+
+    from dive.connection import hub_answers
+    from dive.engines.verified import read_verified
+    from dive.hub import hub_card_data, read_card
+    from dive.model.architecture import read_settings
+    from dive.model.families import TWINS, unserved
+    from dive.report.card import INHERITED, publish
+
+    family = read_settings(directory, f"checkpoint={directory}").get("model_type")
+    require(
+        family in [twin.name for twin in TWINS],
+        f"checkpoint={directory}: model_type {family!r} in config.json is no Mixture-of-Experts that is exported here; set "
+        "checkpoint=DIR to an export",
+    )
+    card = read_card(directory)
+    base = card.data.base_model
+    if card.data.license is None and isinstance(base, str) and hub_answers():
+        found = hub_card_data(base)
+        for name in INHERITED:
+            if found is not None and found.get(name) is not None and card.data.get(name) is None:
+                card.data[name] = found.get(name)
+    verified = read_verified(directory.resolve().parent)
+    if verified is not None and Path(verified.checkpoint).name != directory.resolve().name:
+        verified = None  # of another export beside this one
+    left_out = {engine for each in unserved(AutoConfig.from_pretrained(directory)) for engine in each.engines}
+    card.text = publish(card.text, repo, unserved=left_out, verified=verified)
+    return card
 
 
 def command() -> None:

@@ -19,6 +19,7 @@ from dive.eval.generation import Beginnings
 from dive.eval.measure import measure, write_on
 from dive.eval.tasks import Metrics, headline
 from dive.export import export
+from dive.hub import card_data
 from dive.inputs import Inputs, TrainingInputs
 from dive.logger.build import build_boards, build_trackers
 from dive.logger.log import finish, log_evaluation
@@ -32,9 +33,10 @@ from dive.plan.capacity import here, refuse
 from dive.plan.stages import plan
 from dive.plan.table import headline as plan_headline
 from dive.progress import quiet_libraries, show
+from dive.report.card import model_card
 from dive.report.plots import draw
 from dive.report.run import write_report
-from dive.report.text import model_card, results_table, task_tables
+from dive.report.text import results_table, task_tables
 from dive.results import (
     AffinityResult,
     AskedTask,
@@ -275,7 +277,7 @@ class Run:
         notes = _serving_notes(model.mixture, experts=config.moe.experts)
         if notes:
             log.warning("the export does not serve in every engine: %s", " ".join(notes))
-        card = model_card(results, notes)
+        card = model_card(results, notes, base=card_data(config.model.path, config.model.revision))
         where = export(config.model, model, tokenizer, self.directory, card=card)
         meter.exported(where, time.monotonic() - exporting)
         results.export = str(where)
@@ -344,7 +346,7 @@ def compare_routing(results: Results) -> None:
 
 def _serving_notes(mixture: Mixture, *, experts: int) -> list[str]:
     form, dense = mixture.form, mixture.dense.source.config
-    return chosen_twin(dense.model_type, form.twin).unserved(form, dense, experts=experts)
+    return [each.said for each in chosen_twin(dense.model_type, form.twin).unserved(form, dense, experts=experts)]
 
 
 def parameters(config: Config, model: Mixture | Retrained, chain: Sequence[Retrained]) -> ParameterCounts:

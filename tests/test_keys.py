@@ -44,6 +44,7 @@ HOW = {
     "trainer.accelerator": "where it is computed",
     "trainer.accumulation": "passes of a step; a key where the loss depends on them",
     "trainer.devices": "processes; a key where the loss depends on them",
+    "trainer.experts": "whose code computes the experts",
     "trainer.gradient_checkpointing": "what is computed twice",
     "trainer.pass_tokens": "passes of a step; a key where the loss depends on them",
     "trainer.num_nodes": "processes; a key where the loss depends on them",

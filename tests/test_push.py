@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -19,11 +20,13 @@ import dive
 from dive.api import reconstruct
 from dive.errors import UserError
 from dive.hub import whole_export
-from dive.push import PushConfig, push
+from dive.push import PushConfig, published_card, push
 from tests.conftest import Build
 from tests.workplace import environment
 
+CONFIGURED = "\n## Configuration\n\n```json\n{}\n```\n"
 CARD = "---\nlibrary_name: transformers\n---\n\n# A model\n"
+ONLINE = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
 FILES = [
     "README.md",
     "config.json",
@@ -57,6 +60,10 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.repositories: dict[str, bool] = {}
         """{repository: whether it is private}"""
+        self.cards: dict[str, dict[str, Any]] = {}
+        """{repository: metadata of its card}"""
+        self.faults: list[str] = []
+        """What is said of the card that comes."""
         self.committed: dict[str, bytes] = {}
         self.summary = ""
 
@@ -86,7 +93,8 @@ class Answers(BaseHTTPRequestHandler):
         elif name not in self.server.repositories:
             self.reply({"error": "not found"}, status=404)
         else:
-            self.reply({"id": name, "private": self.server.repositories[name], "sha": "0" * 40, "siblings": []})
+            found = {"id": name, "private": self.server.repositories[name], "sha": "0" * 40, "siblings": []}
+            self.reply(found | {"cardData": self.server.cards.get(name)})
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -110,8 +118,9 @@ class Answers(BaseHTTPRequestHandler):
                 if entry["key"] == "header":
                     self.server.summary = entry["value"]["summary"]
             self.reply({"commitUrl": f"{self.server.address}/me/moe/commit/1", "commitOid": "1", "hookOutput": ""})
-        else:
-            self.reply({"warnings": [], "errors": []})  # of the card's metadata
+        else:  # of the card's metadata
+            faults = [{"message": said} for said in self.server.faults]
+            self.reply({"warnings": [], "errors": faults}, status=400 if faults else 200)
 
     def chunks(self) -> Iterator[bytes]:
         while size := int(self.rfile.readline(), 16):
@@ -138,15 +147,81 @@ def command(*arguments: str, directory: Path, **variables: str) -> "subprocess.C
 
 def test_the_whole_export_arrives_in_a_private_repository(export: Path, hub: Hub, tmp_path: Path) -> None:
     (export / "notes.pt").write_bytes(b"not for others")
-    online = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
-    done = command(f"checkpoint={export}", "repo=me/moe", directory=tmp_path, **online)
+    done = command(f"checkpoint={export}", "repo=me/moe", directory=tmp_path, HF_ENDPOINT=hub.address, **ONLINE)
     assert done.returncode == 0, done.stderr
     assert hub.repositories == {"me/moe": True}
     assert hub.summary == "Upload MixtralForCausalLM"
     assert sorted(hub.committed) == FILES
-    assert all(hub.committed[name] == (export / name).read_bytes() for name in FILES)
+    assert all(hub.committed[name] == (export / name).read_bytes() for name in FILES if name != "README.md")
+    assert (export / "README.md").read_text() == CARD
+    published = ModelCard(hub.committed["README.md"].decode())
+    assert published.data.to_dict() == {"library_name": "transformers"}
+    assert published.text.startswith("\n# A model\n\n## Serving\n")
+    assert "vllm serve me/moe\n" in published.text
     assert "left out: notes.pt" in done.stdout
     assert f"{hub.address}/me/moe/commit/1" in done.stdout
+
+
+def test_the_card_gets_the_base_models_licence_and_what_engines_made_of_it(
+    export: Path, hub: Hub, tmp_path: Path
+) -> None:
+    (export / "README.md").write_text(f"---\nbase_model: o/base\ntags: [mine]\n---\n\n# A model\n{CONFIGURED}")
+    engine = {
+        "engine": "vllm",
+        "verdict": "equal",
+        "version": "0.32.0",
+        "difference": 1e-6,
+        "perplexity": 9.5,
+        "equal": 8,
+    }
+    said = {"checkpoint": str(export), "model": "MixtralForCausalLM", "texts": "test texts", "predicted": 100}
+    said |= {"continuations": 8, "tokens": 16, "tolerance": 1e-3, "date": "2026-11-27", "engines": [engine]}
+    (export.parent / "verify.json").write_text(json.dumps(said))
+    hub.repositories["o/base"] = False
+    hub.cards["o/base"] = {"license": "llama3.2", "language": ["en"], "tags": ["theirs"]}
+    done = command(f"checkpoint={export}", "repo=me/moe", directory=tmp_path, HF_ENDPOINT=hub.address, **ONLINE)
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(hub.committed["README.md"].decode())
+    data = {"base_model": "o/base", "tags": ["mine"], "license": "llama3.2", "language": ["en"]}
+    assert card.data.to_dict() == data
+    assert "| vllm | 0.32.0 | 1.0e-06 | 9.5000 | 8 of 8 | equal |\n" in card.text
+    assert card.text.index("## Serving") < card.text.index("## In other engines") < card.text.index("## Configuration")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("README.md: ")]
+    assert set(line.removeprefix("README.md: ").split(", ")) == set(data)
+
+
+def test_a_card_that_the_hub_finds_fault_with_is_one_line(export: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.faults = ['"license" must be one of [apache-2.0]']
+    done = command(f"checkpoint={export}", "repo=me/moe", directory=tmp_path, HF_ENDPOINT=hub.address, **ONLINE)
+    assert done.returncode == 1
+    assert '- "license" must be one of [apache-2.0]; mend README.md' in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert hub.committed == {}
+
+
+@pytest.mark.parametrize("header", ["a: [", "- a\n- b", "model-index: 3"])
+def test_a_header_that_is_no_metadata_is_one_line(export: Path, header: str) -> None:
+    (export / "README.md").write_text(f"---\n{header}\n---\n\n# A model\n")
+    with pytest.raises(UserError, match=r"the header of README\.md is no metadata \(.*\); mend it, or export again$"):
+        published_card(export, "me/moe")
+
+
+def test_engines_that_do_not_serve_it_are_left_out(export: Path) -> None:
+    config = json.loads((export / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    (export / "config.json").write_text(json.dumps(config))
+    text = published_card(export, "me/moe").text
+    assert "vllm serve me/moe" in text
+    assert "sglang" not in text
+
+
+def test_another_exports_engines_are_not_this_ones(export: Path) -> None:
+    other = Path(shutil.copytree(export, export.parent / "other"))
+    said = {"checkpoint": str(other), "model": "MixtralForCausalLM", "texts": "t", "predicted": 1, "continuations": 1}
+    said |= {"tokens": 1, "tolerance": 1e-3, "date": "2026-11-27", "engines": []}
+    (export.parent / "verify.json").write_text(json.dumps(said))
+    assert "## In other engines" not in published_card(export, "me/moe").text
+    assert "## In other engines" in published_card(other, "me/moe").text
 
 
 @pytest.mark.parametrize(

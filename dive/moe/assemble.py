@@ -16,9 +16,10 @@ from dive.model.families import (
     sparse_layers,
 )
 from dive.model.families.twin import Form
+from dive.moe.implementation import use_stock_experts
 from dive.moe.indexed import IndexedExperts
 from dive.moe.layer import ExpertLayer
-from dive.moe.plug import plug_routers, use_stock_experts
+from dive.moe.plug import plug_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

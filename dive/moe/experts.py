@@ -4,15 +4,13 @@ Shapes: T tokens, K experts a token, S = T · K selected pairs, E experts, D hid
 """
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dive.moe.cpu_experts import Adapters, run_experts
-
 IMPLEMENTATION = "dive_grouped_mm"
-"""Name under which transformers finds :func:`experts_forward`; without adapters and bias it equals ``grouped_mm``."""
+"""Name under which transformers finds :func:`experts_forward`; :mod:`dive.moe.implementation` says when it runs."""
 
 _grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
 
@@ -92,7 +90,7 @@ class GroupedLoRA(nn.Module):
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """(S, in) sorted by expert to (S, out)."""
         low = grouped_linear(self.dropout(rows), self.a, offsets)
-        return grouped_linear(low, self.b, offsets) * self.scale
+        return grouped_linear(low * self.scale, self.b, offsets)
 
     def delta(self) -> Tensor:
         """What merging adds to the weights, (E, out, in) float32."""
@@ -112,8 +110,6 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (T, D)
     """
-    if _runs_on_cpu(self, hidden_states):
-        return _on_cpu(self, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[-1]
     expert_of_row, order, offsets = sort_by_expert(top_k_index, self.num_experts)
     rows = hidden_states[order // top_k]
@@ -137,36 +133,6 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     # Back in the order of tokens: a sum of K rows each is deterministic, index_add_ on CUDA is not.
     restored = torch.empty_like(weighted).index_copy_(0, order, weighted)
     return restored.view(-1, top_k, restored.shape[-1]).sum(dim=1).to(hidden_states.dtype)
-
-
-def _runs_on_cpu(self: Any, hidden_states: Tensor) -> bool:
-    """Whether :func:`run_experts` does it: on a CPU, from weights of their own, and no adapter drops anything out."""
-    if hasattr(self, "index"):  # dive.moe.indexed.IndexedExperts
-        return False
-    dropping = hasattr(self, "lora_gate") and self.lora_gate.dropout.p > 0 and self.training
-    return hidden_states.device.type == "cpu" and not dropping
-
-
-def _on_cpu(self: Any, hidden_states: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    dtype = compute_dtype(self.gate_up_proj)
-    adapters, scale = None, 1.0
-    if hasattr(self, "lora_gate"):
-        gate, up, down = self.lora_gate, self.lora_up, self.lora_down
-        matrices = (gate.a, gate.b, up.a, up.b, down.a, down.b)
-        adapters, scale = cast(Adapters, tuple(matrix.to(dtype) for matrix in matrices)), gate.scale
-    weights = (self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
-    output = run_experts(
-        *(hidden_states.to(dtype), chosen, gates, *weights, self.act_fn),
-        bias=getattr(self, "down_bias", None),
-        adapters=adapters,
-        scale=scale,
-    )
-    return output.to(hidden_states.dtype)
-
-
-def stock_implementation(width: int, dtype: torch.dtype) -> str:
-    """The fastest of transformers' own implementations for experts of this width."""
-    return "grouped_mm" if is_aligned(width, dtype) else "eager"
 
 
 def register() -> None:

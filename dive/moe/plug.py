@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from dive.config import LoRAConfig
 from dive.model.families import moe_blocks, renormalises
-from dive.moe import experts as experts_module
-from dive.moe.experts import GroupedLoRA, stock_implementation
+from dive.moe.experts import GroupedLoRA
+from dive.moe.implementation import use_experts, use_stock_experts
 from dive.moe.router import Router
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
     """Put a :class:`Router` in the place of every stock router, sharing its weight; a second call changes nothing."""
-    experts_module.register()
     for block in moe_blocks(model):
         if not isinstance(block.gate, Router):
             block.gate = Router(
@@ -29,13 +28,7 @@ def plug_routers(model: "PreTrainedModel", *, noise: float = 0.0) -> None:
                 renormalise=renormalises(model.config),
                 noise=noise,
             )
-    model.set_experts_implementation(experts_module.IMPLEMENTATION)
-
-
-def use_stock_experts(model: "PreTrainedModel") -> None:
-    """Run the experts by transformers' own code."""
-    width = moe_blocks(model)[0].experts.down_proj.shape[-1]
-    model.set_experts_implementation(stock_implementation(width, model.dtype))
+    use_experts(model)
 
 
 def routers(model: "PreTrainedModel") -> list[Router]:
@@ -44,7 +37,10 @@ def routers(model: "PreTrainedModel") -> list[Router]:
 
 
 def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
-    """Give every layer's experts low-rank adapters on gate, up and down; a second call changes nothing."""
+    """Give every layer's experts low-rank adapters on gate, up and down; a second call changes nothing.
+
+    They run by our experts implementation from then on.
+    """
     for block in moe_blocks(model):
         experts = block.experts
         if hasattr(experts, "lora_gate"):
@@ -62,6 +58,7 @@ def plug_expert_lora(model: "PreTrainedModel", lora: LoRAConfig) -> None:
         experts.lora_up = make(hidden, width)
         experts.lora_down = make(width, hidden)
         experts.train(experts.training)  # new modules are in training mode, whatever they are plugged into
+    use_experts(model)
 
 
 class LinearLoRA(nn.Module):

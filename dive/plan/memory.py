@@ -7,7 +7,7 @@ Shapes: L layers, D hidden width, F FFN channels, W channels kept, E experts, G 
 
 from dataclasses import dataclass, field
 
-from dive.config import SHARD_BYTES, Freezing, StageConfig, Storage, Strategy
+from dive.config import SHARD_BYTES, ExpertsBy, Freezing, StageConfig, Storage, Strategy
 from dive.plan import construction
 from dive.plan.job import BYTES, Job
 from dive.plan.parameters import trained
@@ -280,8 +280,7 @@ def _loss(job: Job, stage: StageConfig, tokens: int) -> dict[str, float]:
 def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, float]:
     """What the forward pass keeps for the backward pass, in bytes; with checkpointing layers' inputs, and one layer's.
 
-    Norms keep their inputs in the residual stream's type. A router and a block of experts keep what is listed here, by grouped
-    products; on a CPU experts without dropout keep less (:mod:`dive.moe.cpu_experts`).
+    Norms keep their inputs in the residual stream's type. A router and a block of experts keep what is listed here.
     """
     s, config = job.shapes, job.config
     compute = BYTES[job.training_dtype]
@@ -293,10 +292,11 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
     norms_trained = stage.train.norms is not Freezing.frozen
     of_residual = (3 + 2 * norms_trained) * s.hidden
     of_attention = 2 * (s.queries + s.keys)
-    if job.on_gpu or dropping or config.retrain.storage is Storage.indexed:
-        of_experts = active * ((2 + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
-    else:
-        of_experts = active * 3 * s.width
+    by = _experts_by(job, stage)
+    outputs = 2 if by in (ExpertsBy.ours, ExpertsBy.eager) else 1  # before and after their gates
+    of_experts = active * ((outputs + weights_trained) * s.hidden + (3 + weights_trained) * s.width)
+    if by is ExpertsBy.batched_mm:
+        of_experts += active * s.expert  # every token's own copy of its experts' weights
     of_experts += (3 + weights_trained) * s.shared_width
     if adapted:
         of_experts += active * 3 * s.rank
@@ -307,6 +307,17 @@ def saved_activations(job: Job, stage: StageConfig, tokens: int) -> dict[str, fl
     if config.trainer.gradient_checkpointing:
         return {"activations": float(s.layers * tokens * residual * s.hidden + max(layer, kept))}
     return {"activations": float(s.sparse * layer + s.kept * kept)}
+
+
+def _experts_by(job: Job, stage: StageConfig) -> ExpertsBy:
+    """What :mod:`dive.moe.implementation` chooses; adapters of any stage count, which stay in all after it."""
+    config, mixed = job.config, job.config.trainer.precision.endswith("-mixed")
+    if config.trainer.experts is not ExpertsBy.auto:
+        return config.trainer.experts
+    adapted = any(each.train.experts is Freezing.lora for each in (stage, *config.retrain.stages.values()))
+    cast = mixed and (stage.train.experts is Freezing.full or job.dtype != job.training_dtype)
+    ours = adapted or cast or job.shapes.bias or config.retrain.storage is Storage.indexed
+    return ExpertsBy.ours if ours else ExpertsBy.grouped_mm
 
 
 def export(job: Job) -> Memory:

@@ -1,16 +1,16 @@
-"""Results as text: the tables that end a run, and the model card."""
+"""Results as text: the tables that end a run, and what of them goes into Markdown."""
 
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from dive.eval.tasks import headline
-from dive.results import AskedTask, Results, StageResult
+from dive.results import AskedTask, Results
 from dive.units import clock, count
 
 
@@ -40,10 +40,6 @@ def results_table(results: Results) -> Table:
             clock(stage.seconds) + (" (reused)" if stage.reused else ""),
         )
     return table
-
-
-def _tokens(stage: StageResult) -> str:
-    return f"{stage.tokens:,} (calibration)" if stage.calibration else f"{stage.tokens:,}"
 
 
 def task_tables(results: Results) -> list[Table]:
@@ -95,91 +91,6 @@ def perplexity_table(results: Results) -> Table:
     for key in results.stages[0].perplexity:
         table.add_row(key, *(f"{stage.perplexity[key]:.2f}" for stage in results.stages))
     return table
-
-
-def _domains_of_experts(results: Results) -> list[str]:
-    """Section of the card: the groups that experts began with, or else the three domains that use each of them most."""
-    if results.groups:
-        listed = [
-            f"- expert {number}: {', '.join(map(markdown, group))}" for number, group in enumerate(results.groups)
-        ]
-        return ["## Domains of each expert", "", *listed, ""]
-    share = results.share
-    listed = []
-    for number in range(len(next(iter(share.values()), []))):
-        most = sorted(share, key=lambda domain: -share[domain][number])[:3]
-        listed.append(
-            f"- expert {number}: {', '.join(f'{markdown(domain)} {share[domain][number]:.0%}' for domain in most)}"
-        )
-    return ["## Share of a domain's tokens that each expert gets, the largest three", "", *listed, ""] if listed else []
-
-
-def lost(precision: str) -> str:
-    """What is said of a model that came from a GGUF file."""
-    return f"The dense model was de-quantised from a GGUF file ({precision}): what its weights had beyond that is lost."
-
-
-def model_card(results: Results, notes: Sequence[str] = ()) -> str:
-    """README.md of an export: what it is, the domains of each expert, results, configuration.
-
-    Args:
-        notes: on engines that do not serve it.
-    """
-    config, settings, counts = results.run.config, results.settings, results.parameters
-    front = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [mixture-of-experts, pruning, dive]",
-    ]
-    base = str(settings["model.path"])
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base):  # a name on the hub, and no path
-        front.append(f"base_model: {json.dumps(base)}")
-    sizes = (counts.dense, counts.total, counts.active, counts.trained)
-    lines = [
-        *front,
-        "---",
-        "",
-        f"# Mixture-of-Experts from {markdown(model_name(settings))}",
-        "",
-        f"{settings['moe.experts']} experts, {settings['moe.top_k']} active per token; each is the dense model's FFN with "
-        f"{settings['pruning.ratio']:.0%} of its channels pruned. Made by pruning and reconstruction after DIVE "
-        "(ACL 2025, arXiv 2506.09351)." + _beside_experts(settings),
-        *([] if not notes else ["", "> **Not in every engine.** " + " ".join(notes)]),
-        *([] if results.run.precision is None else ["", lost(results.run.precision)]),
-        "",
-        "| parameters | dense | total | active | trained |",
-        "| --- | --- | --- | --- | --- |",
-        "| | " + " | ".join("–" if size is None else count(size) for size in sizes) + " |",
-        "",
-        *_domains_of_experts(results),
-        "## Perplexity",
-        "",
-        "Geometric mean over the domains' test texts, non-overlapping windows.",
-        "",
-        "| stage | perplexity | retraining tokens |",
-        "| --- | --- | --- |",
-        *(f"| {markdown(s.name)} | {s.mean:.2f} | {_tokens(s)} |" for s in results.stages),
-        "",
-        "## Configuration",
-        "",
-        *fenced_json(config),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _beside_experts(settings: Mapping[str, Any]) -> str:
-    """What a token meets beside its experts; settings of older runs lack these."""
-    found = ""
-    if settings.get("moe.shared_expert") and settings["moe.experts"] > 1:
-        found += (
-            f" {settings['moe.shared_expert']:.0%} of what is left of it is one shared expert, which every token meets."
-        )
-    if settings.get("moe.dense_layers"):
-        layers = ", ".join(map(str, settings["moe.dense_layers"]))
-        found += f" Layers {layers} stay dense, numbered from 0."
-    return found
 
 
 def markdown(text: str) -> str:

@@ -16,6 +16,7 @@ from dive.errors import UserError
 from dive.logger.build import build_stage_loggers
 from dive.logger.log import log_point
 from dive.model.families import decoder_layers, part_of, renormalises
+from dive.moe.implementation import use_experts
 from dive.moe.mixture import Mixture
 from dive.moe.plug import plug_routers
 from dive.progress import show
@@ -136,7 +137,9 @@ def fit(
     plug_routers(student, noise=training.noise)
     lightning.seed_everything(training.seed, verbose=False)
     apply_policy(student, training.stage.train, training.lora, master_weights=training.master_weights)
+    choice = use_experts(student, execution.trainer.experts, autocast=training.autocast)
     if speak:
+        log.info("%s: %s", training.name, choice)
         idle = _idle(student.config, training)
         table = trained_parameters_table(training.name, trained_table(student, idle_routers=idle is not None))
         show(table)

@@ -86,6 +86,12 @@ class Training:
         """Whether what is trained is kept in float32 beside products in another type."""
         return self.precision.endswith("-mixed")
 
+    @property
+    def autocast(self) -> str | None:
+        """Element type that mixed precision computes products in; none where that is the weights' own."""
+        half = "bfloat16" if self.precision.startswith("bf16") else "float16"
+        return half if self.master_weights else None
+
 
 @dataclass(slots=True, kw_only=True)
 class Execution:

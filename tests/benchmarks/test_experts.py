@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.experts import VARIANTS, build, main, step
+from benchmarks.experts import STOCK, VARIANTS, build, main, step
 from dive.moe import experts as experts_module
 from tests.benchmarks.tables import read_table
 
@@ -64,7 +64,7 @@ def gradients(name: str, *, top_k: int, lora: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize(("name", "lora"), [("loop", False), ("loop", True), ("eager", False), ("grouped_mm", False)])
+@pytest.mark.parametrize(("name", "lora"), [("loop", False), ("loop", True), *((stock, False) for stock in STOCK)])
 def test_what_is_compared_computes_the_same(name: str, lora: bool, top_k: int) -> None:
     ours, theirs = gradients("ours", top_k=top_k, lora=lora), gradients(name, top_k=top_k, lora=lora)
     assert set(ours) == set(theirs)

@@ -19,13 +19,6 @@ TOKENS, HIDDEN, EXPERTS = 12, 16, 4
 PROJECTIONS = ("lora_gate", "lora_up", "lora_down")
 
 
-@pytest.fixture(params=["cpu", "grouped"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs expert after expert, as on CPUs, and by grouped products, as on GPUs."""
-    if request.param == "grouped":
-        monkeypatch.setattr(experts_module, "_runs_on_cpu", lambda *_: False)
-
-
 def make_experts(family: str = "mixtral", *, width: int = 20, implementation: str = "eager") -> Any:
     if family == "mixtral":
         config: Any = MixtralConfig(hidden_size=HIDDEN, intermediate_size=width, num_local_experts=EXPERTS)
@@ -176,9 +169,7 @@ def test_pairs_are_sorted_by_expert() -> None:
 
 
 def test_a_compiler_sees_through_router_and_experts() -> None:
-    """One graph: nothing in a pass of training waits for the host. Where experts run one after another it reads their counts."""
-    if experts_module._runs_on_cpu(make_experts(), torch.empty(1)):
-        pytest.skip("expert after expert, as on CPUs")
+    """One graph: nothing in a pass of training waits for the host."""
     module = with_lora(make_experts(width=16)).bfloat16()  # the compiler takes grouped products for bfloat16's alone
     stock = MixtralTopKRouter(MixtralConfig(hidden_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=1))
     nn.init.normal_(stock.weight, generator=torch.Generator().manual_seed(0))

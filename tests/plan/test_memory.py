@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from dive.calibration_domains import generated
-from dive.config import Freezing, FreezingConfig, Mode, StageConfig, TeacherConfig
+from dive.config import ExpertsBy, Freezing, FreezingConfig, Mode, StageConfig, TeacherConfig
 from dive.eval.perplexity import token_nll
 from dive.model.architecture import locate_architecture, read_architecture
 from dive.model.families import decoder_layers, empty_moe, moe_config
-from dive.moe import experts as experts_module
+from dive.moe.implementation import use_experts
 from dive.moe.plug import plug_routers, routers
 from dive.plan import memory
 from dive.plan.job import Job, describe_job
@@ -212,17 +212,18 @@ STAGES = {
     "paper": StageConfig(
         tokens=1, train=FreezingConfig(router=Freezing.full, norms=Freezing.full, experts=Freezing.lora)
     ),
+    "full": StageConfig(
+        tokens=1, train=FreezingConfig(router=Freezing.full, norms=Freezing.full, experts=Freezing.full)
+    ),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("path", ["grouped", "cpu"])
-def test_saved_activations_are_what_autograd_keeps(
-    build: Build, stage: StageConfig, top_k: int, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if path == "grouped":
-        monkeypatch.setattr(experts_module, "_runs_on_cpu", lambda *_: False)
+@pytest.mark.parametrize("by", ["auto", "ours", "eager", "batched_mm"])
+def test_saved_activations_are_what_autograd_keeps(build: Build, stage: StageConfig, top_k: int, by: str) -> None:
+    if stage.train.experts is Freezing.lora and by not in ("auto", "ours"):
+        pytest.skip("transformers' own know no adapters")
     dense = build("llama", hidden_size=64, intermediate_size=192, num_hidden_layers=6)
     overrides = (
         "pruning.ratio=0.5",
@@ -230,13 +231,15 @@ def test_saved_activations_are_what_autograd_keeps(
         f"moe.top_k={top_k}",
         "retrain.lora.rank=4",
         "retrain.lora.dropout=0",
+        f"trainer.experts={by}",
     )
-    job = of_model(dense, *overrides, device="cpu" if path == "cpu" else "h100")
+    job = of_model(dense, *overrides)
     moe = empty_moe(moe_config(dense.config, width=96, experts=4, top_k=top_k), torch.float32)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     plug_routers(moe)
     apply_policy(moe, stage.train, job.config.retrain.lora)
+    use_experts(moe, ExpertsBy(by))
     for router in routers(moe):
         router.mode = stage.mode
     moe.train()
@@ -255,7 +258,9 @@ def test_saved_activations_are_what_autograd_keeps(
         functional.cross_entropy(logits.flatten(0, 1), rows.flatten())
     of_logits = 200 * 320 * 4
     measured = sum(storage.nbytes() for storage in kept.values()) - of_logits
-    assert memory.saved_activations(job, stage, 200)["activations"] == pytest.approx(measured, rel=0.15)
+    # Nothing below the first layer's router is trained in the first of them, so that its copies of weights are not kept.
+    near = 0.2 if by == "batched_mm" else 0.15
+    assert memory.saved_activations(job, stage, 200)["activations"] == pytest.approx(measured, rel=near)
 
 
 def test_indexed_experts_need_little_beside_the_dense_model() -> None:

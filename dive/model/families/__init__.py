@@ -15,7 +15,7 @@ from dive.model.families.mixtral import Mixtral
 from dive.model.families.qwen2_moe import Qwen2Moe
 from dive.model.families.qwen3_moe import Qwen3Moe
 from dive.model.families.twin import UNTRAINED as UNTRAINED
-from dive.model.families.twin import Form, Twin
+from dive.model.families.twin import Form, Twin, Unserved
 
 if TYPE_CHECKING:  # the plan imports this without torch
     import torch
@@ -230,6 +230,18 @@ def is_inherited(model: "PreTrainedModel", parameter: str) -> bool:
 def renormalises(config: "PretrainedConfig") -> bool:
     """Whether the gates of the chosen experts sum to one, in a twin of this configuration."""
     return bool(getattr(config, "norm_topk_prob", True))
+
+
+def unserved(config: "PretrainedConfig") -> list[Unserved]:
+    """Engines that do not serve a Mixture-of-Experts of this configuration rightly, see :meth:`Twin.unserved`."""
+    twin = twin_of(config.model_type)
+    dense = set(range(config.num_hidden_layers)) - set(twin.sparse_layers(config))
+    form = Form(
+        twin=twin.name,
+        gates=Gates.renormalised if renormalises(config) else Gates.probabilities,
+        dense_layers=tuple(sorted(dense)),
+    )
+    return twin.unserved(form, config, experts=config.num_experts)
 
 
 def is_zero_at_first(model: "PreTrainedModel", parameter: str) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dive.model.families.twin import Form, Twin
+from dive.model.families.twin import Form, Twin, Unserved
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,17 +26,15 @@ class Mixtral(Twin):
 
         return MixtralConfig(**self.settings(dense, top_k=top_k), num_local_experts=experts, intermediate_size=width)
 
-    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[str]:
+    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[Unserved]:
         """Two more, of SGLang's class, which takes heads and positions to be those of Mistral's first release."""
         found = super().unserved(form, dense, experts=experts)
         if (getattr(dense, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
-            found.append(
-                "SGLang 0.5.23 leaves RoPE scaling out of this class: it gives other answers (not of `model.twin=qwen2_moe`)."
-            )
+            said = "leaves RoPE scaling out of this class: it gives other answers (not of `model.twin=qwen2_moe`)."
+            found.append(Unserved(("SGLang",), f"SGLang 0.5.23 {said}"))
         if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
-            found.append(
-                "SGLang 0.5.23 takes a head of this class to be hidden size / heads wide: it gives other answers."
-            )
+            said = "SGLang 0.5.23 takes a head of this class to be hidden size / heads wide: it gives other answers."
+            found.append(Unserved(("SGLang",), said))
         return found
 
     def model_class(self) -> type["PreTrainedModel"]:

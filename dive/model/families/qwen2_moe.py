@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from dive.config import ArchitectureConfig, Gates
 from dive.errors import UserError
-from dive.model.families.twin import Form, Twin
+from dive.model.families.twin import Form, Twin, Unserved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,18 +71,15 @@ class Qwen2Moe(Twin):
                 f"model.path={path}: engines give a {self.name} no sliding window; {another}choose another model"
             )
 
-    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[str]:
+    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[Unserved]:
         """Two more: its converter and its engines take heads and positions to be Qwen2's."""
         found = super().unserved(form, dense, experts=experts)
         if (getattr(dense, "rope_parameters", None) or {}).get("rope_type") == "llama3":
-            found.append(
-                "llama.cpp's converter leaves Llama 3's RoPE scaling out of this class: it gives other answers."
-            )
+            said = "llama.cpp's converter leaves Llama 3's RoPE scaling out of this class: it gives other answers."
+            found.append(Unserved(("llama.cpp",), said))
         if getattr(dense, "head_dim", None) not in (None, dense.hidden_size // dense.num_attention_heads):
-            found.append(
-                "vLLM and SGLang take a head of this class to be hidden size / heads wide: they give other answers. "
-                "llama.cpp refuses wider ones."
-            )
+            said = "vLLM and SGLang take a head of this class to be hidden size / heads wide: they give other answers. "
+            found.append(Unserved(("vLLM", "SGLang", "llama.cpp"), f"{said}llama.cpp refuses wider ones."))
         return found
 
     def beside_experts(self, config: "PretrainedConfig", shared: "tuple[Tensor, Tensor] | None") -> dict[str, "Tensor"]:

@@ -40,6 +40,16 @@ class Form:
         return replace(self, gates=Gates.renormalised, shares=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Unserved:
+    """Engines that do not serve a model rightly, and what is said of it."""
+
+    engines: tuple[str, ...]
+    """Among ``vLLM``, ``SGLang`` and ``llama.cpp``."""
+    said: str
+    """A sentence or two."""
+
+
 class Twin(ABC):
     """A stock Mixture-of-Experts class and the dense models that become it.
 
@@ -161,21 +171,21 @@ class Twin(ABC):
             )
         return None
 
-    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[str]:
-        """Sentences on engines that load such a model and answer otherwise, or do not load it, see docs/serving.md.
+    def unserved(self, form: Form, dense: "PretrainedConfig", *, experts: int) -> list[Unserved]:
+        """Engines that load such a model and answer otherwise, or do not load it, see docs/serving.md.
 
         Args:
-            dense: configuration of the dense model.
+            dense: configuration of the dense model; the twin's own says the same of it.
             experts: of each layer; a single one's gate is 1 in every class.
         """
         found = []
+        llama_cpp = ("llama.cpp",)
         if experts > 1 and self.llama_cpp_gates not in (None, form.gates):
             said = "renormalises" if self.llama_cpp_gates is Gates.renormalised else "does not renormalise"
-            found.append(
-                f"llama.cpp {said} the gates of this class whatever `config.json` says: it gives other answers."
-            )
+            said = f"llama.cpp {said} the gates of this class whatever `config.json` says: it gives other answers."
+            found.append(Unserved(llama_cpp, said))
         if form.dense_layers:
-            found.append("llama.cpp knows no dense layers in this class.")
+            found.append(Unserved(llama_cpp, "llama.cpp knows no dense layers in this class."))
         return found
 
     def sparse_layers(self, config: "PretrainedConfig") -> list[int]:

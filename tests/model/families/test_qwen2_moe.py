@@ -154,18 +154,19 @@ def test_what_is_not_served_everywhere() -> None:
         form = Form(twin=name, gates=gates, dense_layers=dense)
         found = twin_of(name).unserved(form, LlamaConfig(), experts=4)
         assert len(found) == len(beginnings)
-        assert all(sentence.startswith(start) for sentence, start in zip(found, beginnings, strict=True))
+        assert all(each.said.startswith(start) for each, start in zip(found, beginnings, strict=True))
         assert twin_of(name).unserved(form, LlamaConfig(), experts=1) == found[len(found) - len(dense) :]
     qwen, scaled = twin_of("qwen2_moe"), {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
     scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    assert all(each.engines == ("llama.cpp",) for each in found)
     form = Form(twin="qwen2_moe", gates=probable)
     mixtral = twin_of("mixtral")
     (said_of_positions,) = mixtral.unserved(Form(twin="mixtral"), LlamaConfig(rope_parameters=scaled), experts=4)
     (said_of_heads,) = mixtral.unserved(Form(twin="mixtral"), MistralConfig(head_dim=64), experts=4)
-    assert said_of_positions.startswith("SGLang 0.5.23 leaves RoPE scaling out")
-    assert said_of_heads.startswith("SGLang 0.5.23 takes a head of this class to be hidden size / heads wide")
-    assert "RoPE scaling" in qwen.unserved(form, LlamaConfig(rope_parameters=scaled), experts=4)[0]
-    assert "hidden size / heads" in qwen.unserved(form, MistralConfig(head_dim=64), experts=4)[0]
+    assert said_of_positions.said.startswith("SGLang 0.5.23 leaves RoPE scaling out")
+    assert said_of_heads.said.startswith("SGLang 0.5.23 takes a head of this class to be hidden size / heads wide")
+    assert "RoPE scaling" in qwen.unserved(form, LlamaConfig(rope_parameters=scaled), experts=4)[0].said
+    assert "hidden size / heads" in qwen.unserved(form, MistralConfig(head_dim=64), experts=4)[0].said
 
 
 def test_auto_is_the_same_as_its_name() -> None:
