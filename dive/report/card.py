@@ -95,7 +95,8 @@ def evaluation_results(results: Results) -> "list[EvalResult]":
 
     if not results.stages or results.stages[-1] in (results.dense, results.pruned):
         return []
-    stage, task = results.stages[-1], {"task_type": "text-generation", "task_name": "Text Generation"}
+    stage = results.stages[-1]
+    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
     found = []
     if math.isfinite(stage.perplexity.get("mean", math.nan)):
         domains = len(results.evaluation.domains)

@@ -19,7 +19,7 @@ SHARE = {"law": [0.7, 0.3], "code": [0.1, 0.9], "news": [0.5, 0.5], "maths": [0.
 EVIL = "<script>alert(1)</script> [x](http://y) **b** `c` | d\n\n# e\n---\nlicense: mit\n```\n<img src=x onerror=f()>"
 HUB = {
     "calibration_domains": {"source": "hub", "hub": {"law": {"path": "o/law"}, "code": {"path": "o/code"}}},
-    "retrain": {"stages": {"experts": {"text": "corpus"}}, "corpus": {"source": "hub", "hub": {"path": "o/edu"}}},
+    "retrain": {"stages": {"retrain": {"text": "corpus"}}, "corpus": {"source": "hub", "hub": {"path": "o/edu"}}},
 }
 
 
@@ -47,7 +47,7 @@ def test_the_header_is_what_the_hub_shows(base: ModelCardData | None) -> None:
     found = made(
         HUB,
         evaluation={"domains": ["law"], "sets": [], "tasks": {n: asked | {"shots": 5} for n in tasks}},
-        stages=[stage("dense", 9.0), stage("experts", 8.12346, tasks=tasks, tasks_mean=0.5)],
+        stages=[stage("dense", 9.0), stage("retrain", 8.12346, tasks=tasks, tasks_mean=0.5)],
         generations=[{"domain": "law", "prompt": "The\ntenant", "reference": "", "dense": "", "moe": ""}],
     )
     card = ModelCard(model_card(found, base=base))
@@ -91,7 +91,7 @@ def test_data_sets_are_those_that_were_read() -> None:
     assert hub_data_sets(made(HUB, evaluation=measured)) == ["o/law", "o/code", "o/edu"]
     untrained = HUB | {"retrain": HUB["retrain"] | {"stages": {}}}
     assert hub_data_sets(made(untrained, evaluation=measured)) == ["o/law", "o/code"]
-    of_domains = {"stages": {"experts": {"text": "calibration"}}, "corpus": {"hub": {"path": "o/edu"}}}
+    of_domains = {"stages": {"retrain": {"text": "calibration"}}, "corpus": {"hub": {"path": "o/edu"}}}
     assert hub_data_sets(made({"retrain": of_domains})) == []
 
 
