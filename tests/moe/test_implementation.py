@@ -128,7 +128,7 @@ def test_a_kernel_that_is_not_here_is_refused() -> None:
     [
         (
             ["retrain=lora", "trainer.experts=eager"],
-            r"retrain\.stages\.experts\.train\.experts=lora has some; set trainer\.e",
+            r"retrain\.stages\.retrain\.train\.experts=lora has some; set trainer\.e",
         ),
         (
             ["retrain=full", "moe=plain", "pruning=flap", "pruning.compensation=bias", "trainer.experts=grouped_mm"],
