@@ -103,7 +103,7 @@ def test_the_paper_has_its_own_shares_and_temperature() -> None:
     assert stage_overrides(of("paper", "ratio0.75-top1"), tokens=0, learning_rate=0.01, train="full") == [
         "retrain=none"
     ]
-    with pytest.raises(UserError, match=r"--tokens 3000: stage experts is left with less than a step"):
+    with pytest.raises(UserError, match=r"--tokens 3000: stage retrain is left with less than a step"):
         stage_overrides(of("paper", "ratio0.75-top1"), tokens=3000, learning_rate=None, train="full")
 
 
