@@ -24,8 +24,9 @@ from dive.cli import composed
 from dive.config import StageText
 from dive.model.load import load_tokenizer, tokens_of_documents
 from dive.model.recipe import Dense
-from dive.retrain.blocks import BYTES, BlockRange, prepare_blocks
+from dive.retrain.blocks import BlockRange, prepare_blocks
 from dive.retrain.corpus import open_corpora
+from dive.retrain.parts import BYTES
 from dive.store import Store, WithStore
 from dive.units import count, size
 

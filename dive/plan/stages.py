@@ -12,7 +12,7 @@ from dive.plan.job import Job, describe_job
 from dive.plan.memory import Memory
 from dive.plan.parameters import reached, shapes, trained
 from dive.results import DEQUANTISED, GENERATED, PRUNED, RECONSTRUCTED
-from dive.retrain.blocks import BYTES, parts_of
+from dive.retrain.parts import BYTES, parts_of
 
 TOKENISED = 3e5
 """Tokens a second of one core, as measured with vocabularies of 2 k and 49 k; tokenizers share texts out over the cores."""

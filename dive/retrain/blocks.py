@@ -3,14 +3,10 @@
 Block number i is the same whoever asks, so that any number of processes share a corpus without gaps or repeats. Asking for it
 costs the same wherever it stands, so that a resumed run goes on at once. Each part keeps where its stream stood at its end; a
 longer run begins there.
-
-Parts hold twice as many tokens each as the one before, from :data:`FIRST` to :data:`LARGEST`: a short run tokenises little more
-than it reads, and a long one has few files.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -23,34 +19,16 @@ from dive.errors import UserError
 from dive.model.recipe import Dense
 from dive.progress import Progress
 from dive.retrain.corpus import Corpus
+from dive.retrain.parts import parts_of
 from dive.retrain.streams import Stream
 from dive.store import Artifact, HasStore, Place, write_json
 from dive.together import from_first, shared_step
 
-FIRST, LARGEST = 1 << 17, 1 << 24
-"""Tokens of the first part, and of the largest ones."""
-BYTES = 4
-"""Of a token in the store."""
 TOKENS, STATE = "tokens.safetensors", "state.json"
 NAME = "blocks"
 
 Blocks = Callable[[int], Tensor]
 """Block (length,) int64 of a number."""
-
-
-def spans(length: int) -> Iterator[range]:
-    """Numbers of the blocks of each part, for blocks of so many tokens."""
-    start = 0
-    for number in count():
-        size = max(min(FIRST << number, LARGEST) // length, 1)
-        yield range(start, start + size)
-        start += size
-
-
-def parts_of(blocks: range, length: int) -> list[tuple[int, range]]:
-    """Numbers and blocks of the parts that these blocks lie in."""
-    reached = takewhile(lambda part: part[1].start < blocks.stop, enumerate(spans(length)))
-    return [(number, span) for number, span in reached if span.stop > blocks.start and blocks]
 
 
 @dataclass(slots=True)

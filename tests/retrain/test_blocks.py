@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dive.errors import UserError
-from dive.retrain import blocks, streams
-from dive.retrain.blocks import BlockRange, parts_of, prepare_blocks, spans
+from dive.retrain import blocks, parts, streams
+from dive.retrain.blocks import BlockRange, prepare_blocks
 from dive.retrain.corpus import Corpus
+from dive.retrain.parts import spans
 from dive.retrain.streams import Stream, rounds, shuffled_documents
 from dive.store import Store, WithStore, identity
 
@@ -73,22 +74,12 @@ def test_a_step_sees_the_same_blocks_however_many_processes(world: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def test_parts_double_up_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "FIRST", 8)
-    monkeypatch.setattr(blocks, "LARGEST", 40)
-    assert list(islice(spans(4), 5)) == [range(2), range(2, 6), range(6, 14), range(14, 24), range(24, 34)]
-    assert parts_of(range(6), 4) == [(0, range(2)), (1, range(2, 6))]
-    assert parts_of(range(5, 7), 4) == [(1, range(2, 6)), (2, range(6, 14))]
-    assert parts_of(range(3, 3), 4) == []
-    assert list(islice(spans(1000), 2)) == [range(1), range(1, 2)]  # a block that is longer than a part
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 2, 4, 8, 8, ... blocks, of texts that are tokenised one by one."""
     monkeypatch.setattr(streams, "AHEAD", 1)
-    monkeypatch.setattr(blocks, "FIRST", 2 * LENGTH)
-    monkeypatch.setattr(blocks, "LARGEST", 8 * LENGTH)
+    monkeypatch.setattr(parts, "FIRST", 2 * LENGTH)
+    monkeypatch.setattr(parts, "LARGEST", 8 * LENGTH)
 
 
 @dataclass
