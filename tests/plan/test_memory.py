@@ -125,7 +125,7 @@ def test_training_with_a_large_vocabulary_and_tied_embeddings(
             seed=0,
             passes=None,
         ),
-        lambda: iter(text),
+        lambda number: text[number],
         key="",
         first_block=0,
         accumulation=1,
