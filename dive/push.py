@@ -97,8 +97,8 @@ def published_card(directory: Path, repo: str) -> "ModelCard":
         "checkpoint=DIR to an export",
     )
     card = read_card(directory)
-    base = card.data.base_model
-    if card.data.license is None and isinstance(base, str) and hub_answers():
+    base = card.data.get("base_model")
+    if card.data.get("license") is None and isinstance(base, str) and hub_answers():
         found = hub_card_data(base)
         for name in INHERITED:
             if found is not None and found.get(name) is not None and card.data.get(name) is None:
