@@ -109,8 +109,8 @@ def card_data(path: str, revision: str | None = None) -> "ModelCardData | None":
     """
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
-    directory = local_model(path)
     try:
+        directory = local_model(path)
         file = try_to_load_from_cache(path, "README.md", revision=revision) if directory is None else None
         card = Path(file) if isinstance(file, str) else None if directory is None else directory / "README.md"
         if card is None or not card.is_file():

@@ -288,7 +288,7 @@ def test_options_that_say_how_change_no_result(place: Workplace, tmp_path: Path)
         *("calibration_domains.batch=5", "eval.batch=2", "eval.allow_overlap=true", "logger=[csv,tensorboard]"),
         *("model.device=cpu", "model.name=another", "model.revision=null", "plan.enforce=false", "plan.disk=1e8"),
         *("retrain.checkpoint_every=1", "retrain.log_every=3", "retrain.resume=null", "trainer.accumulation=2"),
-        *("trainer.gradient_checkpointing=true", "retrain.stages.retrain.accumulation=4"),
+        *("trainer.gradient_checkpointing=true", "retrain.stages.retrain.accumulation=4", "trainer.experts=ours"),
     )
     found = [
         place.run(f"how-{n}", *settings, *more, f"store={tmp_path / str(n)}") for n, more in enumerate(((), changes))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import dive
 from dive.api import reconstruct
 from dive.errors import UserError
-from dive.hub import whole_export
+from dive.hub import card_data, whole_export
 from dive.push import PushConfig, published_card, push
 from tests.conftest import Build
 from tests.workplace import environment
@@ -204,6 +204,21 @@ def test_a_header_that_is_no_metadata_is_one_line(export: Path, header: str) -> 
     (export / "README.md").write_text(f"---\n{header}\n---\n\n# A model\n")
     with pytest.raises(UserError, match=r"the header of README\.md is no metadata \(.*\); mend it, or export again$"):
         published_card(export, "me/moe")
+
+
+def test_a_base_models_card_is_read_where_it_lies(tmp_path: Path) -> None:
+    found = card_data("embedded")
+    assert found is not None
+    assert found.license == "apache-2.0"
+    for text in ("---\na: [\n---\n", "---\n- a\n---\n"):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "README.md").write_text(text)
+        assert card_data(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("# No metadata")
+    plain = card_data(str(tmp_path))
+    assert plain is not None
+    assert plain.license is None
+    assert [card_data(path) for path in (str(tmp_path / "gone"), "nobody/nothing")] == [None, None]
 
 
 def test_engines_that_do_not_serve_it_are_left_out(export: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,14 +96,12 @@ def evaluation_results(results: Results) -> "list[EvalResult]":
 
     if not results.stages or results.stages[-1] in (results.dense, results.pruned):
         return []
-    stage = results.stages[-1]
-    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
-    found = []
+    stage, found = results.stages[-1], []
+    result = partial(EvalResult, task_type="text-generation", task_name="Text Generation")
     if math.isfinite(stage.perplexity.get("mean", math.nan)):
         domains = len(results.evaluation.domains)
         found.append(
-            EvalResult(
-                **task,
+            result(
                 dataset_type="test-texts",
                 dataset_name=f"Test texts of {domains} domains",
                 metric_type="perplexity",
@@ -120,8 +119,7 @@ def evaluation_results(results: Results) -> "list[EvalResult]":
             continue
         shots = None if asked is None or asked.shots is None else {"num_few_shot": asked.shots}
         found.append(
-            EvalResult(
-                **task,
+            result(
                 dataset_type=_line(name),
                 dataset_name=_line(name),
                 dataset_args=shots,

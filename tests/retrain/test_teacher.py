@@ -89,4 +89,4 @@ def test_frozen_tensors_are_the_teachers(
     assert "model.layers.1.self_attn.q_proj.weight" in shared
     assert not any("layernorm" in name for name in shared)  # trained: the teacher's must stay
     assert saved == sum(4 * theirs[name].numel() for name in shared)
-    assert torch.equal(moe(input_ids=ids).logits, before)
+    torch.testing.assert_close(moe(input_ids=ids).logits, before)  # adapters run by other code
