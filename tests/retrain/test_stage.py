@@ -121,7 +121,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(workplace: Workplace, t
     process = workplace.start(f"{strategy}-two", f"store={tmp_path / 'b'}", *long, *two)
     kill_after_checkpoint(process, tmp_path / "b", 20, signal.SIGTERM)
     output = finish(workplace.start(f"{strategy}-one", f"store={tmp_path / 'b'}", *long))
-    assert "experts: going on from" in output
+    assert "retrain: going on from" in output
     expected, found = exported(workplace, f"{strategy}-undisturbed"), exported(workplace, f"{strategy}-one")
     for name in expected:  # 400 steps of Adam let the rounding of two processes' sums grow
         assert (found[name] - expected[name]).norm() <= 0.01 * expected[name].norm(), name
