@@ -272,6 +272,8 @@ class Store:
             if path.is_file():
                 path.unlink()
             os.replace(working, path)
+        except UserError:  # of what was computed within, which says its own name
+            raise
         except Exception as error:
             trouble = disk_trouble(error)
             if trouble is None and isinstance(error, OSError) and self._inside(error):

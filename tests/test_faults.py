@@ -219,16 +219,22 @@ def limit_files(size: int) -> Callable[[], None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "message"),
+    ("size", "tokenised", "message"),
     [
-        (16_000, r"store=.*: writing experts failed"),
-        (40_000, r"store=.*: writing retrained failed|checkpoint cannot be written"),
-        (100_000, r"checkpoint cannot be written"),
+        (16_000, False, r"store=.*: writing experts failed"),
+        (100_000, False, r"store=.*: writing tokens failed"),
+        (40_000, True, r"store=.*: writing retrained failed|checkpoint cannot be written"),
+        (100_000, True, r"checkpoint cannot be written"),
     ],
 )
-def test_a_full_disk_is_named_and_recovered_from(workplace: Workplace, tmp_path: Path, size: int, message: str) -> None:
+def test_a_full_disk_is_named_and_recovered_from(
+    workplace: Workplace, tmp_path: Path, size: int, tokenised: bool, message: str
+) -> None:
     finish(workplace.start("whole"))
-    name, store = f"full-{size}", f"store={tmp_path}"
+    name, store = f"full-{size}-{tokenised}", f"store={tmp_path}"
+    if tokenised:  # another training has left the tokens there
+        rates = [f"retrain.stages.{stage}.learning_rate=1e-5" for stage in ("router", "retrain")]
+        finish(workplace.start(f"{name}-before", store, *rates))
     command = workplace.command(name, store)
     settings = {"cwd": workplace.root, "env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     refused(subprocess.Popen(command, text=True, preexec_fn=limit_files(size), **settings), message)  # type: ignore[call-overload]
