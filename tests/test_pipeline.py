@@ -408,7 +408,7 @@ def test_the_export_has_a_type_of_its_own(untrained: Workplace, build: Build, tm
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["retrain=two_stages"], r"retraining \(router, experts\).*retrain=none, or model\.load=full"),
+        (["retrain=two_stages"], r"retraining \(router, retrain\).*retrain=none, or model\.load=full"),
         (["affinity=mined"], r"affinity=mined.*affinity=random"),
         (["moe=plain", "pruning=llm_pruner"], r"pruning\.metric=taylor"),
         (["moe=plain", "pruning=flap", "pruning.compensation=bias"], r"pruning\.compensation=bias"),
