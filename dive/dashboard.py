@@ -19,7 +19,7 @@ class DashboardConfig:
     name: str = "DIVE"
     """Name of the workspace."""
     stages: list[str] = field(default_factory=lambda: ["retrain"])
-    """Names of the retraining stages, in order; the paper's recipes have router, experts and further."""
+    """Names of the retraining stages, in order; the paper's recipes have router, retrain and further."""
     results: str | None = None
     """Directory of a run, whose stages are shown in place of ``stages``, and whose tables in place of those of most runs."""
     dry_run: bool = False
