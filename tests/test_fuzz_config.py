@@ -35,18 +35,16 @@ class Leaf:
     path: str
     kind: Any
     bounds: Bounds
-    entry: str = ""
-    """Of a dict that has none: the path inside of a new one."""
+    entry: tuple[str, ...] = ()
+    """Of a dict that has none: the path of a new one and inside of it."""
 
     def override(self, text: str) -> str:
         """What sets it on a command line."""
         if not self.entry:
             return f"{self.path}={text}"
-        *outer, last = self.entry.split(".")
-        inner = f"{{{last}:{text}}}"
-        for name in reversed(outer):
-            inner = f"{{{name}:{inner}}}"
-        return f"+{self.path}={{fresh:{inner}}}"
+        for name in reversed(self.entry):
+            text = f"{{{name}:{text}}}"
+        return f"+{self.path}={text}"
 
 
 def leaves_of(schema: Any, value: Any, where: str = "") -> Iterator[Leaf]:
@@ -63,10 +61,13 @@ def leaves_of(schema: Any, value: Any, where: str = "") -> Iterator[Leaf]:
         yield Leaf(path, kind, field.metadata.get("bounds", Bounds()))
         if get_origin(kind) is dict:
             of_each = get_args(kind)[1]
+            if not is_dataclass(of_each):
+                yield Leaf(path, of_each, Bounds(), entry=("fresh",))
+                continue
             for name, item in (inner or {}).items():
                 yield from leaves_of(of_each, item, f"{path}.{name}")
             for leaf in leaves_of(of_each, None):
-                yield Leaf(path, leaf.kind, leaf.bounds, entry=leaf.path)
+                yield Leaf(path, leaf.kind, leaf.bounds, entry=("fresh", *leaf.path.split(".")))
 
 
 @cache
