@@ -9,7 +9,6 @@ unquantised file differs from transformers by more than 1%, or if llama.cpp cuts
 """
 
 import argparse
-import ctypes
 import importlib
 import math
 import sys
@@ -28,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dive
 from dive.calibration_domains.embedded import embedded_texts
 from dive.calibration_domains.sampling import evaluation_windows
-from dive.engines.gguf import CONVERTER, convert, element_type, pre_tokenizer
+from dive.engines.gguf import CONVERTER, convert, pre_tokenizer
+from dive.engines.quantiser import quantise_gguf
 from dive.eval.perplexity import perplexity
 from dive.model.load import document_tokens
 from dive.progress import show
@@ -51,16 +51,6 @@ def tiny_export(directory: Path) -> Path:
     statistics = dive.collect_statistics(model, tokens)
     moe = dive.reconstruct(model, list(statistics.values()), ratio=2 / 3, top_k=2, width_multiple=256)
     return dive.save(moe, tokenizer, directory, card="# Embedded model, four experts\n")
-
-
-def quantise(source: Path, file: Path) -> None:
-    """Write ``file`` in its own element type from ``source``."""
-    import llama_cpp
-
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{element_type(file).upper()}")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(settings)):
-        raise RuntimeError(f"llama.cpp could not quantise {source}")
 
 
 def measure(
@@ -130,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in (options.base, *options.quantise):
         file = options.output / f"model-{kind}.gguf"
         if file != base:
-            quantise(base, file)
+            quantise_gguf(str(base), str(file), kind)
         found, differ = measure(file, windows, documents, tokenizer)
         difference = found / reference - 1
         good &= differ == 0 and (file != base or abs(difference) <= TOLERANCE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import dive
 
 PACKAGE = Path(__file__).parent
-ORDER = ("plan", "train", "evaluate", "generate", "report", "verify", "push", "dashboard", "store")
+ORDER = ("plan", "train", "evaluate", "generate", "report", "verify", "quantise", "push", "dashboard", "store")
 """In which they are met; others come last."""
 
 

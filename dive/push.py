@@ -28,6 +28,8 @@ class PushConfig:
     """Branch to commit to; the main one if null."""
     message: str | None = None
     """Commit message; names the model class if null."""
+    quantised: bool = False
+    """Also upload what :mod:`dive.quantise` made of this export, each to ``repo-SCHEME``."""
     dry_run: bool = False
     """List what would be uploaded, and upload nothing."""
 
@@ -43,13 +45,13 @@ class PushConfig:
 
 
 def push(config: PushConfig) -> None:
-    """Check that the directory is whole, list its files, upload them in one commit.
+    """Check that every directory is whole, list its files, upload them in one commit each.
 
     README.md goes up with what only a published model has: how to serve it under its name, what engines made of it where
     :mod:`dive.verify` asked them, and its base model's licence. The one in the directory stays as it is.
 
     Raises:
-        UserError: the directory is not whole, or the hub refuses.
+        UserError: a directory is not whole, there is nothing quantised although it is asked for, or the hub refuses.
     """
     local_model(config.checkpoint, "checkpoint")  # before the heavy imports
     from dive.hub import message_for, upload, whole_export
@@ -58,21 +60,55 @@ def push(config: PushConfig) -> None:
 
     quiet_libraries()
     directory = Path(config.checkpoint).expanduser()
-    files, left_out = whole_export(directory)
-    message = config.message or message_for(directory)
-    for file in files:
-        show(f"{size(file.stat().st_size):>9}  {file.name}")
-    if left_out:
-        show(f"left out: {', '.join(left_out)}")
-    to = f"{config.repo} ({'private' if config.private else 'public'}, {config.revision or 'main'})"
-    card = published_card(directory, config.repo)
-    show(f"README.md: {', '.join(str(name) for name in card.data.to_dict())}")
-    show(f'{len(files)} files, {size(sum(file.stat().st_size for file in files))} to {to}: "{message}"')
+    whole = {config.repo: (directory, *whole_export(directory), published_card(directory, config.repo))}
+    if config.quantised:
+        whole |= quantised_variants(directory, config.repo)
+    ready = []
+    for repo, (place, files, left_out, card) in whole.items():
+        message = config.message or message_for(directory)
+        for file in files:
+            show(f"{size(file.stat().st_size):>9}  {file.name}")
+        if left_out:
+            show(f"left out: {', '.join(left_out)}")
+        show(f"README.md: {', '.join(str(name) for name in card.data.to_dict())}")
+        to = f"{repo} ({'private' if config.private else 'public'}, {config.revision or 'main'})"
+        if place != directory:
+            message = f"{message}, {place.name}"
+        show(f'{len(files)} files, {size(sum(file.stat().st_size for file in files))} to {to}: "{message}"')
+        ready.append((files, str(card), repo, message))
     if config.dry_run:
         show("dry_run=true: nothing uploaded")
         return
-    made = upload(files, str(card), config.repo, private=config.private, revision=config.revision, message=message)
-    show(made)
+    for files, text, repo, message in ready:
+        show(upload(files, text, repo, private=config.private, revision=config.revision, message=message))
+
+
+def quantised_variants(directory: Path, repo: str) -> "dict[str, tuple[Path, list[Path], list[str], ModelCard]]":
+    """{repository: (directory, files to upload, names of what is left out, card)} of what was quantised from an export.
+
+    Raises:
+        UserError: there is none, or one is not whole.
+    """
+    from dive.engines.quantised import FILE, read_quantised
+    from dive.hub import read_card, whole_export
+    from dive.report.card import published_variant
+
+    found = {}
+    for file in sorted(directory.resolve().parent.glob(f"*/{FILE}")):
+        made, place = read_quantised(file), file.parent
+        if Path(made.checkpoint) != directory.resolve():
+            continue
+        if made.is_gguf:
+            files = [entry for entry in sorted(place.iterdir()) if entry.suffix in (".gguf", ".json", ".md")]
+            left_out = [entry.name for entry in sorted(place.iterdir()) if entry not in files]
+            require(any(entry.suffix == ".gguf" for entry in files), f"{place} has no GGUF file; quantise again")
+        else:
+            files, left_out = whole_export(place)
+        name = f"{repo}-{made.scheme}"
+        require(name not in found, f"{place} and another directory are {made.scheme} of {directory}; remove one")
+        found[name] = (place, files, left_out, published_variant(read_card(place), made, name, base=repo))
+    require(bool(found), f"quantised=true: nothing was quantised from {directory}; run python -m dive.quantise first")
+    return found
 
 
 def published_card(directory: Path, repo: str) -> "ModelCard":

@@ -33,6 +33,8 @@ class Engine(Enum):
 class PythonsConfig:
     """Interpreters that have an engine, where this one has not."""
 
+    transformers: str | None = None
+    """Of an environment that has transformers with what a quantised export needs (compressed-tensors)."""
     vllm: str | None = None
     """Of an environment that has vLLM."""
     llama_cpp: str | None = None

@@ -24,12 +24,14 @@ from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig
 from dive.help import NEEDED, PRESETS_ALONE, docstring_of, meaning_of_preset, presets, written
 from dive.push import PushConfig
+from dive.quantise import QuantiseConfig
 from dive.verify import VerifyConfig
 
 COMMANDS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "verify": VerifyConfig,
+    "quantise": QuantiseConfig,
     "push": PushConfig,
     "dashboard": DashboardConfig,
 }

@@ -13,6 +13,7 @@ from dive.config import Config, EvaluateConfig
 from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig, quoted
 from dive.push import PushConfig
+from dive.quantise import QuantiseConfig
 from dive.verify import VerifyConfig
 
 SCHEMAS: dict[str, tuple[str, type[Any]]] = {
@@ -22,6 +23,7 @@ SCHEMAS: dict[str, tuple[str, type[Any]]] = {
     "generate": ("generate", GenerateConfig),
     "push": ("push", PushConfig),
     "verify": ("verify", VerifyConfig),
+    "quantise": ("quantise", QuantiseConfig),
     "dashboard": ("dashboard", DashboardConfig),
 }
 """{command: (name of its YAML file, its schema)}"""

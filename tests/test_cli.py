@@ -23,6 +23,7 @@ from dive.dashboard import DashboardConfig
 from dive.generate import GenerateConfig
 from dive.help import walk
 from dive.push import PushConfig
+from dive.quantise import QuantiseConfig
 from dive.verify import VerifyConfig
 from tests.workplace import Workplace, environment
 
@@ -230,6 +231,7 @@ def helped(module: str, *arguments: str, directory: Path) -> str:
         ("dive.generate", [field.name for field in fields(GenerateConfig)]),
         ("dive.push", [field.name for field in fields(PushConfig)]),
         ("dive.verify", [option.name for option in walk(VerifyConfig, None)]),
+        ("dive.quantise", [field.name for field in fields(QuantiseConfig)]),
         ("dive.dashboard", [field.name for field in fields(DashboardConfig)]),
         ("dive.evaluate", ["checkpoint", "revision", "dtype", "device", "seed", "store"]),
     ],
@@ -295,7 +297,7 @@ def test_the_package_lists_its_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "dive"], env=environment(), capture_output=True, text=True, check=True)
     listed = dict(re.findall(r"^  python -m (dive\.\w+) +(.+)$", done.stdout, flags=re.MULTILINE))
     assert listed.keys() >= {
-        f"dive.{name}" for name in ("train", "evaluate", "generate", "plan", "report", "push", "verify")
+        f"dive.{name}" for name in ("train", "evaluate", "generate", "plan", "report", "push", "quantise", "verify")
     }
     assert listed["dive.train"] == "Turn a dense model into a Mixture-of-Experts"
     assert all(find_spec(module) for module in listed)

@@ -43,6 +43,7 @@ ENTRY_POINTS = {
         "help",
         "prune",
         "push",
+        "quantise",
         "renamed",
         "train",
         "verify",

@@ -71,7 +71,7 @@ NEEDED = {
     "calibration_domains=local": ["calibration_domains.path=/data/text"],
     "affinity=given": ["affinity.groups=[[gsm8k,mathqa],[c4,race]]", "moe.experts=2"],
 }
-OTHER_SCHEMAS = {"config", "evaluate", "generate", "push", "verify", "dashboard"}
+OTHER_SCHEMAS = {"config", "evaluate", "generate", "push", "quantise", "verify", "dashboard"}
 
 
 def options() -> list[str]:

@@ -111,10 +111,10 @@ def ask(asked: Asked, engine: str, question: Question) -> tuple[dict[str, Any], 
     with TemporaryDirectory(prefix=".verify-", dir=checkpoint.parent) as directory:
         folder = Path(directory)
         trouble = None
-        if engine == "llama_cpp":
+        if engine == "llama_cpp" and checkpoint.is_dir():
             file = folder / "model-f32.gguf"
-            command = [sys.executable, "-m", gguf.__name__, str(asked.llama_cpp), str(checkpoint), str(file)]
-            trouble = run(command, folder, None, asked.seconds)
+            assert asked.llama_cpp is not None
+            trouble = convert(asked.llama_cpp, checkpoint, file, asked.seconds)
             if trouble is not None:
                 return {"refused": f"{gguf.CONVERTER}: {trouble}"}, time.monotonic() - began
             checkpoint = file
@@ -134,13 +134,28 @@ def ask(asked: Asked, engine: str, question: Question) -> tuple[dict[str, Any], 
     return answer, time.monotonic() - began
 
 
-def run(command: Sequence[str], folder: Path, python: str | None, seconds: float) -> str | None:
+def convert(llama_cpp: Path, checkpoint: Path, file: Path, seconds: float) -> str | None:
+    """Make a GGUF file of an export, in the element type that its name has (``model-f16.gguf``).
+
+    Args:
+        llama_cpp: llama.cpp's sources.
+        seconds: it may take.
+
+    Returns:
+        How it ended; none where it ended well.
+    """
+    command = [sys.executable, "-m", gguf.__name__, str(llama_cpp), str(checkpoint), str(file)]
+    return run(command, file.parent, None, seconds)
+
+
+def run(command: Sequence[str], folder: Path, python: str | None, seconds: float, *, shown: bool = False) -> str | None:
     """Run a command, whatever it prints aside.
 
     Args:
         folder: of what it prints.
         python: another interpreter than this one.
         seconds: it may take.
+        shown: whether what it writes to the standard error, its progress, goes to ours.
 
     Returns:
         How it ended; none where it ended well.
@@ -152,7 +167,7 @@ def run(command: Sequence[str], folder: Path, python: str | None, seconds: float
             env=environment(python),
             stdin=subprocess.DEVNULL,
             stdout=file,
-            stderr=subprocess.STDOUT,
+            stderr=None if shown else subprocess.STDOUT,
             start_new_session=True,
         )
         try:

@@ -24,6 +24,8 @@ from dive.results import FILE, Results, read_results
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from dive.calibration_domains.texts import DomainTexts
+
 EMBEDDED = ("python_code", "language_reference", "c_headers", "arithmetic")
 """Embedded domains whose test texts are taken where there is no run beside the checkpoint."""
 LENGTH = 256
@@ -119,7 +121,6 @@ def of_run(results: Results, tokenizer: "PreTrainedTokenizerBase", sizes: Sizes)
     Raises:
         UserError: the run's texts cannot be had any more.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     settings, names = results.run.config, results.evaluation.domains
@@ -127,15 +128,10 @@ def of_run(results: Results, tokenizer: "PreTrainedTokenizerBase", sizes: Sizes)
     fitting = max(1, sizes.budget // length)
     domains = names[: max(1, fitting // count)] if count else names[:1]
     try:
-        schema = OmegaConf.structured(CalibrationDomainsConfig)
-        typed = OmegaConf.to_object(OmegaConf.merge(schema, settings["calibration_domains"], {"domains": domains}))
-        assert isinstance(typed, CalibrationDomainsConfig)
-        chat = partial(conversation, tokenizer, where="checkpoint")
-        found = load_domains(typed, seed=int(settings["seed"]), chat=chat)
         tokenize = partial(document_tokens, tokenizer)
         windows = {
             each.name: evaluation_windows(each.test, tokenize, length=length, windows=count or fitting, name=each.name)
-            for each in found
+            for each in domains_of(results, domains, tokenizer)
         }
     except (UserError, OmegaConfBaseException) as error:
         raise UserError(
@@ -148,6 +144,52 @@ def of_run(results: Results, tokenizer: "PreTrainedTokenizerBase", sizes: Sizes)
     if count and length < sizes.positions and total <= fitting and counts.keys() <= figures.keys():
         asked.measured = math.exp(sum(n * math.log(figures[key]) for key, n in counts.items()) / total)
     return asked
+
+
+def domains_of(results: Results, names: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "list[DomainTexts]":
+    """Texts of domains of a run.
+
+    Raises:
+        UserError: they cannot be had any more.
+        OmegaConfBaseException: the run's configuration is another release's.
+    """
+    from omegaconf import OmegaConf
+
+    settings = results.run.config
+    schema = OmegaConf.structured(CalibrationDomainsConfig)
+    typed = OmegaConf.to_object(OmegaConf.merge(schema, settings["calibration_domains"], {"domains": list(names)}))
+    assert isinstance(typed, CalibrationDomainsConfig)
+    return load_domains(typed, seed=int(settings["seed"]), chat=partial(conversation, tokenizer, where="checkpoint"))
+
+
+def calibration(checkpoint: Path, tokenizer: "PreTrainedTokenizerBase", *, tokens: int, length: int) -> list[list[int]]:
+    """Sequences of ``length`` from training texts of all domains of the run beside the checkpoint, or of embedded ones.
+
+    Each domain gives as many, up to ``tokens`` in all, as far as its text goes.
+
+    Raises:
+        UserError: the run's texts cannot be had any more, or do not fill one sequence.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    results = run_beside(checkpoint)
+    if results is not None and results.evaluation.domains:
+        try:
+            found = domains_of(results, results.evaluation.domains, tokenizer)
+        except (UserError, OmegaConfBaseException) as error:
+            raise UserError(
+                f"the texts of the run beside the checkpoint, which are calibrated on, cannot be read ({error}); "
+                "put them back, or move the checkpoint away from its run to take embedded ones"
+            ) from error
+        texts = {each.name: each.train for each in found}
+    else:
+        texts = {name: train for name, (train, _) in embedded_texts(EMBEDDED).items()}
+    windows = -(-max(1, tokens // length) // len(texts))
+    rows: list[list[int]] = []
+    for name, train in texts.items():
+        tokenize = partial(document_tokens, tokenizer)
+        rows += evaluation_windows(train, tokenize, length=length, windows=windows, name=name).tolist()
+    return rows
 
 
 def of_embedded(tokenizer: "PreTrainedTokenizerBase", sizes: Sizes) -> Question:

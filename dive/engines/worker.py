@@ -4,9 +4,9 @@ It is run as a script, by the interpreter that has the engine, and needs that en
 
 The question has ``checkpoint`` (a directory; for llama.cpp a GGUF file), ``texts`` and ``prompts`` (lists of token ids) and
 ``tokens`` to go on by after each prompt. The answer has ``version``, ``logprobs`` (of every token of a text but the first, in
-nats), ``continuations`` (token ids), of transformers ``margins`` (by how many nats each of these was likelier than the next), of
-SGLang ``faults``, of both the ``frequencies`` of rotary positions (radians a token); and ``refused`` where the engine raised an
-error.
+nats), ``continuations`` (token ids), of transformers ``margins`` (by how many nats each of these was likelier than the next) and,
+of a quantised checkpoint, ``trouble`` (why transformers does not load it as it is; null where it does), of SGLang ``faults``, of
+both the ``frequencies`` of rotary positions (radians a token); and ``refused`` where the engine raised an error.
 
 Shapes: N texts, T tokens of a text, V vocabulary, G tokens of a continuation.
 """
@@ -28,19 +28,15 @@ from typing import Any
 
 
 def with_transformers(question: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities and likeliest continuations in float32, on the CPU."""
+    """Log-probabilities and likeliest continuations in float32, on the CPU; of a quantised checkpoint, with its very weights."""
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        question["checkpoint"], dtype=torch.float32, local_files_only=True, output_loading_info=True
-    )
-    wrong = {name: sorted(map(str, found)) for name, found in report.items() if found}
-    if wrong:
-        raise RuntimeError(f"does not load whole: {wrong}")
-    model.eval()
+    with tempfile.TemporaryDirectory(prefix=".plain-", dir=Path(question["checkpoint"]).parent) as directory:
+        plain = decompressed(Path(question["checkpoint"]), Path(directory))
+        model = loaded(plain)
     logprobs, continuations, margins = [], [], []
     with torch.no_grad():
         for text in question["texts"]:
@@ -60,7 +56,78 @@ def with_transformers(question: dict[str, Any]) -> dict[str, Any]:
             margins.append(apart)
     rotary = getattr(model.base_model, "rotary_emb", None)
     frequencies = None if rotary is None else rotary.inv_freq.tolist()
-    return {"logprobs": logprobs, "continuations": continuations, "margins": margins, "frequencies": frequencies}
+    found = {"logprobs": logprobs, "continuations": continuations, "margins": margins, "frequencies": frequencies}
+    if plain != Path(question["checkpoint"]):
+        found["trouble"] = trouble(question["checkpoint"], question["texts"][0], logprobs[0])
+    return found
+
+
+def loaded(directory: str | Path) -> Any:
+    """transformers' model of a checkpoint, in float32.
+
+    Raises:
+        RuntimeError: a tensor is missing or left over.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    wrong = {name: sorted(map(str, found)) for name, found in report.items() if found}
+    if wrong:
+        raise RuntimeError(f"does not load whole: {wrong}")
+    return model.eval()
+
+
+def decompressed(checkpoint: Path, directory: Path) -> Path:
+    """``directory``, filled with what the compressed tensors of a checkpoint stand for; the checkpoint where it has none.
+
+    transformers (5.17 and 5.24) reads packed experts and those of FP8 with a scale a row, and no others.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config", None)
+    if settings is None:
+        return checkpoint
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    known = {name: value for name, value in settings.items() if name in QuantizationConfig.model_fields}
+    (scheme,) = QuantizationConfig.model_validate(known).config_groups.values()
+    compressor = BaseCompressor.get_value_from_registry(scheme.format or settings["format"])
+    modules: dict[str, dict[str, Any]] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  it is no dictionary
+                module, _, suffix = name.rpartition(".")
+                modules.setdefault(module, {})[suffix] = stored.get_tensor(name)
+    tensors: dict[str, Any] = {}
+    for module, parts in modules.items():
+        plain = {"weight": compressor.decompress(parts, scheme)["weight"].float()} if "weight_scale" in parts else parts
+        tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in plain.items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def trouble(checkpoint: str, text: list[int], logprobs: list[float]) -> str | None:
+    """Why transformers does not load a quantised checkpoint as it is; none where it does.
+
+    Activations may be rounded as well then, so that the mean log-probability of a text need only be near the given ones'.
+    """
+    import torch
+
+    try:
+        model = loaded(checkpoint)
+        ids = torch.tensor([text])
+        with torch.no_grad():
+            rows = model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)  # (T - 1, V)
+    except Exception as error:  # whatever it raises is the answer
+        return f"{type(error).__name__}: {error}"
+    off = float(rows.gather(1, ids[0, 1:, None]).mean()) - sum(logprobs) / len(logprobs)
+    return None if abs(off) < 0.1 else f"it loads, and answers otherwise: {off:+.2g} nats a token"
 
 
 def with_vllm(question: dict[str, Any]) -> dict[str, Any]:

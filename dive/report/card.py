@@ -3,19 +3,21 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dive.engines.quantised import Quantised
 from dive.engines.table import figures
 from dive.engines.verified import ABSENT, DIFFERS, Verified
 from dive.eval.tasks import headline
 from dive.report.text import asked_with, fenced_json, markdown, model_name
 from dive.results import Results, StageResult
-from dive.units import count
+from dive.units import count, size
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TAGS = ("mixture-of-experts", "pruning", "dive")
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -24,7 +26,7 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 """Names of the hub for those of lm-evaluation-harness, where they differ."""
 WIDGET = "Once upon a time"
 """To be continued on the model's page where the run's own texts are nobody else's business."""
-SERVING, ENGINES = "## Serving", "## In other engines"
+SERVING, ENGINES, QUANTISED = "## Serving", "## In other engines", "## Quantised"
 
 
 def metadata(results: Results, base: "ModelCardData | None" = None) -> "ModelCardData":
@@ -146,6 +148,11 @@ def publish(card: str, repo: str, *, unserved: set[str], verified: Verified | No
     sections = [(SERVING, serving(repo, unserved | {ENGINE_NAMES[engine] for engine in wrong}))]
     if verified is not None:
         sections.append((ENGINES, engine_table(verified)))
+    return _ahead(card, sections)
+
+
+def _ahead(card: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """The card with sections, (title, lines), ahead of its configuration; one whose title stands there already is left out."""
     there = set(re.findall(r"^## .*$", card, flags=re.MULTILINE))
     added = "".join("\n".join([title, "", *lines, "", ""]) for title, lines in sections if title not in there)
     before, title, after = card.partition("## Configuration\n")
@@ -204,6 +211,63 @@ def engine_table(verified: Verified) -> list[str]:
         reason = f": {found.reason}" if found.verdict == DIFFERS and found.reason else ""
         cells = (found.engine, found.version or "–", *figures(verified, found), f"{found.verdict}{reason}")
         lines.append(f"| {' | '.join(map(markdown, cells))} |")
+    return lines
+
+
+def quantised_card(card: "ModelCard", made: Quantised) -> "ModelCard":
+    """The card of an export as that of what was quantised from it: how, and what it costs, ahead of its configuration.
+
+    Figures of the run are those of the export, so that the header keeps none.
+    """
+    quantised = deepcopy(card)
+    data = quantised.data
+    data["eval_results"] = data["model_name"] = None
+    data["tags"] = [*(data.get("tags") or []), made.scheme, "gguf" if made.is_gguf else "compressed-tensors"]
+    if data.get("base_model") is not None:
+        data["base_model_relation"] = "quantized"
+    if made.is_gguf:
+        data["library_name"] = "gguf"
+    quantised.text = _ahead(quantised.text, [(QUANTISED, quantised_lines(made))])
+    return quantised
+
+
+def published_variant(card: "ModelCard", made: Quantised, repo: str, *, base: str) -> "ModelCard":
+    """The card of what was quantised as it is published, with how it is served.
+
+    Args:
+        repo: ``user/name`` of its own.
+        base: of the export.
+    """
+    published = deepcopy(card)
+    published.data["base_model"], published.data["base_model_relation"] = base, "quantized"
+    name = repo.partition("/")[2]
+    if made.is_gguf:
+        file = f"model-{made.scheme}.gguf"
+        lines = ["```bash", f"hf download {repo} {file} --local-dir {name}", f"llama-server -m {name}/{file}", "```"]
+    else:
+        lines = serving(repo, {"llama.cpp"})
+    published.text = _ahead(published.text, [(SERVING, lines)])
+    return published
+
+
+def quantised_lines(made: Quantised) -> list[str]:
+    """Lines of Markdown: how the weights are stored, and perplexity before and after."""
+    kept = "" if made.is_gguf else " Head, routers and norms are as they were."
+    texts = f"perplexity, {made.predicted:,} tokens of {markdown(made.texts)}"
+    lines = [
+        f"{markdown(made.how)}.{kept} By {markdown(made.made_by)}, {markdown(made.date)}.",
+        "",
+        "| | export | quantised |",
+        "| --- | --- | --- |",
+        f"| weights | {size(made.bytes_before)} | {size(made.bytes_after)} |",
+        f"| {texts} | {made.perplexity_before:.4f} | {made.perplexity_after:.4f} |",
+        "",
+        f"The first is of transformers in float32, the second of {markdown(made.measured_in)} with what is stored here.",
+    ]
+    if made.calibrated:
+        lines += ["", f"{markdown(made.calibrated)}."]
+    if made.trouble:
+        lines += ["", f"transformers does not load it as it is: {markdown(made.trouble)}"]
     return lines
 
 
