@@ -178,7 +178,7 @@ def quantise(config: QuantiseConfig) -> None:
 
 
 def check_model(config: QuantiseConfig, model: "PretrainedConfig", scheme: "Scheme") -> None:
-    """Refuse what is no export of this package, or is quantised already, or what llama.cpp answers wrongly.
+    """Refuse what is no export of this package, or what llama.cpp answers wrongly.
 
     Raises:
         UserError: names the override.
@@ -191,10 +191,6 @@ def check_model(config: QuantiseConfig, model: "PretrainedConfig", scheme: "Sche
         model.model_type in known,
         f"{where}: model_type {model.model_type!r} in config.json is no Mixture-of-Experts that is exported here "
         f"({', '.join(known)}); set checkpoint=DIR to an export",
-    )
-    require(
-        getattr(model, "quantization_config", None) is None,
-        f"{where} is quantised already; set checkpoint=DIR to the export",
     )
     if scheme.is_gguf:
         for each in unserved(model):

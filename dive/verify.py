@@ -48,7 +48,7 @@ class VerifyConfig:
     """Which export, in which engines, on what."""
 
     checkpoint: str = MISSING
-    """Directory of an export. ``verify.json`` is written beside it."""
+    """Directory of an export, or of what :mod:`dive.quantise` made of one. ``verify.json`` is written beside it, or into it."""
     engines: list[Engine] = field(default_factory=lambda: list(Engine))
     """What is compared with transformers: transformers, vllm, llama_cpp, sglang. One that is not installed is said to be so."""
     pythons: PythonsConfig = field(default_factory=PythonsConfig)
@@ -86,23 +86,32 @@ def verify(config: VerifyConfig) -> None:
     import torch
 
     from dive.engines.compare import Asked, compare
+    from dive.engines.quantised import read_beside
     from dive.engines.table import lines, table
     from dive.engines.texts import Sizes, question
     from dive.engines.verified import DIFFERS, FILE, Verified
     from dive.export import BIASED_MODEL_TYPE
     from dive.model.architecture import read_settings
-    from dive.model.load import load_tokenizer, locate_dense
+    from dive.model.load import load_tokenizer, locate_dense, locate_quantised
     from dive.progress import quiet_libraries, show
     from dive.results import to_json
     from dive.store import write_json
 
     quiet_libraries()
     named = f"checkpoint={config.checkpoint}"
-    require(
-        read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE,
-        f"{named} has expert biases and serves nowhere; export with pruning.compensation=least_squares",
-    )
-    source = locate_dense(str(directory), None, dtype="float32", where="checkpoint", any_family=True)
+    quantised = read_beside(directory)
+    if quantised is None:
+        require(
+            read_settings(directory, named).get("model_type") != BIASED_MODEL_TYPE,
+            f"{named} has expert biases and serves nowhere; export with pruning.compensation=least_squares",
+        )
+        source = locate_dense(str(directory), None, dtype="float32", where="checkpoint", any_family=True)
+    else:
+        require(
+            not quantised.is_gguf,
+            f"{named} is a GGUF file, which llama.cpp alone reads; quantised.json has its figures",
+        )
+        source = locate_quantised(directory)
     tokenizer = load_tokenizer(source)
     sizes = Sizes(
         budget=config.tokens,
@@ -110,7 +119,10 @@ def verify(config: VerifyConfig) -> None:
         tokens=config.max_new_tokens,
         positions=int(source.config.max_position_embeddings),
     )
-    chosen = question(directory, config.prompts, tokenizer, sizes)
+    origin = directory if quantised is None else Path(quantised.checkpoint)
+    chosen = question(origin, config.prompts, tokenizer, sizes)
+    if quantised is not None:
+        chosen.measured = None  # of other weights
     asked = Asked(
         checkpoint=directory,
         pythons={name: path for name, path in asdict(config.pythons).items() if path is not None},
@@ -132,7 +144,7 @@ def verify(config: VerifyConfig) -> None:
         date=datetime.now(UTC).date().isoformat(),
         engines=found,
     )
-    file = directory.resolve().parent / FILE
+    file = (directory.resolve().parent if quantised is None else directory) / FILE
     write_json(file, to_json(verified))
     show(table(verified), *lines(verified), f"written  {file}")
     different = verified.of(DIFFERS)

@@ -279,6 +279,40 @@ def test_a_dry_run_lists_files_sizes_and_message(export: Path, capsys: pytest.Ca
     assert out.splitlines()[-1] == "dry_run=true: nothing uploaded"
 
 
+def variant(export: Path, scheme: str, **parts: Any) -> Path:
+    """A copy of the export that seems to be quantised."""
+    directory = Path(shutil.copytree(export, export.parent / f"checkpoint-{scheme}"))
+    found = {"checkpoint": str(export), "model": "M", "scheme": scheme, "stored": "small", "tool": "llm_compressor"}
+    (directory / "quantised.json").write_text(json.dumps(found | {"version": "1"} | parts))
+    return directory
+
+
+def test_what_was_quantised_goes_to_repositories_of_its_own(export: Path, hub: Hub, tmp_path: Path) -> None:
+    variant(export, "fp8")
+    variant(export, "int8", checkpoint="/elsewhere")
+    gguf = variant(export, "q8_0", tool="llama_cpp")
+    for file in gguf.iterdir():
+        if file.name not in ("README.md", "quantised.json"):
+            file.unlink()
+    (gguf / "model-q8_0.gguf").write_bytes(b"GGUF")
+    line = (f"checkpoint={export}", "repo=me/moe", "quantised=true")
+    done = command(*line, directory=tmp_path, HF_ENDPOINT=hub.address, **ONLINE)
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories == {"me/moe": True, "me/moe-fp8": True, "me/moe-q8_0": True}
+    assert hub.committed["model-q8_0.gguf"] == b"GGUF"
+    card = ModelCard(hub.committed["README.md"].decode())  # of the last
+    assert card.data.to_dict()["base_model"] == "me/moe"
+    assert "llama-server -m moe-q8_0/model-q8_0.gguf" in card.text
+    assert hub.summary == "Upload MixtralForCausalLM, checkpoint-q8_0"
+
+
+def test_nothing_quantised_is_said(export: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^quantised=true: nothing was quantised from .*; run python -m dive\.quantise first"
+    ):
+        push(PushConfig(checkpoint=str(export), repo="me/moe", quantised=True, dry_run=True))
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 

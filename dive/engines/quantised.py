@@ -87,6 +87,15 @@ def read_quantised(file: Path) -> Quantised:
     return found
 
 
+def read_beside(directory: Path) -> Quantised | None:
+    """What stands beside the weights of a directory; none where they are not quantised by :mod:`dive.quantise`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return read_quantised(directory / FILE) if (directory / FILE).is_file() else None
+
+
 def bytes_of(path: Path) -> int:
     """Of the weights in a directory, or of a file."""
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]

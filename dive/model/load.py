@@ -142,6 +142,21 @@ def locate_dense(
     return DenseSource(location, revision, config, fingerprint, dtype, directory is not None or offline, where, gguf)
 
 
+def locate_quantised(directory: Path) -> DenseSource:
+    """What :mod:`dive.quantise` wrote, its configuration read; engines load its weights, and nothing here does.
+
+    Raises:
+        UserError: an unreadable configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and its validation raise types of many kinds
+        raise UserError(f"checkpoint={directory}: config.json cannot be read ({one_line(error)})") from error
+    return DenseSource(str(directory), None, config, "", "float32", True, "checkpoint")
+
+
 def in_safetensors(source: DenseSource, run: HasStore) -> DenseSource:
     """The model as a directory or on the hub: a GGUF file is de-quantised into the store, once for each element type.
 
