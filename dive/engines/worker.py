@@ -131,16 +131,17 @@ def trouble(checkpoint: str, text: list[int], logprobs: list[float]) -> str | No
 
 
 def with_vllm(question: dict[str, Any]) -> dict[str, Any]:
-    """The same in vLLM: float32, without compiled graphs, in this process."""
+    """The same in vLLM, without compiled graphs, in this process: in float32, or bfloat16 where the checkpoint is quantised."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # an error of the engine is then raised here, not told of
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams, TokensPrompt
 
+    settings = json.loads((Path(question["checkpoint"]) / "config.json").read_text(encoding="utf-8"))
     longest = max(map(len, question["texts"] + [prompt + [0] * question["tokens"] for prompt in question["prompts"]]))
     model = LLM(
         question["checkpoint"],
-        dtype="float32",
+        dtype="bfloat16" if "quantization_config" in settings else "float32",
         enforce_eager=True,
         max_model_len=longest + 1,  # a text is followed by one token at least
         max_num_seqs=8,

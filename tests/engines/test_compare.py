@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dive.engines.compare import Asked, ask, judge, lacks, perplexity, reference, run, same, turned
+from dive.engines.compare import Asked, ask, judge, judge_mean, lacks, perplexity, reference, run, same, turned
 from dive.engines.texts import Question
-from dive.engines.verified import DIFFERS, EQUAL, LOADS, REFERENCE, REFUSED
+from dive.engines.verified import DIFFERS, EQUAL, LOADS, NEAR, REFERENCE, REFUSED
 from tests.engines.pretended import interpreter
 
 TRUTH: dict[str, Any] = {
@@ -69,6 +69,14 @@ def test_a_loader_alone() -> None:
     assert turned([1.0, 0.1], None) == []
     assert turned([1.0], [1.0, 0.1]) == ["heads are 2 wide, not 4"]
     assert "RoPE scaling" in turned([1.0, 0.0125], [1.0, 0.1])[0]
+
+
+@pytest.mark.parametrize(("off", "verdict", "said"), [(0.02, NEAR, "+2.0e-02"), (-0.04, DIFFERS, "-4.0e-02")])
+def test_a_quantised_export_is_judged_by_its_perplexity(off: float, verdict: str, said: str) -> None:
+    other = answer(logprobs=[[-1.0 - 9 - off, -2.0 + 9 - off], [-3.0 - off]])  # single tokens are far off
+    found = judge("vllm", other, TRUTH, 1e-3)
+    judge_mean(found, perplexity(TRUTH["logprobs"]))
+    assert (found.verdict, found.reason) == (verdict, f"{said} nats a token in the mean")
 
 
 @pytest.mark.parametrize(("measured", "verdict"), [(None, REFERENCE), (math.exp(2.0), EQUAL), (8.0, DIFFERS)])
