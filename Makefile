@@ -17,8 +17,8 @@ real: .venv/installed-real ## the same on a real LLM of 135 M parameters from th
 test: .venv/installed-dev ## everything but the slow tests, in two processes of one thread each
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: .venv/installed-dev ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+slow: .venv/installed-dev ## the tests that take minutes each, in two processes as well
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 engines: .venv/installed-dev ## exports in vLLM, llama.cpp and SGLang's loader, each installed in .venv/engines: 20 minutes on two cores
 	PYTHON=$(PYTHON) tests/engines/install .venv/engines

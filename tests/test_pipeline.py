@@ -162,13 +162,16 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
         ["affinity=random", "moe.top_k=2"],
         ["affinity=given", "affinity.groups=[[sums,code],[cats,news]]"],
         ["moe=random_split", "moe.experts=2", "pruning.metric=wifv", "pruning.compensation=none"],
-        ["moe=upcycle", "moe.experts=2", "moe.top_k=2"],
-        ["moe=coactivation", "moe.experts=3"],
-        ["moe=coactivation", "moe.experts=2", "moe.top_k=2", "pruning=wanda_sp", "pruning.ratio=0.75"],
-        ["moe=plain", "moe.experts=1", "pruning=llm_pruner"],
+        pytest.param(["moe=upcycle", "moe.experts=2", "moe.top_k=2"], marks=pytest.mark.slow),
+        pytest.param(["moe=coactivation", "moe.experts=3"], marks=pytest.mark.slow),
+        pytest.param(
+            ["moe=coactivation", "moe.experts=2", "moe.top_k=2", "pruning=wanda_sp", "pruning.ratio=0.75"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["moe=plain", "moe.experts=1", "pruning=llm_pruner"], marks=pytest.mark.slow),
         ["moe=plain", "moe.experts=2", "pruning.metric=taylor", "moe.plain.shared=0.25"],
-        ["moe=plain", "moe.experts=2", "moe.plain.shared=0.5"],
-        ["moe.experts=1", "pruning.metric=wifn"],
+        pytest.param(["moe=plain", "moe.experts=2", "moe.plain.shared=0.5"], marks=pytest.mark.slow),
+        pytest.param(["moe.experts=1", "pruning.metric=wifn"], marks=pytest.mark.slow),
         [
             "moe=plain",
             "moe.experts=2",
@@ -176,7 +179,9 @@ def test_another_number_of_experts_reuses_calibration_and_mining(
             "pruning.compensation=none",
             "moe.plain.router_init=random",
         ],
-        ["moe=plain", "moe.experts=3", "pruning.ridge=null", "pruning.metric=wifv"],
+        pytest.param(
+            ["moe=plain", "moe.experts=3", "pruning.ridge=null", "pruning.metric=wifv"], marks=pytest.mark.slow
+        ),
         ["moe.experts=6", "affinity=default", "moe.top_k=2"],  # more experts than domains
         [
             "retrain.stages.retrain.gate=switch",
@@ -316,9 +321,12 @@ def test_streamed_it_writes_the_same_model(untrained: Workplace, tmp_path: Path,
     [
         ["affinity=random"],
         ["affinity=default", "model.dtype=bfloat16", "moe.refined.steps=5"],
-        ["affinity=random", "moe.refined.sequential=false", "moe.refined.steps=5", "model.load=streamed"],
-        ["affinity=random", "moe=plain", "pruning.ridge=null"],
-        ["affinity=random", "moe=plain", "pruning.metric=taylor"],
+        pytest.param(
+            ["affinity=random", "moe.refined.sequential=false", "moe.refined.steps=5", "model.load=streamed"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["affinity=random", "moe=plain", "pruning.ridge=null"], marks=pytest.mark.slow),
+        pytest.param(["affinity=random", "moe=plain", "pruning.metric=taylor"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

@@ -31,6 +31,7 @@ def with_llm_compressor(request: dict[str, Any]) -> dict[str, Any]:
     """Weights in the compressed-tensors format, layer by layer; GPTQ where there are sequences to calibrate on."""
     os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     import torch
+    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -44,19 +45,17 @@ def with_llm_compressor(request: dict[str, Any]) -> dict[str, Any]:
         )
     model.to(request["device"])
     kind = GPTQModifier if request["sequences"] else QuantizationModifier
-    recipe = kind(scheme=PRESETS[request["scheme"]], targets="Linear", ignore=request["ignore"])
-    if request["group"] is not None:
-        from compressed_tensors.quantization import preset_name_to_scheme
-
-        scheme = preset_name_to_scheme(PRESETS[request["scheme"]], ["Linear"])
-        scheme.weights.group_size = request["group"]
-        recipe = kind(config_groups={"group_0": scheme}, ignore=request["ignore"])
+    scheme = preset_name_to_scheme(PRESETS[request["scheme"]], ["Linear"])
+    if scheme.weights.strategy == "group":
+        grouped = {"strategy": "group" if request["group"] else "channel", "group_size": request["group"]}
+        scheme.weights = QuantizationArgs(**scheme.weights.model_dump() | grouped)
+    recipe = kind(config_groups={"group_0": scheme}, ignore=request["ignore"])
     if not request["sequences"]:
         oneshot(model=model, recipe=recipe, pipeline="datafree")
         reached = {}
     else:
         rows: Any = [{"input_ids": torch.tensor([row])} for row in request["sequences"]]
-        with counted(model) as reached:
+        with counted(model, sum(map(len, request["sequences"]))) as reached:
             oneshot(
                 model=model,
                 recipe=recipe,
@@ -67,18 +66,16 @@ def with_llm_compressor(request: dict[str, Any]) -> dict[str, Any]:
             )
     model.save_pretrained(request["output"], save_compressed=True, max_shard_size="4GB")
     config = json.loads((Path(request["output"]) / "config.json").read_text(encoding="utf-8"))
-    passes = {layer: counts for layer, counts in reached.items() if sum(counts)}
-    tokens = sum(map(len, request["sequences"])) * getattr(model.config, "num_experts_per_tok", 1)
-    return {
-        "quantization": config["quantization_config"],
-        # A layer is passed more than once: calibrated, then run for the next one.
-        "reached": {layer: [round(tokens * n / sum(counts)) for n in counts] for layer, counts in passes.items()},
-    }
+    return {"quantization": config["quantization_config"], "reached": reached}
 
 
 @contextmanager
-def counted(model: Any) -> Iterator[dict[str, list[int]]]:
-    """{layer: tokens that its router sends to each expert}, filled while the model runs."""
+def counted(model: Any, tokens: int) -> Iterator[dict[str, list[int]]]:
+    """{layer: tokens that its router sends to each expert}, filled while the model runs.
+
+    Args:
+        tokens: after which a layer counts no more: it is calibrated on them, and then run on them again for the next layer.
+    """
     from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 
     found: dict[str, list[int]] = {}
@@ -87,9 +84,10 @@ def counted(model: Any) -> Iterator[dict[str, list[int]]]:
         found[name] = [0] * module.num_experts
 
         def hook(module: Any, arguments: Any, options: Any) -> None:
-            index = options.get("top_k_index", arguments[1] if len(arguments) > 1 else None)
-            for expert, tokens in enumerate(index.flatten().bincount(minlength=module.num_experts).tolist()):
-                found[name][expert] += tokens
+            index = options.get("top_k_index", arguments[1] if len(arguments) > 1 else None)  # (T, K)
+            if sum(found[name]) < tokens * index.shape[1]:
+                for expert, sent in enumerate(index.flatten().bincount(minlength=module.num_experts).tolist()):
+                    found[name][expert] += sent
 
         return module.register_forward_pre_hook(hook, with_kwargs=True)
 

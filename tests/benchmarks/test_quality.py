@@ -225,6 +225,7 @@ def command(workplace: Workplace, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_whole_bench_and_what_it_does_not_run_again(
     command: list[str],
     tmp_path: Path,
@@ -274,6 +275,7 @@ def test_a_whole_bench_and_what_it_does_not_run_again(
     assert main([*command, "--seeds", "3", "--report-only"]) == 1
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_for_each_method(command: list[str], tmp_path: Path) -> None:
     command = [*command, "--methods", "flap_ls", "--tokens", "1024", "--seeds", "1", "--learning-rates", "1e-9,1e-2"]
     assert main(command) == 0

@@ -201,6 +201,7 @@ def test_it_is_dequantised_once_for_each_element_type(
     assert torch.equal(streamed.model.layers[1].mlp.up_proj.weight, exact["model.layers.1.mlp.up_proj.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_is_the_one_from_the_directory(
     untrained: Workplace, tokenizer: PreTrainedTokenizerFast, build: Build, tmp_path: Path
 ) -> None:
