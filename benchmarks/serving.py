@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
                 for what in titles
             ]
             table.add_row(f"{engine} {found['version']} {kind}".strip(), *cells)
+            print(f"{engine} {kind}: {', '.join(cells)}", file=sys.stderr, flush=True)
     show(table)
 
 

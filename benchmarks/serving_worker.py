@@ -117,7 +117,6 @@ def with_llama_cpp(checkpoint: str, request: dict[str, Any]) -> Timed:
     settings.n_seq_max = max(request["batches"])
     settings.n_threads = settings.n_threads_batch = request["threads"]
     settings.kv_unified = True
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
     model = llama_cpp.llama_model_load_from_file(checkpoint.encode(), llama_cpp.llama_model_default_params())
     context = llama_cpp.llama_init_from_model(model, settings)
     batch = llama_cpp.llama_batch_init(width, 0, 1)
