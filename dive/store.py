@@ -315,6 +315,11 @@ class Store:
             except BlockingIOError:
                 log.info("%s%s %s: another process computes it, waiting", *self._for(), kind, key[:8])
                 fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:  # ENOSYS of Lustre without `flock`, ENOLCK of NFS without its lock daemon
+                raise UserError(
+                    f"store={self.root}: its file system has no locks ({error.strerror}), so two jobs would compute over each "
+                    "other; mount it with flock, or set store=DIR on another"
+                ) from error
             yield
 
 

@@ -1,5 +1,7 @@
 """The store: whole or not at all, each once, damaged ones again."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -126,6 +128,16 @@ def test_a_full_disk_is_a_user_error(store: Store) -> None:
     with pytest.raises(UserError, match=r"store=.*: writing masks failed \(No space left on device\)"):
         store.get("masks", INPUTS, full)
     assert not leftovers(store)
+
+
+def test_a_file_system_without_locks_is_a_user_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"^store=.*: its file system has no locks \(Function not implemented\)"):
+        store.get("masks", INPUTS, Compute())
+    assert not (store.root / "masks").exists()
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
