@@ -6,16 +6,14 @@ of its own beside the checkpoint, with perplexity before and after in its card. 
 and an expert that too few of these tokens reach is refused.
 """
 
-import json
 import logging
-import shutil
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
@@ -105,6 +103,7 @@ def quantise(config: QuantiseConfig) -> None:
     print(f"loading {config.checkpoint}", file=sys.stderr, flush=True)
     from dive.engines.compare import Asked, ask, perplexity
     from dive.engines.quantised import FILE, Quantised, bytes_of
+    from dive.engines.quantising import Tools, check_tool, with_llama_cpp, with_llm_compressor
     from dive.engines.schemes import SCHEMES, group_size, unsuited
     from dive.engines.texts import Sizes, calibration, question
     from dive.hub import read_card, whole_export
@@ -123,7 +122,14 @@ def quantise(config: QuantiseConfig) -> None:
     for trouble in unsuited(scheme, source.config):
         require(config.any_shape or scheme.is_gguf, f"{trouble}, or write it all the same with any_shape=true")
         log.warning("%s", trouble)
-    check_tool(config, scheme)
+    tools = Tools(
+        python=config.python,
+        llama_cpp=None if config.llama_cpp is None else Path(config.llama_cpp).expanduser().resolve(),
+        device=config.device,
+        seconds=60 * config.minutes,
+    )
+    check_tool(tools, scheme)
+    group = group_size(scheme, source.config, config.group)
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(source)
     positions = int(source.config.max_position_embeddings)
     require(config.length <= positions, f"length ({config.length}) exceeds the model's {positions} positions; lower it")
@@ -138,15 +144,14 @@ def quantise(config: QuantiseConfig) -> None:
     asked = Asked(
         checkpoint=directory,
         pythons={},
-        llama_cpp=None if config.llama_cpp is None else Path(config.llama_cpp).expanduser().resolve(),
-        seconds=60 * config.minutes,
+        llama_cpp=tools.llama_cpp,
+        seconds=tools.seconds,
     )
     before, _ = ask(asked, "transformers", test)
     require(
         "refused" not in before,
         f"checkpoint={directory}: transformers does not load it ({before.get('refused')}); export again",
     )
-    group = group_size(scheme, source.config, config.group)
     made = Quantised(
         checkpoint=str(directory),
         model=source.config.architectures[0],
@@ -166,8 +171,10 @@ def quantise(config: QuantiseConfig) -> None:
     with TemporaryDirectory(prefix=".quantise-", dir=output.parent) as temporary:
         folder, place = Path(temporary), Path(temporary) / output.name
         place.mkdir()
-        make = with_llama_cpp if scheme.is_gguf else with_llm_compressor
-        weights = make(config, made, sequences, source.config, folder, place)
+        if scheme.is_gguf:
+            weights = with_llama_cpp(tools, made, source.config, folder, place)
+        else:
+            weights = with_llm_compressor(tools, made, sequences, source.config, folder, place)
         check_reached(config, made)
         measure(config, made, asked, test, weights)
         made.bytes_after = bytes_of(weights)
@@ -198,143 +205,6 @@ def check_model(config: QuantiseConfig, model: "PretrainedConfig", scheme: "Sche
                 "llama.cpp" not in each.engines,
                 f"scheme={scheme.name}: {each.said} Choose another scheme, or another model.twin",
             )
-
-
-def check_tool(config: QuantiseConfig, scheme: "Scheme") -> None:
-    """Refuse a tool that is not installed, before anything is measured.
-
-    Raises:
-        UserError: says how it is installed.
-    """
-    import subprocess
-
-    from dive.engines.compare import environment
-    from dive.engines.gguf import CONVERTER
-    from dive.engines.quantiser import MODULES
-
-    if config.python is not None:
-        require(
-            Path(config.python).is_file(),
-            f"python={config.python}: no such interpreter; name bin/python of an environment",
-        )
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({MODULES[scheme.tool]!r}) is None)"
-    found = subprocess.run([config.python or sys.executable, "-c", probe], env=environment(config.python), check=False)
-    extra = "llama-cpp" if scheme.is_gguf else "quantise"
-    require(
-        found.returncode == 0,
-        f"scheme={scheme.name} needs {scheme.tool.replace('_', '-')}: pip install 'dive-moe[{extra}]', here or in an environment "
-        "that python=PYTHON names",
-    )
-    if scheme.is_gguf:
-        require(
-            config.llama_cpp is not None and (Path(config.llama_cpp).expanduser() / CONVERTER).is_file(),
-            f"llama_cpp={config.llama_cpp}: no {CONVERTER} there; name the directory of llama.cpp's sources",
-        )
-
-
-def with_llm_compressor(
-    config: QuantiseConfig,
-    made: "Quantised",
-    sequences: list[list[int]],
-    model: "PretrainedConfig",
-    folder: Path,
-    place: Path,
-) -> Path:
-    """Fill ``place`` with compressed tensors.
-
-    Returns:
-        What is loaded.
-
-    Raises:
-        UserError: the tool raised an error.
-    """
-    import torch
-
-    from dive.engines.compressed import finish
-    from dive.model.families import twin_of
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    # bfloat16 is slow on CPUs and rounds GPTQ's updates
-    dtype = "float32" if device == "cpu" else str(model.dtype).removeprefix("torch.")
-    twin = twin_of(model.model_type)
-    written = folder / "written"
-    answer = call(
-        config,
-        made.tool,
-        {
-            "source": made.checkpoint,
-            "output": str(written),
-            "scheme": made.scheme,
-            "group": made.group,
-            # the head and what decides on routes stay as they are
-            "ignore": [twin.head, r"re:.*\.gate$", r"re:.*\.shared_expert_gate$"],
-            "sequences": sequences,
-            "every": config.every_expert,
-            "device": device,
-            "dtype": dtype,
-        },
-        folder,
-    )
-    made.version, made.reached = answer["version"], answer["reached"]
-    finish(written, Path(made.checkpoint), place, answer["quantization"], twin, model.dtype or torch.float32)
-    shutil.rmtree(written)
-    return place
-
-
-def with_llama_cpp(
-    config: QuantiseConfig,
-    made: "Quantised",
-    sequences: list[list[int]],
-    model: "PretrainedConfig",
-    folder: Path,
-    place: Path,
-) -> Path:
-    """Write one GGUF file into ``place``.
-
-    Returns:
-        The file.
-
-    Raises:
-        UserError: the converter or llama.cpp raised an error.
-    """
-    import torch
-
-    from dive.engines.compare import convert
-
-    exact = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(model.dtype, "f32")
-    first = folder / f"model-{exact}.gguf"
-    trouble = convert(
-        Path(str(config.llama_cpp)).expanduser().resolve(), Path(made.checkpoint), first, 60 * config.minutes
-    )
-    require(trouble is None, f"scheme={made.scheme}: llama.cpp's converter refuses: {trouble}")
-    file = place / f"model-{made.scheme}.gguf"
-    request = {"source": str(first), "output": str(file), "scheme": made.scheme}
-    made.version = call(config, made.tool, request, folder)["version"]
-    first.unlink()
-    return file
-
-
-def call(config: QuantiseConfig, tool: str, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The answer of :mod:`dive.engines.quantiser`, whose progress is shown.
-
-    Raises:
-        UserError: the tool raised an error, or took too long.
-    """
-    from dive.engines import quantiser
-    from dive.engines.compare import run as run_command
-
-    asking, answering = folder / "request.json", folder / "answer.json"
-    asking.write_text(json.dumps(request), encoding="utf-8")
-    command = [config.python or sys.executable, quantiser.__file__, tool, str(asking), str(answering)]
-    trouble = run_command(command, folder, config.python, 60 * config.minutes, shown=tool == "llm_compressor")
-    answer: dict[str, Any] = json.loads(answering.read_text(encoding="utf-8")) if answering.is_file() else {}
-    trouble = answer.get("refused", trouble)
-    require(
-        trouble is None, f"scheme={config.scheme.name}: {tool.replace('_', '-')} failed ({shortened(str(trouble))})"
-    )
-    return answer
 
 
 def check_reached(config: QuantiseConfig, made: "Quantised") -> None:
