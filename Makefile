@@ -20,9 +20,9 @@ test: .venv/installed-dev ## everything but the slow tests, in two processes of 
 slow: .venv/installed-dev ## the tests that take minutes each, in two processes as well
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
-engines: .venv/installed-dev ## exports in vLLM, llama.cpp and SGLang's loader, each installed in .venv/engines: 20 minutes on two cores
+engines: .venv/installed-dev ## exports in vLLM, llama.cpp and SGLang's loader, and quantised: 20 minutes on two cores, in .venv/engines
 	PYTHON=$(PYTHON) tests/engines/install .venv/engines
-	DIVE_ENGINES=.venv/engines $(BIN)/python -m pytest -m slow tests/engines
+	DIVE_ENGINES=.venv/engines $(BIN)/python -m pytest -m slow tests/engines tests/test_quantise.py
 
 check: .venv/installed-dev ## what CI checks beside the tests
 	$(BIN)/ruff check .

@@ -57,13 +57,22 @@ def mixtral_config(shape: str) -> MixtralConfig:
     )
 
 
-def multiplied(shape: str, *, sparse: bool) -> int:
-    """Weights that one token is multiplied by: all but the embedding, of the FFN those of one expert and the router."""
+def multiplied(shape: str, *, sparse: bool, head: bool = True) -> int:
+    """Weights that one token is multiplied by: all but the embedding, of the FFN those of one expert and the router.
+
+    Args:
+        head: with the head's, which the last token of a prompt alone is multiplied by.
+    """
     s = SHAPES[shape]
     hidden, channels, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
     keys = 2 * hidden * s["num_key_value_heads"] * hidden // s["num_attention_heads"]
     ffn = 3 * hidden * channels // SHARE + EXPERTS * hidden if sparse else 3 * hidden * channels
-    return int(layers * (2 * hidden**2 + keys + ffn) + hidden * s["vocab_size"])
+    return int(layers * (2 * hidden**2 + keys + ffn) + (hidden * s["vocab_size"] if head else 0))
+
+
+def ideal(shape: str, *, head: bool = True) -> float:
+    """How many times fewer weights a token is multiplied by in the Mixture-of-Experts."""
+    return multiplied(shape, sparse=False, head=head) / multiplied(shape, sparse=True, head=head)
 
 
 def save_models(shape: str, directory: Path, dtype: torch.dtype, seed: int) -> dict[str, Path]:
@@ -150,16 +159,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("llama_cpp needs --llama-cpp DIR, its sources")
     options.output.mkdir(parents=True, exist_ok=True)
     models = save_models(options.shape, options.output, options.dtype, options.seed)
-    ideal = multiplied(options.shape, sparse=False) / multiplied(options.shape, sparse=True)
     titles = {"prefill": f"reads {options.prompt} tokens"} | {
         f"decode {n}": f"writes {n} at once" for n in options.batches
     }
     tokens = {"prefill": options.prompt} | {f"decode {n}": n * options.steps for n in options.batches}
     device = torch.device("cuda") if torch.cuda.is_available() else None
     torch.set_num_threads(options.threads)
-    table = Table(
-        title=f"{options.shape}, tokens a second, dense → top-1 of {EXPERTS} (ratio; ideal {ideal:.2f}); {machine(device)}"
-    )
+    ideals = f"ideal {ideal(options.shape, head=False):.2f} for reading, {ideal(options.shape):.2f} for writing"
+    table = Table(title=f"{options.shape}, tokens a second, dense → top-1 of {EXPERTS}; {ideals}; {machine(device)}")
     table.add_column("engine")
     for title in titles.values():
         table.add_column(title, justify="right")

@@ -15,6 +15,7 @@ def test_weights_that_a_token_is_multiplied_by() -> None:
     dense, moe = LlamaForCausalLM(llama_config("tiny")), MixtralForCausalLM(mixtral_config("tiny"))
     linear = sum(module.weight.numel() for module in dense.modules() if isinstance(module, nn.Linear))
     assert multiplied("tiny", sparse=False) == linear
+    assert multiplied("tiny", sparse=False, head=False) == linear - dense.lm_head.weight.numel()
     experts = sum(tensor.numel() for name, tensor in moe.named_parameters() if ".experts." in name)
     others = sum(tensor.numel() for name, tensor in moe.named_parameters() if tensor.dim() == 2 and "embed" not in name)
     assert multiplied("tiny", sparse=True) == others + experts // EXPERTS
