@@ -120,10 +120,12 @@ def call(python: str, script: str, name: str, request: dict[str, Any], directory
     return found
 
 
-def timed(engine: str, models: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+def timed(engine: str, kind: str, models: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
     """Version and seconds of both models in an engine."""
-    sizes = {name: getattr(options, name) for name in ("prompt", "batches", "context", "steps", "rounds", "threads")}
-    sizes["vocabulary"] = SHAPES[options.shape]["vocab_size"]
+    sizes: dict[str, Any] = {
+        name: getattr(options, name) for name in ("prompt", "batches", "context", "steps", "rounds", "threads")
+    }
+    sizes |= {"vocabulary": SHAPES[options.shape]["vocab_size"], "kind": kind}
     python = {"vllm": options.vllm, "llama_cpp": options.llama_cpp_python}.get(engine, sys.executable)
     groups = [{name: place} for name, place in models.items()] if engine == "vllm" else [models]
     found: dict[str, Any] = {"seconds": {}}
@@ -140,6 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
     parser.add_argument("--engines", nargs="+", choices=serving_worker.ENGINES, default=["transformers"])
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"], help="element types in llama.cpp")
+    parser.add_argument(
+        "--experts", nargs="+", default=[""], help="experts implementations in transformers; its own choice if none"
+    )
     parser.add_argument("--vllm", default=sys.executable, help="interpreter that has vLLM")
     parser.add_argument("--llama-cpp-python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's sources")
@@ -171,8 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     for title in titles.values():
         table.add_column(title, justify="right")
     for engine in options.engines:
-        for kind in options.types if engine == "llama_cpp" else [""]:
-            found = timed(engine, gguf_files(models, kind, options) if kind else models, options)
+        for kind in {"llama_cpp": options.types, "transformers": options.experts}.get(engine, [""]):
+            served = gguf_files(models, kind, options) if engine == "llama_cpp" else models
+            found = timed(engine, kind, served, options)
             rates = {
                 name: {what: tokens[what] / statistics.median(values) for what, values in each.items()}
                 for name, each in found["seconds"].items()

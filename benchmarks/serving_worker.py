@@ -2,10 +2,10 @@
 
 It is run as a script, by the interpreter that has the engine, and needs that engine and the standard library alone.
 
-The request has ``checkpoints`` ({name: directory, or GGUF file}), ``prompt`` (tokens that are read at once), ``batches`` (numbers
-of sequences that go on together), ``context`` (tokens behind which they go on), ``steps`` (tokens of each), ``rounds``,
-``threads`` and ``vocabulary``. The answer has ``version`` and ``seconds``: {name: {``prefill`` or ``decode N``: a list, one a
-round}}. In a round the checkpoints take turns.
+The request has ``checkpoints`` ({name: directory, or GGUF file}), ``prompt`` (tokens that are read at once), ``batches`` (counts
+The request has ``checkpoints`` ({name: directory, or GGUF file}), ``prompt`` (tokens that are read at once), ``batches`` (how many
+``threads``, ``vocabulary`` and ``kind`` (in transformers an experts implementation, its own choice where it is empty). The answer
+has ``version`` and ``seconds``: {name: {``prefill`` or ``decode N``: a list, one a round}}. In a round the checkpoints take turns.
 
 Shapes: B sequences, T tokens.
 """
@@ -49,6 +49,8 @@ def with_transformers(checkpoint: str, request: dict[str, Any]) -> Timed:
     cuda = torch.cuda.is_available()
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto" if cuda else torch.float32)
     model = model.to("cuda" if cuda else "cpu").eval()
+    if request["kind"] and hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation(request["kind"])
 
     @torch.inference_mode()
     def forward(ids: list[list[int]], cache: Any = None) -> Any:
