@@ -2,10 +2,10 @@
 
 It is run as a script, by the interpreter that has the engine, and needs that engine and the standard library alone.
 
-The request has ``checkpoints`` ({name: directory, or GGUF file}), ``prompt`` (tokens that are read at once), ``batches`` (counts
-The request has ``checkpoints`` ({name: directory, or GGUF file}), ``prompt`` (tokens that are read at once), ``batches`` (how many
-``threads``, ``vocabulary`` and ``kind`` (in transformers an experts implementation, its own choice where it is empty). The answer
-has ``version`` and ``seconds``: {name: {``prefill`` or ``decode N``: a list, one a round}}. In a round the checkpoints take turns.
+The request has ``checkpoints`` ({name: directory, or GGUF file}), ``prompt`` (tokens read at once), ``batches`` (how many
+sequences go on together), ``context`` (tokens behind which they go on), ``steps`` (tokens of each), ``rounds``, ``threads``,
+``vocabulary`` and ``kind`` (in transformers an experts implementation, its own choice where it is empty). The answer has
+``version`` and ``seconds``: {name: {``prefill`` or ``decode N``: a list, one a round}}. In a round the checkpoints take turns.
 
 Shapes: B sequences, T tokens.
 """
