@@ -219,10 +219,10 @@ def check_reached(config: QuantiseConfig, made: "Quantised") -> None:
         least = min(counts)
         if least < config.least_tokens:
             more = config.calibration_tokens * -(-config.least_tokens // max(least, 1))
+            way = f"calibration_tokens={more}, every_expert=true" if least else "every_expert=true"
             raise UserError(
                 f"{least} calibration tokens reached expert {counts.index(least)} of {layer}, and least_tokens is "
-                f"{config.least_tokens}; "
-                f"set calibration_tokens={more}, every_expert=true, or a lower least_tokens"
+                f"{config.least_tokens}; set {way}, or a lower least_tokens"
             )
 
 

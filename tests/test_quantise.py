@@ -113,6 +113,14 @@ def test_an_expert_that_few_tokens_reach_is_refused() -> None:
         check_reached(configured(Path("x"), least_tokens=100), found)
 
 
+def test_more_tokens_are_no_remedy_for_an_expert_that_gets_none() -> None:
+    found = made(reached={"model.layers.0.mlp.experts": [940, 0]})
+    with pytest.raises(
+        UserError, match=r"^0 calibration tokens .* is 32; set every_expert=true, or a lower least_tokens$"
+    ):
+        check_reached(configured(Path("x")), found)
+
+
 def test_calibration_is_on_training_texts_of_every_domain(export: Path) -> None:
     tokenizer = load_tokenizer(locate_dense(str(export), None, dtype="float32", where="checkpoint", any_family=True))
     rows = calibration(export, tokenizer, tokens=2048, length=64)
