@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, t in first.items()
             if t.is_floating_point()
         )
-        print(f"| {processes} | {seconds:.1f} | {base / seconds:.2f} | {masks} | {apart:.1e} |", flush=True)
+        print(f"| {processes} | {seconds:.3g} | {base / seconds:.2f} | {masks} | {apart:.1e} |", flush=True)
     return 0
 
 

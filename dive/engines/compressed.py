@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-WRITTEN = ("gate_proj", "up_proj", "down_proj")
-"""What the tool calls the projections of an expert."""
 SCALES = ("weight_scale", "weight_zero_point", "weight_global_scale")
 """Suffixes of what keeps its precision."""
 
@@ -73,9 +71,9 @@ def finish(
 
 
 def on_disk(name: str, twin: Twin) -> str:
-    """Name of a tensor as the class has it on disk."""
+    """Name of a tensor as the class has it on disk; the tool calls an expert's projections as those of a dense FFN."""
     if ".experts." not in name:
         return name
     module, projection, suffix = name.rsplit(".", 2)
-    named = dict(zip(WRITTEN, twin.experts_on_disk, strict=True))
+    named = dict(zip(twin.projections, twin.experts_on_disk, strict=True))
     return f"{module}.{named.get(projection, projection)}.{suffix}"
