@@ -236,7 +236,7 @@ def measure(config: QuantiseConfig, made: "Quantised", asked: "Asked", test: "Qu
 
     from dive.engines.compare import ask, perplexity
 
-    engine = "llama_cpp" if made.tool == "llama_cpp" else "transformers"
+    engine = "llama_cpp" if made.is_gguf else "transformers"
     pythons = {} if config.python is None else {engine: config.python}
     answer, _ = ask(replace(asked, checkpoint=weights, pythons=pythons), engine, test)
     require(

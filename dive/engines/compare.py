@@ -93,12 +93,17 @@ def compare(
     return found
 
 
+def has_module(python: str | None, module: str) -> bool:
+    """Whether an interpreter, this one if none, has a module, which is looked for and not imported."""
+    probe = f"import importlib.util, sys; del sys.path[0]; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return not subprocess.run([python or sys.executable, "-c", probe], env=environment(python), check=False).returncode
+
+
 def lacks(asked: Asked, engine: str) -> str | None:
     """What is to be installed before an engine can be asked; none where it is there. It is looked for, not imported."""
     python = asked.pythons.get(engine)
     module = worker.MODULES[engine][0]
-    probe = f"import importlib.util, sys; del sys.path[0]; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    if subprocess.run([python or sys.executable, "-c", probe], env=environment(python), check=False).returncode:
+    if not has_module(python, module):
         other = "in it" if python else f"or pythons.{engine}=PYTHON names an interpreter that has it"
         return f"{INSTALL[engine]}, {other}"
     if engine == "llama_cpp" and asked.llama_cpp is None:

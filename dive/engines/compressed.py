@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from dive.errors import UserError
 from dive.model.families.twin import Twin
-from dive.model.headers import read_headers
+from dive.model.headers import INDEX, read_headers
 from dive.store import write_json
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
 SCALES = ("weight_scale", "weight_zero_point", "weight_global_scale")
 """Suffixes of what keeps its precision."""
 

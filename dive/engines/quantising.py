@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dive.engines import quantiser
-from dive.engines.compare import convert, environment, run
+from dive.engines.compare import convert, has_module, run
 from dive.engines.compressed import finish
 from dive.engines.gguf import CONVERTER
 from dive.engines.quantised import Quantised
@@ -48,13 +47,9 @@ def check_tool(tools: Tools, scheme: Scheme) -> None:
             Path(tools.python).is_file(),
             f"python={tools.python}: no such interpreter; name bin/python of an environment",
         )
-    probe = (
-        f"import importlib.util, sys; sys.exit(importlib.util.find_spec({quantiser.MODULES[scheme.tool]!r}) is None)"
-    )
-    found = subprocess.run([tools.python or sys.executable, "-c", probe], env=environment(tools.python), check=False)
     extra = "llama-cpp" if scheme.is_gguf else "quantise"
     require(
-        found.returncode == 0,
+        has_module(tools.python, quantiser.MODULES[scheme.tool]),
         f"scheme={scheme.name} needs {scheme.tool.replace('_', '-')}: pip install 'dive-moe[{extra}]', here or in an environment "
         "that python=PYTHON names",
     )
